@@ -1,0 +1,109 @@
+"""Conditional segment-wise generation, the bookkeeping (paper, figure CSG). Pure Python.
+
+T latent frames; frame 0 is the anchor. Segment s targets ``[1 + s*M, min(1 + (s+1)*M, T))`` and sees, besides its
+targets, the anchor, the `before` frames ahead of them (finished) and the `after` frames behind them (not yet refined).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import IntEnum
+from typing import Literal
+
+from swifti2v.errors import InvalidInputError
+
+PositionMode = Literal["absolute", "compact"]
+
+
+class FrameKind(IntEnum):
+    """What a latent frame is to the segment that sees it; the values index an embedding table of the network."""
+
+    TARGET = 0
+    ANCHOR = 1
+    FINISHED = 2
+    UNREFINED = 3
+
+
+@dataclass(frozen=True)
+class Segment:
+    """One segment: the latent frames it makes and those it sees.
+
+    The window is ordered in time: anchor, neighbours before, targets, neighbours after.
+    """
+
+    index: int
+    targets: range
+    before: range
+    after: range
+
+    @property
+    def window(self) -> tuple[int, ...]:
+        """Latent frame indices of the window, in time order, the anchor first."""
+        return (0, *self.before, *self.targets, *self.after)
+
+    @property
+    def kinds(self) -> tuple[FrameKind, ...]:
+        """Kind of each frame of `window`."""
+        return (
+            FrameKind.ANCHOR,
+            *(FrameKind.FINISHED for _ in self.before),
+            *(FrameKind.TARGET for _ in self.targets),
+            *(FrameKind.UNREFINED for _ in self.after),
+        )
+
+    @property
+    def target_slice(self) -> slice:
+        """Where the targets stand in `window`."""
+        start = 1 + len(self.before)
+        return slice(start, start + len(self.targets))
+
+    def positions(self, mode: PositionMode = "absolute") -> tuple[int, ...]:
+        """RoPE positions in time: the latent index (`absolute`), or the place in the window (`compact`)."""
+        if mode == "absolute":
+            return self.window
+        return tuple(range(len(self.window)))
+
+
+def plan_segments(
+    num_latent_frames: int, *, segment_size: int = 3, neighbors_before: int = 1, neighbors_after: int = 0
+) -> tuple[Segment, ...]:
+    """Cut a clip into segments; every latent frame >= 1 is a target exactly once, in order.
+
+    Args:
+        num_latent_frames: T >= 1; a clip of one frame has no segments.
+        segment_size: M >= 1 targets a segment; the last segment may be shorter.
+        neighbors_before: N >= 0 finished frames seen ahead of the targets.
+        neighbors_after: N >= 0 unrefined frames seen behind the targets.
+
+    Raises:
+        InvalidInputError: a number is out of its range.
+    """
+    for name, value, least in (
+        ("num_latent_frames", num_latent_frames, 1),
+        ("segment_size", segment_size, 1),
+        ("neighbors_before", neighbors_before, 0),
+        ("neighbors_after", neighbors_after, 0),
+    ):
+        if value < least:
+            msg = f"{name} is {value}; it must be at least {least}"
+            raise InvalidInputError(msg)
+    starts = range(1, num_latent_frames, segment_size)
+    return tuple(
+        _segment(index, start, num_latent_frames, segment_size, neighbors_before, neighbors_after)
+        for index, start in enumerate(starts)
+    )
+
+
+def max_window(segment_size: int, neighbors_before: int, neighbors_after: int) -> int:
+    """Return the most latent frames that any window of such a plan holds, whatever the length of the clip."""
+    return 1 + neighbors_before + segment_size + neighbors_after
+
+
+def _segment(index: int, start: int, total: int, size: int, before: int, after: int) -> Segment:
+    stop = min(start + size, total)
+    return Segment(
+        index=index,
+        targets=range(start, stop),
+        before=range(max(1, start - before), start),
+        after=range(stop, min(stop + after, total)),
+    )

@@ -1,0 +1,119 @@
+"""The plan of segments: partition, bound and order, for every small case and for random large ones."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from swifti2v.errors import InvalidInputError
+from swifti2v.segments import FrameKind, Segment, max_window, plan_segments
+
+
+def check_plan(plan: tuple[Segment, ...], total: int, size: int, before: int, after: int) -> None:
+    # Every latent frame >= 1 is a target exactly once, in order.
+    assert [frame for segment in plan for frame in segment.targets] == list(range(1, total))
+    assert [segment.index for segment in plan] == list(range(len(plan)))
+    bound = 1 + before + size + after
+    for segment in plan:
+        window = segment.window
+        assert window[0] == 0
+        assert all(a < b for a, b in itertools.pairwise(window))
+        assert window[-1] < total
+        assert len(window) <= bound
+        start, stop = segment.targets.start, segment.targets.stop
+        assert start == 1 + segment.index * size
+        assert list(segment.before) == [j for j in range(start - before, start) if j >= 1]
+        assert list(segment.after) == [j for j in range(stop, stop + after) if j < total]
+        assert window[segment.target_slice] == tuple(segment.targets)
+
+
+def is_sound(plan: tuple[Segment, ...], total: int, bound: int) -> bool:
+    """The three properties alone, quick enough for 19,200 plans: partition, bound, order."""
+    last = total - 1
+    windows = [segment.window for segment in plan]
+    targets = itertools.chain.from_iterable(segment.targets for segment in plan)
+    return list(targets) == list(range(1, total)) and all(
+        window[0] == 0 and window[-1] <= last and len(window) <= bound and sorted(set(window)) == list(window)
+        for window in windows
+    )
+
+
+@pytest.mark.parametrize("size", range(1, 7))
+def test_every_small_plan(size):
+    unsound = [
+        (total, before, after)
+        for total, before, after in itertools.product(range(1, 201), range(4), range(4))
+        if not is_sound(
+            plan_segments(total, segment_size=size, neighbors_before=before, neighbors_after=after),
+            total,
+            1 + before + size + after,
+        )
+    ]
+    assert unsound == []
+
+
+@given(st.integers(1, 2000), st.integers(1, 300), st.integers(0, 40), st.integers(0, 40))
+def test_any_plan(total, size, before, after):
+    plan = plan_segments(total, segment_size=size, neighbors_before=before, neighbors_after=after)
+    check_plan(plan, total, size, before, after)
+    assert max((len(segment.window) for segment in plan), default=0) <= max_window(size, before, after)
+
+
+def test_the_paper_case():
+    # 81 frames are 21 latent frames: seven segments of M = 3, the neighbour before (figure CSG).
+    plan = plan_segments(21)
+    assert len(plan) == 7
+    assert plan[0].window == (0, 1, 2, 3)
+    assert plan[1].window == (0, 3, 4, 5, 6)
+    assert plan[6].window == (0, 18, 19, 20)
+
+
+def test_the_bound_is_reached():
+    plan = plan_segments(30, segment_size=3, neighbors_before=2, neighbors_after=1)
+    assert max(len(segment.window) for segment in plan) == max_window(3, 2, 1) == 7
+
+
+def test_kinds_name_each_place_of_the_window():
+    segment = plan_segments(13, segment_size=3, neighbors_before=2, neighbors_after=1)[1]
+    assert segment.window == (0, 2, 3, 4, 5, 6, 7)
+    assert segment.kinds == (
+        FrameKind.ANCHOR,
+        FrameKind.FINISHED,
+        FrameKind.FINISHED,
+        FrameKind.TARGET,
+        FrameKind.TARGET,
+        FrameKind.TARGET,
+        FrameKind.UNREFINED,
+    )
+
+
+def test_positions():
+    segment = plan_segments(13, segment_size=3)[2]
+    assert segment.positions() == segment.window == (0, 6, 7, 8, 9)
+    assert segment.positions("compact") == (0, 1, 2, 3, 4)
+
+
+def test_kind_values_index_a_table():
+    # They are written into checkpoints (an embedding table), so they may not move.
+    assert {kind.name: kind.value for kind in FrameKind} == {"TARGET": 0, "ANCHOR": 1, "FINISHED": 2, "UNREFINED": 3}
+
+
+def test_one_frame_has_no_segments():
+    assert plan_segments(1) == ()
+
+
+@pytest.mark.parametrize(
+    ("total", "settings", "name"),
+    [
+        (0, {}, "num_latent_frames"),
+        (5, {"segment_size": 0}, "segment_size"),
+        (5, {"neighbors_before": -1}, "neighbors_before"),
+        (5, {"neighbors_after": -1}, "neighbors_after"),
+    ],
+)
+def test_numbers_out_of_range_are_named(total, settings, name):
+    with pytest.raises(InvalidInputError, match=name):
+        plan_segments(total, **settings)

@@ -1,0 +1,153 @@
+"""Put a segment's window into Stage II's network and read its targets out (paper, figure CSG; `docs/design.md` 2, 4).
+
+Used alike by generation and by training, so that the network meets the same input in both.
+Shape suffixes: B batch, C slot channels, W window frames, M target frames, h w latent height and width, T text tokens.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+
+from swifti2v.errors import InvalidInputError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from swifti2v.segments import PositionMode, Segment
+
+TIMESTEPS = 1000.0
+
+
+class StageTwoNetwork(Protocol):
+    """What is asked of a network: `StageTwoTransformer` is one."""
+
+    @property
+    def config(self) -> Any:
+        """Its `in_channels` and `prediction_type`."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What its input is cast to."""
+
+    def __call__(
+        self,
+        hidden_states: Tensor,
+        timestep: Tensor,
+        encoder_hidden_states: Tensor,
+        *,
+        frame_positions: Tensor,
+        frame_kinds: Tensor,
+    ) -> Any:
+        """Return an object whose `sample` is ``[B, C, W, h, w]``."""
+
+
+def predict_targets(
+    transformer: StageTwoNetwork,
+    *,
+    segment: Segment,
+    slots: Tensor,
+    reference: Tensor,
+    targets: Tensor,
+    sigma: float | Tensor,
+    prompt_embeds: Tensor,
+    position_mode: PositionMode = "absolute",
+) -> Tensor:
+    """Predict the clean targets of one segment.
+
+    Args:
+        transformer: the network. With ``in_channels == C`` it gets no reference channels (training-free mode).
+        segment: which latent frames the W frames of the window are.
+        slots: ``[B, C, W, h, w]``; anchor and finished neighbours hold finished latents, unrefined neighbours
+            reference latents; what stands in the places of the targets is ignored.
+        reference: ``[B, C, W, h, w]``, `z_ref` of the window.
+        targets: ``[B, C, M, h, w]``, the noisy targets ``x = (1 - sigma) * x0 + sigma * noise``.
+        sigma: noise level in 0..1, one for all or ``[B]``.
+        prompt_embeds: ``[B, T, text_dim]``.
+        position_mode: RoPE positions in time, see `Segment.positions`.
+
+    Returns:
+        x0 of the targets ``[B, C, M, h, w]``, float32: ``x - sigma * velocity`` or ``z_ref + residual``.
+
+    Raises:
+        InvalidInputError: a shape or `sigma` does not fit.
+    """
+    _check_shapes(segment, slots, reference, targets, prompt_embeds)
+    sigma_B = _sigma_per_sample(sigma, targets)
+    places = segment.target_slice
+
+    output = transformer(
+        _network_input(transformer, segment, slots, reference, targets),
+        _frame_timesteps(segment, sigma_B),
+        prompt_embeds.to(transformer.dtype),
+        frame_positions=torch.tensor(segment.positions(position_mode)),
+        frame_kinds=torch.tensor(segment.kinds),
+    )
+    prediction = output.sample[:, :, places].float()
+    if transformer.config.prediction_type == "residual":
+        return reference[:, :, places].float() + prediction
+    return targets.float() - sigma_B.view(-1, 1, 1, 1, 1) * prediction
+
+
+def _network_input(
+    transformer: StageTwoNetwork, segment: Segment, slots: Tensor, reference: Tensor, targets: Tensor
+) -> Tensor:
+    """Slots with the noisy targets in their places, then the reference if the network has channels for it."""
+    places = segment.target_slice
+    filled = torch.cat([slots[:, :, : places.start], targets.to(slots), slots[:, :, places.stop :]], dim=2)
+    channels = slots.shape[1]
+    expected = transformer.config.in_channels
+    if expected not in {channels, 2 * channels}:
+        msg = (
+            f"the network takes {expected} channels, but latents of {channels} make {channels}, or {2 * channels} with "
+            "their reference; use a network and a codec that belong together"
+        )
+        raise InvalidInputError(msg)
+    if expected == channels:
+        return filled.to(transformer.dtype)
+    return torch.cat([filled.to(transformer.dtype), reference.to(transformer.dtype)], dim=1)
+
+
+def _frame_timesteps(segment: Segment, sigma_B: Tensor) -> Tensor:
+    """Timesteps ``[B, W]``: 1000 sigma on the targets, 0 on the context, which carries no noise."""
+    timestep_BW = sigma_B.new_zeros(len(sigma_B), len(segment.window))
+    timestep_BW[:, segment.target_slice] = TIMESTEPS * sigma_B.unsqueeze(1)
+    return timestep_BW
+
+
+def _sigma_per_sample(sigma: float | Tensor, targets: Tensor) -> Tensor:
+    batch = targets.shape[0]
+    # Levels stay float32 whatever the network's dtype: bfloat16 would turn 0.9375 * 1000 into 936.
+    sigma_B = torch.as_tensor(sigma, dtype=torch.float32, device=targets.device)
+    if sigma_B.ndim > 1 or sigma_B.numel() not in {1, batch}:
+        msg = f"sigma is {tuple(sigma_B.shape)}; give one number, or one a sample, [{batch}]"
+        raise InvalidInputError(msg)
+    # A tensor comes from a training loop, where looking at its values would wait for the GPU.
+    if isinstance(sigma, float | int) and not 0 <= sigma <= 1:
+        msg = f"sigma is {sigma}; it must be within 0..1"
+        raise InvalidInputError(msg)
+    return sigma_B.expand(batch)
+
+
+def _check_shapes(segment: Segment, slots: Tensor, reference: Tensor, targets: Tensor, prompt_embeds: Tensor) -> None:
+    if targets.ndim != 5:
+        msg = f"targets is {tuple(targets.shape)}; give [B, C, M, h, w]"
+        raise InvalidInputError(msg)
+    batch, channels, _, height, width = targets.shape
+    window, num_targets = len(segment.window), len(segment.targets)
+    for name, tensor, frames in (
+        ("targets", targets, num_targets),
+        ("slots", slots, window),
+        ("reference", reference, window),
+    ):
+        expected = (batch, channels, frames, height, width)
+        if tuple(tensor.shape) != expected:
+            msg = (
+                f"{name} is {tuple(tensor.shape)}, but segment {segment.index} with {num_targets} targets in a window "
+                f"of {window} latent frames needs {expected}; cut it to the segment"
+            )
+            raise InvalidInputError(msg)
+    if prompt_embeds.ndim != 3 or prompt_embeds.shape[0] != batch:
+        msg = f"prompt_embeds is {tuple(prompt_embeds.shape)}; give [{batch}, T, text_dim], one a sample"
+        raise InvalidInputError(msg)

@@ -1,0 +1,400 @@
+"""Stage II's network: diffusers' Wan transformer, subclassed at its seams (`docs/design.md` 3, 4).
+
+What differs from `diffusers.WanTransformer3DModel` (0.42): a wider input for the reference, RoPE positions in time that
+the caller names, modulation per latent frame, and an embedding that tells the kinds of frames apart. The parameters
+keep their names, so weights interchange with the parent class.
+
+Shape suffixes: B batch, C channels, F latent frames, H W latent height and width, L tokens (frame-major), D width,
+T text tokens, M modulations: F, or 1 when all frames share a timestep.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal, Self, get_args
+
+import torch
+from accelerate import init_empty_weights
+from diffusers import ModelMixin, WanTransformer3DModel
+from diffusers.configuration_utils import register_to_config
+from diffusers.models._modeling_parallel import ContextParallelInput, ContextParallelOutput
+from diffusers.models.modeling_outputs import Transformer2DModelOutput
+from diffusers.models.transformers.transformer_wan import WanRotaryPosEmbed, WanTransformerBlock
+from diffusers.utils import apply_lora_scale
+from torch import Tensor, nn
+
+from swifti2v.errors import CheckpointError, ConfigurationError, InvalidInputError
+from swifti2v.segments import FrameKind
+
+# diffusers finds the loader of a component through the names of the module that defines it, hence `ModelMixin` here.
+__all__ = ["ModelMixin", "PredictionType", "StageTwoBlock", "StageTwoTransformer"]
+
+PredictionType = Literal["velocity", "residual"]
+
+_KIND_TABLE = "frame_kind_table"
+
+
+def _modulate(tokens_BLD: Tensor, scale_BMD: Tensor, shift_BMD: Tensor, token_frames_L: Tensor | None) -> Tensor:
+    """Return ``tokens * (1 + scale) + shift``, each token with the row of its frame."""
+    if token_frames_L is not None:
+        scale_BMD, shift_BMD = scale_BMD[:, token_frames_L], shift_BMD[:, token_frames_L]
+    by_frame = torch.unflatten(tokens_BLD, 1, (scale_BMD.shape[1], -1))
+    return torch.addcmul(shift_BMD.unsqueeze(2), by_frame, 1 + scale_BMD.unsqueeze(2)).flatten(1, 2)
+
+
+def _add_gated(tokens_BLD: Tensor, update_BLD: Tensor, gate_BMD: Tensor, token_frames_L: Tensor | None) -> Tensor:
+    """Return ``tokens + update * gate``, summed in the gate's float32, in the dtype of `tokens`."""
+    if token_frames_L is not None:
+        gate_BMD = gate_BMD[:, token_frames_L]
+    tokens, update = (torch.unflatten(each, 1, (gate_BMD.shape[1], -1)) for each in (tokens_BLD, update_BLD))
+    total = torch.addcmul(tokens, update, gate_BMD.unsqueeze(2))
+    return total.flatten(1, 2).type_as(tokens_BLD)
+
+
+class FramePositionRope(WanRotaryPosEmbed):
+    """Wan's rotary tables, looked up at the positions in time that the caller names."""
+
+    def forward(self, hidden_states: Tensor, frame_positions: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """Return cosines and sines ``[1, L, 1, head]`` and the frame of each token ``[1, L]``.
+
+        The third one lies beside the tables so that context parallelism splits it along with them.
+        """
+        _, patch_height, patch_width = self.patch_size
+        _, _, frames, height, width = hidden_states.shape
+        grid = (frames, height // patch_height, width // patch_width)
+        device = self.freqs_cos.device
+        frames_L, rows_L, columns_L = torch.cartesian_prod(*(torch.arange(n, device=device) for n in grid)).unbind(1)
+        times_L = frames_L if frame_positions is None else frame_positions.to(device)[frames_L]
+
+        def look_up(table: Tensor) -> Tensor:
+            time, row, column = table.split_with_sizes((self.t_dim, self.h_dim, self.w_dim), dim=1)
+            return torch.cat([time[times_L], row[rows_L], column[columns_L]], dim=1)[None, :, None]
+
+        return look_up(self.freqs_cos), look_up(self.freqs_sin), frames_L.unsqueeze(0)
+
+
+class StageTwoBlock(WanTransformerBlock):
+    """Wan's block with modulation per latent frame; parameters and numbers are the parent's.
+
+    The parent's ``[B, L, 6, D]`` in float32 takes 1.6 GB in every block at 21,000 tokens of TI2V-5B. The tokens of a
+    frame share its timestep, so ``[B, F, 6, D]`` broadcast over them gives the same result.
+    """
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor,
+        temb: Tensor,
+        rotary_emb: tuple[Tensor, Tensor],
+        token_frames: Tensor | None = None,
+    ) -> Tensor:
+        """Run the block.
+
+        Args:
+            hidden_states: tokens ``[B, L, D]``.
+            encoder_hidden_states: text ``[B, T, D]``.
+            temb: ``[B, M, 6, D]``; tokens fall into M equal runs unless `token_frames` says otherwise.
+            rotary_emb: cosines and sines ``[1, L, 1, head]``.
+            token_frames: ``[L]``, the row of `temb` of each token, where the tokens are a part of the sequence.
+        """
+        shift, scale, gate, ffn_shift, ffn_scale, ffn_gate = (self.scale_shift_table + temb.float()).unbind(2)
+
+        normed = _modulate(self.norm1(hidden_states.float()), scale, shift, token_frames).type_as(hidden_states)
+        attended = self.attn1(normed, None, None, rotary_emb)
+        hidden_states = _add_gated(hidden_states, attended, gate, token_frames)
+
+        # norm2 computes in float32 and returns its input's dtype by itself.
+        hidden_states = hidden_states + self.attn2(self.norm2(hidden_states), encoder_hidden_states, None, None)
+
+        normed = _modulate(self.norm3(hidden_states.float()), ffn_scale, ffn_shift, token_frames)
+        return _add_gated(hidden_states, self.ffn(normed.type_as(hidden_states)), ffn_gate, token_frames)
+
+
+class StageTwoTransformer(WanTransformer3DModel):
+    """Stage II's DiT: Wan2.2-TI2V-5B with the reference joined channel-wise (paper, section Stage II).
+
+    Args (besides the parent's):
+        in_channels: `out_channels` + `reference_channels`.
+        patch_size: 1 in time; a latent frame is what segments count.
+        reference_channels: channels of `z_ref` behind the slots; 0 runs public weights as they are (training-free).
+        prediction_type: `velocity` (Wan's own: noise - x0) or `residual` (x0 - reference).
+
+    Raises:
+        ConfigurationError: the channels do not add up, or another argument is not of the above.
+    """
+
+    _no_split_modules = ["StageTwoBlock"]  # noqa: RUF012 - diffusers declares these as plain class attributes
+    _repeated_blocks = ["StageTwoBlock"]  # noqa: RUF012
+    _keep_in_fp32_modules = [*WanTransformer3DModel._keep_in_fp32_modules, _KIND_TABLE]  # noqa: RUF012
+    # Everything per token is split where it is made; timesteps are per frame and stay whole on each rank.
+    _cp_plan = {  # noqa: RUF012
+        "rope": {
+            0: ContextParallelInput(split_dim=1, expected_dims=4, split_output=True),
+            1: ContextParallelInput(split_dim=1, expected_dims=4, split_output=True),
+            2: ContextParallelInput(split_dim=1, expected_dims=2, split_output=True),
+        },
+        "blocks.0": {"hidden_states": ContextParallelInput(split_dim=1, expected_dims=3, split_output=False)},
+        "proj_out": ContextParallelOutput(gather_dim=1, expected_dims=3),
+    }
+
+    @register_to_config
+    def __init__(  # noqa: PLR0913 - the configuration of a network is its signature
+        self,
+        patch_size: tuple[int, ...] = (1, 2, 2),
+        num_attention_heads: int = 24,
+        attention_head_dim: int = 128,
+        in_channels: int = 48,
+        out_channels: int = 48,
+        text_dim: int = 4096,
+        freq_dim: int = 256,
+        ffn_dim: int = 14336,
+        num_layers: int = 30,
+        cross_attn_norm: bool = True,
+        qk_norm: str | None = "rms_norm_across_heads",
+        eps: float = 1e-6,
+        image_dim: int | None = None,
+        added_kv_proj_dim: int | None = None,
+        rope_max_seq_len: int = 1024,
+        pos_embed_seq_len: int | None = None,
+        reference_channels: int = 0,
+        prediction_type: PredictionType = "velocity",
+    ) -> None:
+        _check_configuration(patch_size, in_channels, out_channels, reference_channels, prediction_type)
+        super().__init__(
+            patch_size=patch_size,
+            num_attention_heads=num_attention_heads,
+            attention_head_dim=attention_head_dim,
+            in_channels=in_channels,
+            out_channels=out_channels,
+            text_dim=text_dim,
+            freq_dim=freq_dim,
+            ffn_dim=ffn_dim,
+            num_layers=0,  # the blocks are made below, once, of our class
+            cross_attn_norm=cross_attn_norm,
+            qk_norm=qk_norm,
+            eps=eps,
+            image_dim=image_dim,
+            added_kv_proj_dim=added_kv_proj_dim,
+            rope_max_seq_len=rope_max_seq_len,
+            pos_embed_seq_len=pos_embed_seq_len,
+        )
+        # The parent's __init__ registers its own arguments too, and that count is not ours.
+        self.register_to_config(num_layers=num_layers)
+        width = num_attention_heads * attention_head_dim
+        self.rope = FramePositionRope(attention_head_dim, patch_size, rope_max_seq_len)
+        self.blocks = nn.ModuleList(
+            StageTwoBlock(width, ffn_dim, num_attention_heads, qk_norm, cross_attn_norm, eps, added_kv_proj_dim)
+            for _ in range(num_layers)
+        )
+        # Public checkpoints lack this table. Loaders build the network on the meta device by intercepting
+        # `register_parameter` and leave there what the file does not hold; written past it, the zeros are real.
+        self._parameters[_KIND_TABLE] = nn.Parameter(torch.zeros(len(FrameKind), width, dtype=torch.float32))
+
+    @classmethod
+    def from_wan(
+        cls, base: WanTransformer3DModel, *, reference_channels: int = 0, prediction_type: PredictionType = "velocity"
+    ) -> Self:
+        """Make Stage II's network of a loaded Wan transformer; without training its output is the base's.
+
+        The weights are taken over, not copied (10 GB for TI2V-5B): do not go on training `base`. The input is widened
+        by `reference_channels` whose weights are zero.
+
+        Raises:
+            ConfigurationError: `base` has extra input channels already.
+            CheckpointError: `base` carries adapters or is quantized (quantize with `from_pretrained` of this class).
+        """
+        settings = {name: value for name, value in base.config.items() if not name.startswith("_")}
+        settings |= {"reference_channels": reference_channels, "prediction_type": prediction_type}
+        settings["in_channels"] += reference_channels
+        with init_empty_weights(include_buffers=False):
+            transformer = cls(**settings)
+        state = base.state_dict()
+        state.setdefault(_KIND_TABLE, transformer.frame_kind_table.detach().to(base.device))
+        odd = state.keys() ^ transformer.state_dict().keys()
+        if odd or getattr(base, "hf_quantizer", None):
+            where = f" at {min(odd)}" if odd else ""
+            msg = f"the base transformer is not of the plain layout{where}; unload adapters and load it unquantised"
+            raise CheckpointError(msg)
+        weight = state["patch_embedding.weight"]
+        extra = weight.new_zeros(weight.shape[0], reference_channels, *weight.shape[2:])
+        state["patch_embedding.weight"] = torch.cat([weight, extra], dim=1)
+        transformer.load_state_dict(state, assign=True)
+        transformer.rope.to(base.device)
+        return transformer.train(base.training)
+
+    @classmethod
+    def from_single_file(cls, *arguments: Any, **options: Any) -> Self:
+        """Load a stock Wan file, as the parent does and with its arguments; no quantized one."""
+        # The parent would take the absent table for a sign of the original key names, and convert wrongly.
+        return cls.from_wan(WanTransformer3DModel.from_single_file(*arguments, **options))
+
+    @classmethod
+    def _load_pretrained_model(
+        cls,
+        model: Any,
+        state_dict: Any,
+        resolved_model_file: Any,
+        pretrained_model_name_or_path: Any,
+        loaded_keys: list[str],
+        **options: Any,
+    ) -> Any:
+        """Load as the parent does, but refuse what it would leave on the meta device with a warning."""
+        report = super()._load_pretrained_model(
+            model,
+            state_dict,
+            resolved_model_file,
+            pretrained_model_name_or_path,
+            # Counted as loaded (it has its value), the table is not reported as new weights to be trained.
+            [*loaded_keys, *({_KIND_TABLE} - set(loaded_keys))],
+            **options,
+        )
+        _, missing, unexpected, mismatched, *_ = report
+        if options.get("hf_quantizer") is None and (missing or unexpected or mismatched):
+            msg = (
+                f"{pretrained_model_name_or_path} does not hold this network's weights: {len(missing)} missing, "
+                f"{len(unexpected)} unexpected, {len(mismatched)} of another shape, for instance "
+                f"{min(map(str, [*missing, *unexpected, *mismatched]))}; widen a network with from_wan, after loading"
+            )
+            raise CheckpointError(msg)
+        return report
+
+    def enable_cache(self, config: Any) -> None:
+        """Turn on a cache of diffusers (`FirstBlockCacheConfig`, ...); the block is made known to it first."""
+        from diffusers.hooks._helpers import TransformerBlockMetadata, TransformerBlockRegistry
+
+        TransformerBlockRegistry.register(StageTwoBlock, TransformerBlockMetadata(return_hidden_states_index=0))
+        super().enable_cache(config)
+
+    @apply_lora_scale("attention_kwargs")
+    def forward(
+        self,
+        hidden_states: Tensor,
+        timestep: Tensor,
+        encoder_hidden_states: Tensor,
+        encoder_hidden_states_image: Tensor | None = None,
+        frame_positions: Tensor | None = None,
+        frame_kinds: Tensor | None = None,
+        return_dict: bool = True,
+        attention_kwargs: dict[str, Any] | None = None,  # noqa: ARG002 - read by the decorator
+    ) -> Transformer2DModelOutput | tuple[Tensor]:
+        """Run the network on one window.
+
+        Args:
+            hidden_states: ``[B, Cin, F, H, W]``, slots then reference; the network's dtype.
+            timestep: ``[B]`` or ``[B, F]`` in 0..1000, 0 for finished frames; fractions count.
+            encoder_hidden_states: text ``[B, T, text_dim]``.
+            encoder_hidden_states_image: CLIP embeddings, for Wan2.1 layouts only.
+            frame_positions: ``[F]`` integers in ``[0, rope_max_seq_len)``, RoPE positions in time; 0..F-1 if None.
+                Best on the CPU, as `frame_kinds`: the check of their range would wait for a GPU.
+            frame_kinds: ``[F]`` integers of `FrameKind`; all targets if None.
+            return_dict: return an object with `sample`, else a tuple of one.
+            attention_kwargs: ``{"scale": s}`` scales LoRA layers.
+
+        Returns:
+            ``[B, Cout, F, H, W]`` of the network's dtype.
+
+        Raises:
+            InvalidInputError: a shape or a position does not fit.
+        """
+        frames, rows, columns = self._checked_grid(hidden_states, timestep, frame_positions, frame_kinds)
+
+        rotary_cos, rotary_sin, token_frames_1L = self.rope(hidden_states, frame_positions)
+        tokens_BLD = self._embed(hidden_states, frame_kinds)
+        temb_BMD, table_BM6D, text_BTD = self._condition(timestep, encoder_hidden_states, encoder_hidden_states_image)
+        # Under context parallelism this rank holds a part of the tokens, perhaps a part of a frame.
+        is_part = token_frames_1L.shape[1] != frames * rows * columns
+        token_frames_L = token_frames_1L[0] if is_part and temb_BMD.shape[1] > 1 else None
+
+        for block in self.blocks:
+            arguments = (tokens_BLD, text_BTD, table_BM6D, (rotary_cos, rotary_sin), token_frames_L)
+            if torch.is_grad_enabled() and self.gradient_checkpointing:
+                tokens_BLD = self._gradient_checkpointing_func(block, *arguments)
+            else:
+                tokens_BLD = block(*arguments)
+
+        sample = self._unpatchify(self._head(tokens_BLD, temb_BMD, token_frames_L), (frames, rows, columns))
+        return Transformer2DModelOutput(sample=sample) if return_dict else (sample,)
+
+    def _embed(self, hidden_states: Tensor, frame_kinds: Tensor | None) -> Tensor:
+        """Patches to tokens ``[B, L, D]``, plus the embedding of the kind of their frame."""
+        patches_BDFHW = self.patch_embedding(hidden_states)
+        table = self.frame_kind_table.to(patches_BDFHW)
+        kinds_FD = table[FrameKind.TARGET].unsqueeze(0) if frame_kinds is None else table[frame_kinds.to(table.device)]
+        embedded = patches_BDFHW + kinds_FD.T[:, :, None, None]
+        # The transposed view would make every layer of the first block copy it.
+        return embedded.flatten(2).transpose(1, 2).contiguous()
+
+    def _condition(self, timestep: Tensor, text: Tensor, image: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Embed timesteps once a frame: ``[B, M, D]`` for the head, ``[B, M, 6, D]`` for blocks; and the text."""
+        timestep_BM = timestep if timestep.ndim == 2 else timestep.unsqueeze(1)
+        temb_BMD, projected, text_BTD, image_BTD = self.condition_embedder(
+            timestep_BM.flatten(), text, image, timestep_seq_len=timestep_BM.shape[1]
+        )
+        if image_BTD is not None:
+            text_BTD = torch.cat([image_BTD, text_BTD], dim=1)
+        return temb_BMD, projected.unflatten(2, (6, -1)), text_BTD
+
+    def _head(self, tokens_BLD: Tensor, temb_BMD: Tensor, token_frames_L: Tensor | None) -> Tensor:
+        # The parameter and the tokens may lie on different devices of a device map.
+        table = self.scale_shift_table.to(tokens_BLD.device)
+        shift, scale = (table + temb_BMD.to(tokens_BLD.device).unsqueeze(2)).unbind(2)
+        normed = _modulate(self.norm_out(tokens_BLD.float()), scale, shift, token_frames_L)
+        return self.proj_out(normed.type_as(tokens_BLD))
+
+    def _unpatchify(self, patches: Tensor, grid: tuple[int, int, int]) -> Tensor:
+        _, patch_height, patch_width = self.config.patch_size
+        cells = torch.unflatten(torch.unflatten(patches, 1, grid), -1, (patch_height, patch_width, -1))
+        # B F rows columns ph pw C -> B C F (rows ph) (columns pw)
+        return cells.permute(0, 6, 1, 2, 4, 3, 5).flatten(5, 6).flatten(3, 4)
+
+    def _checked_grid(
+        self, hidden_states: Tensor, timestep: Tensor, positions: Tensor | None, kinds: Tensor | None
+    ) -> tuple[int, int, int]:
+        """Return how many tokens lie along each axis; raise `InvalidInputError` unless the inputs fit together."""
+        if hidden_states.ndim != 5 or hidden_states.shape[1] != self.config.in_channels:
+            msg = f"hidden_states is {tuple(hidden_states.shape)}; give [B, {self.config.in_channels}, F, H, W]"
+            raise InvalidInputError(msg)
+        batch, _, frames, height, width = hidden_states.shape
+        limit = self.config.rope_max_seq_len
+        _, patch_height, patch_width = self.config.patch_size
+        if height % patch_height or width % patch_width:
+            msg = f"latents of {height}x{width} do not divide into patches of {patch_height}x{patch_width}; crop them"
+            raise InvalidInputError(msg)
+        grid = (frames, height // patch_height, width // patch_width)
+        if max(grid) > limit:
+            msg = f"a window of {frames} frames of {height}x{width} exceeds the RoPE table of {limit}; make it smaller"
+            raise InvalidInputError(msg)
+        if tuple(timestep.shape) not in {(batch,), (batch, frames)}:
+            msg = f"timestep is {tuple(timestep.shape)}; give [{batch}] or one a frame, [{batch}, {frames}]"
+            raise InvalidInputError(msg)
+        _check_frame_numbers("frame_positions", positions, frames, limit)
+        _check_frame_numbers("frame_kinds", kinds, frames, len(FrameKind))
+        return grid
+
+
+def _check_frame_numbers(name: str, numbers: Tensor | None, frames: int, stop: int) -> None:
+    if numbers is None:
+        return
+    if numbers.shape != (frames,) or numbers.is_floating_point():
+        msg = f"{name} is {numbers.dtype} {tuple(numbers.shape)}; give {frames} integers, one a frame"
+        raise InvalidInputError(msg)
+    # A trace cannot branch on values; whoever compiles the whole network checks them before.
+    if not torch.compiler.is_compiling() and not 0 <= int(numbers.min()) <= int(numbers.max()) < stop:
+        msg = f"{name} is {numbers.tolist()}; each must be at least 0 and less than {stop}"
+        raise InvalidInputError(msg)
+
+
+def _check_configuration(
+    patch_size: tuple[int, ...], in_channels: int, out_channels: int, reference_channels: int, prediction_type: str
+) -> None:
+    if reference_channels < 0 or in_channels != out_channels + reference_channels:
+        msg = (
+            f"in_channels is {in_channels}, not out_channels {out_channels} + reference_channels {reference_channels}; "
+            "set reference_channels to the channels behind the slots"
+        )
+        raise ConfigurationError(msg)
+    if len(patch_size) != 3 or patch_size[0] != 1:
+        msg = f"patch_size is {tuple(patch_size)}; Stage II counts latent frames, so the first must be 1 of three"
+        raise ConfigurationError(msg)
+    if prediction_type not in get_args(PredictionType):
+        msg = f"prediction_type is {prediction_type!r}; use one of {', '.join(get_args(PredictionType))}"
+        raise ConfigurationError(msg)

@@ -1,0 +1,1 @@
+"""Samplers as functions of a callable `denoise(x, sigma)`; no network is imported here."""

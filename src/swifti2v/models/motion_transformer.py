@@ -1,0 +1,78 @@
+"""Stage I's network in `mini`: Wan's transformer, told where each token stands, predicting the clean latents.
+
+A narrow token cannot carry all the numbers of noise that a velocity contains (measured: `docs/log.md`), so the network
+predicts x0 and the forward returns the velocity that Wan's pipeline expects, ``v = (x - x0) / sigma``. Wan's RoPE is
+relative; a camera that zooms needs to know where the centre is, so the position is given as three more channels.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from diffusers import ModelMixin, WanTransformer3DModel
+from diffusers.models.modeling_outputs import Transformer2DModelOutput
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+__all__ = ["ModelMixin", "MotionTransformer"]  # diffusers looks ModelMixin up in the module that defines a component
+
+MASK_CHANNELS = 4
+POSITION_CHANNELS = 3
+TRAINED_LATENT_FRAMES = 21
+
+
+class MotionTransformer(WanTransformer3DModel):
+    """`WanTransformer3DModel` with Wan I2V's call and `in_channels` = 2z + 4 + 3.
+
+    Input [B, z + 4 + z, F, h, w]: noisy latents, mask and image latents as `WanImageToVideoPipeline` joins them. The
+    image latent of frame 0 is shown to every frame. Output: velocity [B, z, F, h, w], float32.
+    """
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        timestep: Tensor,
+        encoder_hidden_states: Tensor,
+        encoder_hidden_states_image: Tensor | None = None,  # noqa: ARG002 - Wan's pipeline passes it; it is None in Wan2.2
+        return_dict: bool = True,
+        attention_kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        """Return the velocity at `timestep` [B] in (0, 1000]; see the class for shapes."""
+        num_channels = self.config.out_channels
+        noisy = hidden_states[:, :num_channels]
+        image = hidden_states[:, num_channels + MASK_CHANNELS :, :1]
+        clean = self.predict_clean(hidden_states, timestep, encoder_hidden_states, attention_kwargs)
+        clean = torch.cat([image.to(clean), clean[:, :, 1:]], dim=2)
+        sigma = (timestep / 1000).view(-1, 1, 1, 1, 1)
+        velocity = (noisy.float() - clean.float()) / sigma
+        return Transformer2DModelOutput(sample=velocity) if return_dict else (velocity,)
+
+    def predict_clean(
+        self,
+        hidden_states: Tensor,
+        timestep: Tensor,
+        encoder_hidden_states: Tensor,
+        attention_kwargs: dict[str, Any] | None = None,
+    ) -> Tensor:
+        """Return x0 [B,z,F,h,w]; what training supervises (latent frame 0 is given, and replaced in `forward`)."""
+        num_channels = self.config.out_channels
+        frames = hidden_states.shape[2]
+        image = hidden_states[:, num_channels + MASK_CHANNELS :, :1].expand(-1, -1, frames, -1, -1)
+        joined = torch.cat([hidden_states[:, : num_channels + MASK_CHANNELS], image, _positions(hidden_states)], dim=1)
+        return super().forward(
+            joined, timestep, encoder_hidden_states, return_dict=False, attention_kwargs=attention_kwargs
+        )[0]
+
+
+def _positions(hidden_states: Tensor) -> Tensor:
+    """Return x, y in half widths from the centre and time in trained lengths: [B,3,F,h,w]."""
+    batch, _, frames, height, width = hidden_states.shape
+    device = hidden_states.device
+    columns = (torch.arange(width, device=device) + 0.5) * 2 / width - 1
+    rows = ((torch.arange(height, device=device) + 0.5) * 2 / height - 1) * height / width
+    times = torch.arange(frames, device=device) / (TRAINED_LATENT_FRAMES - 1)
+    grid = torch.meshgrid(times, rows, columns, indexing="ij")
+    positions = torch.stack([grid[2], grid[1], grid[0]]).to(hidden_states.dtype)
+    return positions.expand(batch, -1, -1, -1, -1)

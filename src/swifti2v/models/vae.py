@@ -1,0 +1,344 @@
+"""Streaming video codecs: pixels to latents and back, one latent frame at a time.
+
+The codec is causal (latent frame j depends on pixel frames 0..4j only), so a clip of any length passes through a
+constant amount of memory, the first latent frame is the encoding of the image alone, and a prefix of the latents
+decodes to a prefix of the video. Diffusers' own ``encode`` and ``decode`` compute the same numbers but keep the whole
+clip on the device; here each stream owns its feature caches and drops them when it ends, however it ends.
+"""
+
+from __future__ import annotations
+
+import math
+from contextlib import closing
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
+
+import torch
+from diffusers import AutoencoderKLWan
+from diffusers.models.autoencoders.autoencoder_kl_wan import WanCausalConv3d, patchify, unpatchify
+
+from swifti2v.errors import CheckpointError, InvalidInputError
+from swifti2v.models.tiling import TileGrid, Tiling
+
+if TYPE_CHECKING:
+    from collections.abc import Generator, Iterable, Iterator
+
+    from torch import Tensor, nn
+
+__all__ = ["StreamingCodec", "Tiling", "WanStreamingCodec", "open_codec", "pixels_to_frames"]
+
+
+@runtime_checkable
+class StreamingCodec(Protocol):
+    """A causal video codec that works latent frame by latent frame."""
+
+    @property
+    def num_channels(self) -> int:
+        """Channels of the latents."""
+
+    @property
+    def spatial_factor(self) -> int:
+        """Pixels per latent cell along height and width."""
+
+    @property
+    def temporal_factor(self) -> int:
+        """Pixel frames per latent frame after the first."""
+
+    def encode_stream(self, chunks: Iterable[Tensor]) -> Iterator[Tensor]:
+        """Encode chunks as they come.
+
+        Args:
+            chunks: float ``[1, 3, f, H, W]`` in [-1, 1], one per latent frame: f = 1 first, then `temporal_factor`.
+
+        Yields:
+            Normalised latents, float32 ``[1, C, 1, h, w]``, one per chunk.
+        """
+
+    def decode_stream(self, latents: Iterable[Tensor]) -> Iterator[Tensor]:
+        """Decode latents as they come.
+
+        Args:
+            latents: normalised, float ``[1, C, n, h, w]``, any n >= 1 per item.
+
+        Yields:
+            uint8 ``[f, H, W, 3]`` on the CPU, one per latent frame: f = 1 first, then `temporal_factor`.
+        """
+
+
+def open_codec(vae: object, *, tiling: Tiling | None = None) -> StreamingCodec:
+    """Return the streaming codec of a loaded `vae`: a Wan VAE is wrapped, an object that streams by itself is returned.
+
+    Raises:
+        CheckpointError: `vae` is of no class that can be streamed.
+        InvalidInputError: `tiling` was given for an object that streams by itself.
+    """
+    if isinstance(vae, AutoencoderKLWan):
+        return WanStreamingCodec(vae, tiling=tiling)
+    if isinstance(vae, StreamingCodec):
+        if tiling is not None:
+            msg = f"{type(vae).__name__} is already a streaming codec and takes no tiling; leave the tiling out"
+            raise InvalidInputError(msg)
+        return vae
+    msg = f"a {type(vae).__name__} cannot encode or decode a stream; use a checkpoint whose vae is an AutoencoderKLWan"
+    raise CheckpointError(msg)
+
+
+def pixels_to_frames(pixels: Tensor) -> Tensor:
+    """Convert float pixels ``[1, 3, f, H, W]`` in [-1, 1] to uint8 frames ``[f, H, W, 3]`` on the CPU.
+
+    A level is ``round((x + 1) * 127.5)``, ties to even; values outside the range are clamped.
+    """
+    levels = pixels[0].float().add(1.0).mul_(127.5).round_().clamp_(0, 255).to(torch.uint8)
+    return levels.permute(1, 2, 3, 0).contiguous().cpu()
+
+
+class _Stream:
+    """What one stream remembers: its frame size and, per tile, the last inputs of every causal convolution."""
+
+    def __init__(self, height: int, width: int, grid: TileGrid, num_slots: int) -> None:
+        self.size = (height, width)
+        self.grid = grid
+        # Diffusers stores tensors, None and a marker string in these lists; they belong to its modules.
+        self.caches: list[list[object]] = [[None] * num_slots for _ in range(len(grid))]
+        self.num_done = 0
+
+    def clear(self) -> None:
+        for cache in self.caches:
+            cache.clear()
+
+
+class WanStreamingCodec:
+    """Streams an `AutoencoderKLWan`: Wan2.1's (16 channels, 8x8x4) or Wan2.2's (48 channels, 16x16x4).
+
+    Without tiling, latents and pixels are bit-equal to those of ``vae.encode(...).latent_dist.mode()`` and
+    ``vae.decode(...)`` (before rounding to uint8). The network runs in the dtype of `vae`; normalisation by the
+    checkpoint's ``latents_mean`` and ``latents_std`` is float32. Any number of streams may be open at once: each has
+    its own caches, and the ones inside `vae` are never touched. ``vae.enable_tiling()`` has no effect here.
+
+    Offloading hooks of accelerate and diffusers work: they are called before every latent frame, so that another model
+    may take the device between two of them.
+
+    Args:
+        vae: the codec's weights; not copied, not moved.
+        tiling: cut frames into tiles; every tile is advanced by one latent frame before the next is taken, so that
+            memory still does not depend on the length. Blended in pixels by decode, in latents by encode.
+
+    Raises:
+        CheckpointError: the configuration of `vae` contradicts itself.
+        InvalidInputError: tile or overlap are not multiples of the spatial factor.
+    """
+
+    def __init__(self, vae: AutoencoderKLWan, *, tiling: Tiling | None = None) -> None:
+        config = vae.config
+        _check_config(config)
+        self.vae = vae
+        self.tiling = tiling
+        self.num_channels: int = config.z_dim
+        self.spatial_factor: int = config.scale_factor_spatial
+        self.temporal_factor: int = config.scale_factor_temporal
+        self._patch_size: int = config.patch_size or 1
+        self._mean = torch.tensor(config.latents_mean, dtype=torch.float32).view(1, -1, 1, 1, 1)
+        self._std = torch.tensor(config.latents_std, dtype=torch.float32).view(1, -1, 1, 1, 1)
+        if tiling is not None:
+            tiling.check(self.spatial_factor)
+
+    def encode_stream(self, chunks: Iterable[Tensor]) -> Generator[Tensor, None, None]:
+        """Encode chunks as they come; see `StreamingCodec.encode_stream`. Latents stay on the device of the codec.
+
+        Raises:
+            InvalidInputError: a chunk has the wrong shape, number of frames, size or dtype, or holds NaN or infinity.
+            CheckpointError: the network turned finite pixels into values that are not finite.
+        """
+        stream: _Stream | None = None
+        try:
+            for chunk in chunks:
+                self._check_chunk(chunk, stream)
+                if stream is None:
+                    factor = self.spatial_factor
+                    stream = self._open(self.vae.encoder, chunk.shape[-2] // factor, chunk.shape[-1] // factor)
+                latent = self._encode_chunk(chunk, stream)
+                # Neither side of a finished step may be kept alive while the next is produced.
+                del chunk
+                yield latent
+                del latent
+        finally:
+            if stream is not None:
+                stream.clear()
+
+    def decode_stream(self, latents: Iterable[Tensor]) -> Generator[Tensor, None, None]:
+        """Decode latents as they come; see `StreamingCodec.decode_stream`.
+
+        Raises:
+            InvalidInputError: an item has the wrong shape, channels or dtype, another size, or holds NaN or infinity.
+            CheckpointError: the network turned finite latents into values that are not finite.
+        """
+        with closing(self.decode_pixel_stream(latents)) as chunks:
+            for chunk in chunks:
+                frames = pixels_to_frames(chunk)
+                del chunk
+                yield frames
+                del frames
+
+    def decode_pixel_stream(self, latents: Iterable[Tensor]) -> Generator[Tensor, None, None]:
+        """Decode like `decode_stream`, before rounding: yields float32 ``[1, 3, f, H, W]`` in [-1, 1] on the device."""
+        stream: _Stream | None = None
+        try:
+            for item in latents:
+                self._check_latents(item, stream)
+                if stream is None:
+                    stream = self._open(self.vae.decoder, item.shape[-2], item.shape[-1])
+                for index in range(item.shape[2]):
+                    pixels = self._decode_frame(item[:, :, index : index + 1], stream)
+                    yield pixels
+                    del pixels
+                del item
+        finally:
+            if stream is not None:
+                stream.clear()
+
+    def _open(self, network: nn.Module, height: int, width: int) -> _Stream:
+        """Start a stream of `height` x `width` latent cells through the encoder or the decoder."""
+        grid = TileGrid.plan(height, width, tiling=self.tiling, spatial_factor=self.spatial_factor)
+        num_slots = sum(isinstance(module, WanCausalConv3d) for module in network.modules())
+        return _Stream(height, width, grid, num_slots)
+
+    # Gradients are switched off per step and not around the streams: a generator that is suspended inside such a
+    # context would switch them off for its consumer too. Not inference_mode, whose tensors cannot be trained on.
+    @torch.no_grad()
+    def _encode_chunk(self, chunk: Tensor, stream: _Stream) -> Tensor:
+        """Encode one chunk to one normalised latent frame ``[1, C, 1, h, w]`` and advance the caches."""
+        device = self._claim_device()
+        _check_finite(chunk, f"pixel chunk {stream.num_done}")
+        pixels = chunk.to(device=device, dtype=self.vae.dtype)
+        tiles = stream.grid.cut(pixels, scale=self.spatial_factor)
+        encoded = (self._encode_tile(tile, cache) for tile, cache in zip(tiles, stream.caches, strict=True))
+        latent = stream.grid.blend(encoded)
+        self._check_result(latent, "pixels", stream.num_done)
+        stream.num_done += 1
+        return (latent - self._mean.to(latent.device)) / self._std.to(latent.device)
+
+    @torch.no_grad()
+    def _decode_frame(self, latent: Tensor, stream: _Stream) -> Tensor:
+        """Decode one normalised latent frame to float32 pixels ``[1, 3, f, H, W]`` and advance the caches."""
+        device = self._claim_device()
+        _check_finite(latent, f"latent frame {stream.num_done}")
+        latent = latent.to(device=device, dtype=torch.float32)
+        latent = (latent * self._std.to(device) + self._mean.to(device)).to(self.vae.dtype)
+        first = stream.num_done == 0
+        tiles = zip(stream.grid.cut(latent), stream.caches, strict=True)
+        decoded = (self._decode_tile(tile, cache, first_chunk=first) for tile, cache in tiles)
+        pixels = stream.grid.blend(decoded, scale=self.spatial_factor)
+        self._check_result(pixels, "latents", stream.num_done)
+        stream.num_done += 1
+        return pixels.clamp_(-1.0, 1.0)
+
+    def _encode_tile(self, pixels: Tensor, cache: list[object]) -> Tensor:
+        """Return the posterior's mode of one tile of one chunk, not normalised."""
+        if self._patch_size > 1:
+            pixels = patchify(pixels.contiguous(), patch_size=self._patch_size)
+        moments: Tensor = self.vae.quant_conv(self.vae.encoder(pixels, feat_cache=cache, feat_idx=[0]))
+        return moments[:, : self.num_channels]
+
+    def _decode_tile(self, latent: Tensor, cache: list[object], *, first_chunk: bool) -> Tensor:
+        """Return the pixels of one tile of one latent frame, not clamped."""
+        hidden = self.vae.post_quant_conv(latent)
+        pixels: Tensor = self.vae.decoder(hidden, feat_cache=cache, feat_idx=[0], first_chunk=first_chunk)
+        return unpatchify(pixels, patch_size=self._patch_size) if self._patch_size > 1 else pixels
+
+    def _claim_device(self) -> torch.device:
+        """Let an offloading hook bring the weights in, and return the device on which the network runs.
+
+        Diffusers fires such a hook on ``forward``, ``encode`` and ``decode`` only, and encoder and decoder are called
+        directly here. Hooks on the submodules (sequential and group offloading) fire by themselves.
+        """
+        hook = getattr(self.vae, "_hf_hook", None)
+        if hook is not None:
+            hook.pre_forward(self.vae)
+        for module in self.vae.modules():
+            device = getattr(getattr(module, "_hf_hook", None), "execution_device", None)
+            if device is not None:
+                return torch.device(device)
+        return self.vae.device
+
+    def _check_chunk(self, chunk: Tensor, stream: _Stream | None) -> None:
+        """Raise `InvalidInputError` unless `chunk` can be the next of the stream (None: the first)."""
+        if chunk.ndim != 5 or chunk.shape[:2] != (1, 3) or not chunk.is_floating_point():
+            msg = (
+                f"a chunk of {_describe(chunk)} cannot be encoded; "
+                "give float pixels [1, 3, frames, height, width] in [-1, 1]"
+            )
+            raise InvalidInputError(msg)
+        index, expected = (0, 1) if stream is None else (stream.num_done, self.temporal_factor)
+        if chunk.shape[2] != expected:
+            msg = (
+                f"pixel chunk {index} has {chunk.shape[2]} frames instead of {expected}; "
+                f"cut the clip into chunks of 1, {self.temporal_factor}, {self.temporal_factor}, ... frames"
+            )
+            raise InvalidInputError(msg)
+        height, width = chunk.shape[-2:]
+        factor = self.spatial_factor
+        if min(height, width) < factor or height % factor or width % factor:
+            msg = f"pixel chunk {index} is {width}x{height}; give width and height in multiples of {factor}"
+            raise InvalidInputError(msg)
+        if stream is not None:
+            _check_same_size(
+                f"pixel chunk {index}", (height, width), (stream.size[0] * factor, stream.size[1] * factor)
+            )
+
+    def _check_latents(self, latents: Tensor, stream: _Stream | None) -> None:
+        """Raise `InvalidInputError` unless `latents` can be the next item of the stream (None: the first)."""
+        channels = self.num_channels
+        usable = latents.ndim == 5 and latents.shape[:2] == (1, channels) and latents.is_floating_point()
+        if not usable or 0 in latents.shape:
+            msg = (
+                f"latents of {_describe(latents)} cannot be decoded; "
+                f"give normalised floats [1, {channels}, frames, height, width] of this codec"
+            )
+            raise InvalidInputError(msg)
+        if stream is not None:
+            _check_same_size(f"latent frame {stream.num_done}", tuple(latents.shape[-2:]), stream.size)
+
+    def _check_result(self, values: Tensor, source: str, index: int) -> None:
+        """Raise `CheckpointError` if the network produced NaN or infinity from finite input."""
+        if not torch.isfinite(values).all():
+            msg = (
+                f"the codec in {self.vae.dtype} made values that are not finite from the {source} of latent frame "
+                f"{index}; load it in bfloat16 or float32, or replace its weights"
+            )
+            raise CheckpointError(msg)
+
+
+def _check_config(config: AutoencoderKLWan) -> None:
+    """Raise `CheckpointError` if the factors or statistics of a Wan VAE's configuration contradict its network."""
+    spatial = 2 ** (len(config.dim_mult) - 1) * (config.patch_size or 1)
+    temporal = 2 ** sum(config.temperal_downsample)
+    for name, stated, actual in (
+        ("scale_factor_spatial", config.scale_factor_spatial, spatial),
+        ("scale_factor_temporal", config.scale_factor_temporal, temporal),
+        ("length of latents_mean", len(config.latents_mean), config.z_dim),
+        ("length of latents_std", len(config.latents_std), config.z_dim),
+    ):
+        if stated != actual:
+            msg = f"the codec's configuration says {name} = {stated}, but its network has {actual}; correct config.json"
+            raise CheckpointError(msg)
+    if not all(std > 0 and math.isfinite(std) for std in config.latents_std):
+        msg = "the codec's configuration has a value in latents_std that is not positive; correct config.json"
+        raise CheckpointError(msg)
+
+
+def _check_finite(values: Tensor, name: str) -> None:
+    if not torch.isfinite(values).all():
+        msg = f"{name} holds NaN or infinity; it comes from the step before, run that in bfloat16 or float32"
+        raise InvalidInputError(msg)
+
+
+def _check_same_size(name: str, actual: tuple[int, ...], expected: tuple[int, int]) -> None:
+    if actual != expected:
+        msg = (
+            f"{name} is {actual[1]}x{actual[0]} but the stream began with {expected[1]}x{expected[0]}; "
+            "use one stream per size"
+        )
+        raise InvalidInputError(msg)
+
+
+def _describe(tensor: Tensor) -> str:
+    return f"shape {list(tensor.shape)} and {tensor.dtype}"

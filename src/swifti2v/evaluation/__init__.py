@@ -1,0 +1,1 @@
+"""Measures of video quality, and the reports made of them."""

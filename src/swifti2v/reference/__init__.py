@@ -1,0 +1,1 @@
+"""Construction of the hybrid reference from a motion reference and the input image."""

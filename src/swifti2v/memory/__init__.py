@@ -1,0 +1,1 @@
+"""What a run costs, and where its weights stand."""

@@ -1,0 +1,309 @@
+"""What a run costs before anything is loaded: tokens, TFLOP and bytes of each phase. Arithmetic only.
+
+FLOPs are exact for the networks they describe (`transformer_cost.py`, `codec_cost.py`). Bytes leave out what a driver
+and a convolution library hold on top: 0.5-0.8 GiB of CUDA context, workspaces of up to one layer's input and output.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import sqrt
+from typing import TYPE_CHECKING, Literal
+
+from swifti2v.errors import InvalidInputError
+from swifti2v.geometry import CodecGeometry, Size, reduced_size
+from swifti2v.memory.codec_cost import WAN21_VAE, WAN22_VAE
+from swifti2v.memory.transformer_cost import (
+    NO_COST,
+    STAGE_TWO_5B,
+    UMT5_XXL,
+    WAN22_I2V_A14B_EXPERT,
+    ForwardCost,
+)
+from swifti2v.segments import plan_segments
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from swifti2v.memory.codec_cost import CodecCost
+    from swifti2v.memory.transformer_cost import TextEncoderDimensions, TransformerDimensions
+    from swifti2v.segments import Segment
+
+WeightDtype = Literal["float32", "bfloat16", "float8", "int4"]
+BITS_PER_WEIGHT: dict[WeightDtype, float] = {"float32": 32, "bfloat16": 16, "float8": 8, "int4": 4.25}
+"""Storage of one weight; int4 with the scales of its groups."""
+
+
+@dataclass(frozen=True)
+class PipelineDimensions:
+    """The networks of both stages, as far as their cost goes.
+
+    Args:
+        stage_one: one expert of Stage I.
+        num_experts: experts of Stage I that take turns; each holds its own weights.
+        text_tokens: length to which prompts are padded.
+        reference_factor: how much smaller the motion reference is on each side.
+        max_reference_area: pixels of a frame of the motion reference at most; None: no limit.
+        window_frames: longest clip that Stage I makes at once, in pixel frames.
+        overlap_frames: pixel frames that a later window of Stage I shares with the one before it.
+    """
+
+    text_encoder: TextEncoderDimensions
+    stage_one: TransformerDimensions
+    stage_one_codec: CodecCost
+    stage_two: TransformerDimensions
+    stage_two_codec: CodecCost
+    num_experts: int = 2
+    text_tokens: int = 512
+    reference_factor: float = 4.0
+    max_reference_area: int | None = None
+    window_frames: int = 81
+    overlap_frames: int = 5
+
+    def reference_size(self, size: Size) -> Size:
+        """Return the size of the motion reference of an output of `size`."""
+        factor = self.reference_factor
+        if self.max_reference_area is not None:
+            factor = max(factor, sqrt(size.width * size.height / self.max_reference_area))
+        return reduced_size(size, factor, self.stage_one_codec.spatial_factor * self.stage_one.patch_size[1])
+
+    @property
+    def num_parameters(self) -> int:
+        """Weights of all networks, every expert counted."""
+        networks = (self.text_encoder, self.stage_one_codec, self.stage_two, self.stage_two_codec)
+        return self.num_experts * self.stage_one.num_parameters + sum(network.num_parameters for network in networks)
+
+
+WAN22 = PipelineDimensions(
+    text_encoder=UMT5_XXL,
+    stage_one=WAN22_I2V_A14B_EXPERT,
+    stage_one_codec=WAN21_VAE,
+    stage_two=STAGE_TWO_5B,
+    stage_two_codec=WAN22_VAE,
+)
+
+
+@dataclass(frozen=True)
+class RunSettings:
+    """What of a run's options its cost depends on; the names and defaults are those of generation."""
+
+    size: Size
+    num_frames: int = 81
+    stage_one_steps: int = 4
+    stage_one_guidance_scale: float = 1.0
+    num_inference_steps: int = 4
+    guidance_scale: float = 1.0
+    segment_size: int = 3
+    neighbors_before: int = 1
+    neighbors_after: int = 0
+
+
+@dataclass(frozen=True)
+class PhaseCost:
+    """One phase of a run.
+
+    Args:
+        num_tokens: tokens of the largest forward pass; 0 where only a codec runs.
+        num_forwards: forward passes of the transformer.
+        weight_bytes: the largest single network that the phase runs.
+        activation_bytes: peak beyond the weights.
+    """
+
+    name: str
+    num_tokens: int
+    num_forwards: int
+    tflop: float
+    weight_bytes: int
+    activation_bytes: int
+
+    @property
+    def peak_bytes(self) -> int:
+        """Device memory of the phase while it holds one network at a time."""
+        return self.weight_bytes + self.activation_bytes
+
+
+@dataclass(frozen=True)
+class RunPlan:
+    """The phases of a run in order, and the bytes of all weights together."""
+
+    phases: tuple[PhaseCost, ...]
+    weight_bytes: int
+
+    @property
+    def tflop(self) -> float:
+        """The whole run."""
+        return sum(phase.tflop for phase in self.phases)
+
+    @property
+    def peak_bytes(self) -> int:
+        """Device memory while one network at a time is on the device."""
+        return max(phase.peak_bytes for phase in self.phases)
+
+    @property
+    def resident_bytes(self) -> int:
+        """Device memory while all weights stay on the device."""
+        return self.weight_bytes + max(phase.activation_bytes for phase in self.phases)
+
+
+def weight_bytes(num_parameters: int, dtype: WeightDtype) -> int:
+    """Bytes of `num_parameters` weights stored as `dtype`."""
+    return round(num_parameters * BITS_PER_WEIGHT[dtype] / 8)
+
+
+def guided_passes(guidance_scale: float) -> int:
+    """Forward passes per step: classifier-free guidance above 1 needs a second one."""
+    return 2 if guidance_scale > 1 else 1
+
+
+def segments_cost(
+    transformer: TransformerDimensions, segments: Sequence[Segment], *, tokens_per_frame: int, text_tokens: int = 512
+) -> ForwardCost:
+    """Cost of one step over all segments, one pass each."""
+    total = NO_COST
+    for segment in segments:
+        frames = len(segment.window)
+        total += transformer.forward_cost(frames * tokens_per_frame, text_tokens=text_tokens, num_timesteps=frames)
+    return total
+
+
+def stage_one_windows(
+    num_frames: int, *, window_frames: int, overlap_frames: int, temporal_factor: int = 4
+) -> tuple[int, ...]:
+    """Pixel frames of each window in which Stage I makes a clip: as few and as equal as can be (`pipelines.windows`).
+
+    Raises:
+        InvalidInputError: a number is not 4k+1, or the overlap fills a window.
+    """
+    geometry = CodecGeometry(temporal=temporal_factor)
+    total, longest, shared = (geometry.latent_frames(n) - 1 for n in (num_frames, window_frames, overlap_frames))
+    if shared >= longest:
+        msg = f"an overlap of {overlap_frames} frames fills a window of {window_frames}; use a smaller overlap"
+        raise InvalidInputError(msg)
+    count = max(1, -(-(total - shared) // (longest - shared)))
+    base, longer = divmod(total + (count - 1) * shared, count)
+    return tuple((base + (index < longer)) * temporal_factor + 1 for index in range(count))
+
+
+def plan_run(
+    dimensions: PipelineDimensions, settings: RunSettings, *, weight_dtype: WeightDtype = "bfloat16"
+) -> RunPlan:
+    """Count a run phase by phase.
+
+    Args:
+        dimensions: the networks.
+        settings: size, length, steps and segments.
+        weight_dtype: how the weights are stored; activations are counted as bf16.
+
+    Raises:
+        InvalidInputError: a size, a length or a number of the plan cannot be used.
+    """
+    _check_counts(settings)
+    _stage_two_geometry(dimensions).check_size(settings.size)
+    phases = (
+        _text_phase(dimensions, settings, weight_dtype),
+        _stage_one_phase(dimensions, settings, weight_dtype),
+        _encode_phase(dimensions, settings, weight_dtype),
+        _stage_two_phase(dimensions, settings, weight_dtype),
+        _decode_phase(dimensions, settings, weight_dtype),
+    )
+    return RunPlan(phases, weight_bytes(dimensions.num_parameters, weight_dtype))
+
+
+def _check_counts(settings: RunSettings) -> None:
+    for name in ("stage_one_steps", "num_inference_steps"):
+        value = getattr(settings, name)
+        if value < 1:
+            msg = f"{name} is {value}; it must be at least 1"
+            raise InvalidInputError(msg)
+
+
+def _stage_two_geometry(dimensions: PipelineDimensions) -> CodecGeometry:
+    codec = dimensions.stage_two_codec
+    return CodecGeometry(codec.spatial_factor, codec.temporal_factor, dimensions.stage_two.patch_size[1])
+
+
+def _text_phase(dimensions: PipelineDimensions, settings: RunSettings, dtype: WeightDtype) -> PhaseCost:
+    encoder, tokens = dimensions.text_encoder, dimensions.text_tokens
+    prompts = max(guided_passes(settings.guidance_scale), guided_passes(settings.stage_one_guidance_scale))
+    return PhaseCost(
+        name="text encoding",
+        num_tokens=tokens,
+        num_forwards=prompts,
+        tflop=encoder.forward_cost(tokens).times(prompts).tflop,
+        weight_bytes=weight_bytes(encoder.num_parameters, dtype),
+        activation_bytes=encoder.activation_bytes(tokens),
+    )
+
+
+def _stage_one_phase(dimensions: PipelineDimensions, settings: RunSettings, dtype: WeightDtype) -> PhaseCost:
+    expert, codec = dimensions.stage_one, dimensions.stage_one_codec
+    size = dimensions.reference_size(settings.size)
+    geometry = CodecGeometry(codec.spatial_factor, codec.temporal_factor, expert.patch_size[1])
+    windows = stage_one_windows(
+        settings.num_frames,
+        window_frames=dimensions.window_frames,
+        overlap_frames=dimensions.overlap_frames,
+        temporal_factor=codec.temporal_factor,
+    )
+    passes = settings.stage_one_steps * guided_passes(settings.stage_one_guidance_scale)
+    tflop = 0.0
+    for frames in windows:
+        tokens = expert.num_tokens(*geometry.latent_shape(size, frames))
+        tflop += expert.forward_cost(tokens, text_tokens=dimensions.text_tokens).times(passes).tflop
+        # diffusers encodes the image followed by empty frames, the whole window long.
+        tflop += codec.encode_tflop(size, frames) + codec.decode_tflop(size, frames)
+    largest = expert.num_tokens(*geometry.latent_shape(size, max(windows)))
+    return PhaseCost(
+        name="stage one",
+        num_tokens=largest,
+        num_forwards=passes * len(windows),
+        tflop=tflop,
+        weight_bytes=weight_bytes(max(expert.num_parameters, codec.num_parameters), dtype),
+        activation_bytes=max(expert.activation_bytes(largest), codec.encode_bytes(size), codec.decode_bytes(size)),
+    )
+
+
+def _stage_two_phase(dimensions: PipelineDimensions, settings: RunSettings, dtype: WeightDtype) -> PhaseCost:
+    transformer, geometry = dimensions.stage_two, _stage_two_geometry(dimensions)
+    segments = plan_segments(
+        geometry.latent_frames(settings.num_frames),
+        segment_size=settings.segment_size,
+        neighbors_before=settings.neighbors_before,
+        neighbors_after=settings.neighbors_after,
+    )
+    tokens_per_frame = geometry.tokens_per_frame(settings.size)
+    passes = settings.num_inference_steps * guided_passes(settings.guidance_scale)
+    step = segments_cost(transformer, segments, tokens_per_frame=tokens_per_frame, text_tokens=dimensions.text_tokens)
+    largest = tokens_per_frame * max((len(segment.window) for segment in segments), default=0)
+    return PhaseCost(
+        name="stage two",
+        num_tokens=largest,
+        num_forwards=passes * len(segments),
+        tflop=step.times(passes).tflop,
+        weight_bytes=weight_bytes(transformer.num_parameters, dtype),
+        activation_bytes=transformer.activation_bytes(largest),
+    )
+
+
+def _encode_phase(dimensions: PipelineDimensions, settings: RunSettings, dtype: WeightDtype) -> PhaseCost:
+    codec = dimensions.stage_two_codec
+    return PhaseCost(
+        name="reference encode",
+        num_tokens=0,
+        num_forwards=0,
+        tflop=codec.encode_tflop(settings.size, settings.num_frames),
+        weight_bytes=weight_bytes(codec.num_parameters, dtype),
+        activation_bytes=codec.encode_bytes(settings.size),
+    )
+
+
+def _decode_phase(dimensions: PipelineDimensions, settings: RunSettings, dtype: WeightDtype) -> PhaseCost:
+    codec = dimensions.stage_two_codec
+    return PhaseCost(
+        name="decode",
+        num_tokens=0,
+        num_forwards=0,
+        tflop=codec.decode_tflop(settings.size, settings.num_frames),
+        weight_bytes=weight_bytes(codec.num_parameters, dtype),
+        activation_bytes=codec.decode_bytes(settings.size),
+    )

@@ -1,0 +1,82 @@
+"""`swifti2v plan`: the numbers of the account, as a table and as JSON, and refusals of one line."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING
+
+import pytest
+from typer.testing import CliRunner
+
+from swifti2v.cli.main import app
+
+if TYPE_CHECKING:
+    from click.testing import Result
+
+
+def run(*arguments: str) -> Result:
+    return CliRunner().invoke(app, ["plan", *arguments], env={"COLUMNS": "120"})
+
+
+def test_table_names_every_phase() -> None:
+    result = run()
+    assert result.exit_code == 0
+    for words in ("text encoding", "stage one", "reference encode", "stage two", "decode", "18,480", "17,600", "5,403"):
+        assert words in result.stdout
+    assert result.stderr == ""
+
+
+def test_table_fits_a_terminal_of_eighty_columns() -> None:
+    result = CliRunner().invoke(app, ["plan"], env={"COLUMNS": "80"})
+    assert "…" not in result.stdout
+    assert max(map(len, result.stdout.splitlines())) <= 80
+
+
+def test_json_holds_settings_phases_and_totals() -> None:
+    result = run("--json", "--steps", "10", "--neighbors-after", "1", "--guidance", "5")
+    plan = json.loads(result.stdout)
+    assert plan["size"] == "2560x1408"
+    assert plan["num_inference_steps"] == 10
+    phases = {phase["name"]: phase for phase in plan["phases"]}
+    # 2,232 TFLOP a step with neighbours on both sides, ten steps, two passes each.
+    assert phases["stage two"]["tflop"] == pytest.approx(2 * 22_319, rel=0.01)
+    assert phases["stage two"]["num_tokens"] == 6 * 3520
+    assert plan["tflop"] == pytest.approx(sum(phase["tflop"] for phase in plan["phases"]))
+    assert plan["peak_bytes"] == max(phase["peak_bytes"] for phase in plan["phases"])
+
+
+def test_segment_options_reach_the_plan() -> None:
+    def stage_two(*arguments: str) -> dict[str, float]:
+        plan = json.loads(run("--json", "--size", "640x352", *arguments).stdout)
+        return next(phase for phase in plan["phases"] if phase["name"] == "stage two")
+
+    assert stage_two()["num_forwards"] == 4 * 7
+    assert stage_two("--segment-size", "20", "--neighbors-before", "0")["num_forwards"] == 4
+    assert stage_two("--frames", "161")["num_forwards"] == 4 * 14
+    assert stage_two("--neighbors-before", "2")["num_tokens"] == 6 * 220
+
+
+def test_smaller_weights() -> None:
+    plans = {name: json.loads(run("--json", "--dtype", name).stdout) for name in ("bfloat16", "float8")}
+    assert plans["float8"]["weight_bytes"] * 2 == pytest.approx(plans["bfloat16"]["weight_bytes"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("--size", "100x100"), "the nearest is 96x96"),
+        (("--size", "big"), "WIDTHxHEIGHT"),
+        (("--frames", "80"), "4k+1"),
+        (("--segment-size", "0"), "segment_size is 0"),
+        (("--model", "sora"), "wan2.2, mini"),
+        (("--dtype", "int3"), "bfloat16"),
+        (("--steps", "0"), "at least 1"),
+    ],
+)
+def test_refusals_are_one_line(arguments: tuple[str, ...], words: str) -> None:
+    result = run(*arguments)
+    assert result.exit_code == 2
+    assert result.stdout == ""
+    assert words in result.stderr
+    assert result.stderr.startswith("error: ")
+    assert result.stderr.count("\n") == 1

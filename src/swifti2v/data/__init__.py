@@ -1,0 +1,1 @@
+"""Data: procedural clips, manifests, latent caches."""

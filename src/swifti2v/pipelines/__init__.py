@@ -1,0 +1,1 @@
+"""The two stages as users call them."""

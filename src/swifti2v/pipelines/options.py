@@ -1,0 +1,141 @@
+"""What a caller may choose, and what a run is settled on. Pure Python, so that the command line can build options."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any, Literal
+
+from swifti2v.errors import InvalidInputError
+from swifti2v.geometry import Size  # noqa: TC001 - the command line resolves these annotations at run time
+from swifti2v.segments import PositionMode, plan_segments
+
+Refiner = Literal["concat", "training-free", "none"]
+SolverName = Literal["euler", "renoise"]
+REFINERS: tuple[Refiner, ...] = ("concat", "training-free", "none")
+
+
+@dataclass(frozen=True)
+class GenerationOptions:
+    """Choices of the caller; None leaves a choice to the checkpoint. See `GenerationSettings` for what each means."""
+
+    size: Size | None = None
+    num_frames: int | None = None
+    fps: float | None = None
+    seed: int | None = None
+    refiner: Refiner | None = None
+    reference: Literal["replace", "transport"] | None = None
+    flow_scale: float | None = None
+    num_inference_steps: int | None = None
+    sigma_start: float | None = None
+    guidance_scale: float | None = None
+    negative_prompt: str | None = None
+    solver: SolverName | None = None
+    segment_size: int | None = None
+    neighbors_before: int | None = None
+    neighbors_after: int | None = None
+    positions: PositionMode | None = None
+    few_step: bool | None = None
+    stage_one_steps: int | None = None
+    stage_one_guidance_scale: float | None = None
+
+
+@dataclass(frozen=True)
+class GenerationSettings:
+    """Everything that decides a video besides image, prompt and checkpoint.
+
+    Args:
+        size: of the output in pixels, multiples of 32.
+        num_frames: pixel frames, 4k+1.
+        fps: frames per second of the file.
+        seed: in [0, 2**63).
+        refiner: `concat` (paper: a network trained with the reference as channels), `training-free` (a public
+            image-to-video network started from the noised reference) or `none` (the hybrid reference is the video).
+        reference: `replace` (paper) or `transport` (the image's detail carried along the motion).
+        flow_scale: size of the optical flow of `transport`, as a fraction of the output, in (0, 1].
+        num_inference_steps: steps of Stage II for each segment.
+        sigma_start: noise level from which Stage II starts, in (0, 1]; below 1 it starts from the noised reference.
+        flow_shift: time shift of Stage II's schedule.
+        guidance_scale: classifier-free guidance of Stage II; 1 turns it off.
+        negative_prompt: used where guidance is on.
+        solver: of Stage II: deterministic `euler`, or `renoise` for networks distilled with fresh noise at each step.
+        segment_size: latent frames that a segment makes (M of the paper).
+        neighbors_before: finished latent frames that it sees (N).
+        neighbors_after: unrefined latent frames that it sees behind it.
+        positions: RoPE positions of a window, `absolute` or `compact`.
+        few_step: Stage I with the few-step schedule and adapters, or the many-step way of the base model.
+        stage_one_steps: steps of Stage I.
+        stage_one_guidance_scale: guidance of Stage I; 1 turns it off.
+
+    Raises:
+        InvalidInputError: a value is out of its range.
+    """
+
+    size: Size
+    num_frames: int
+    fps: float
+    refiner: Refiner
+    reference: Literal["replace", "transport"] = "transport"
+    seed: int = 0
+    flow_scale: float = 0.5
+    num_inference_steps: int = 4
+    sigma_start: float = 1.0
+    flow_shift: float = 5.0
+    guidance_scale: float = 1.0
+    negative_prompt: str = ""
+    solver: SolverName = "euler"
+    segment_size: int = 3
+    neighbors_before: int = 1
+    neighbors_after: int = 0
+    positions: PositionMode = "absolute"
+    few_step: bool = True
+    stage_one_steps: int = 4
+    stage_one_guidance_scale: float = 1.0
+
+    def __post_init__(self) -> None:
+        _check_choice("refiner", self.refiner, REFINERS)
+        _check_choice("reference", self.reference, ("replace", "transport"))
+        _check_choice("solver", self.solver, ("euler", "renoise"))
+        _check_choice("positions", self.positions, ("absolute", "compact"))
+        _check_range("fps", self.fps, 1, 240)
+        _check_range("seed", self.seed, 0, 2**63 - 1)
+        _check_range("flow_scale", self.flow_scale, 1 / 64, 1)
+        _check_range("num_inference_steps", self.num_inference_steps, 1, 1000)
+        _check_range("sigma_start", self.sigma_start, 1e-3, 1)
+        _check_range("guidance_scale", self.guidance_scale, 1, 100)
+        _check_range("stage_one_steps", self.stage_one_steps, 1, 1000)
+        _check_range("stage_one_guidance_scale", self.stage_one_guidance_scale, 1, 100)
+        plan_segments(
+            1,
+            segment_size=self.segment_size,
+            neighbors_before=self.neighbors_before,
+            neighbors_after=self.neighbors_after,
+        )
+
+    def settled(self, options: GenerationOptions | None) -> GenerationSettings:
+        """Return these settings with every choice of `options` that is not None put in their place."""
+        chosen = {} if options is None else {f.name: getattr(options, f.name) for f in fields(options)}
+        return replace(self, **{name: value for name, value in chosen.items() if value is not None})
+
+    def stage_one_identity(self) -> dict[str, Any]:
+        """Return what decides the motion reference, for comparing a resumed run with the one that was begun."""
+        names = ("size", "num_frames", "seed", "few_step", "stage_one_steps", "stage_one_guidance_scale")
+        return {"negative_prompt": self.negative_prompt if self.stage_one_guidance_scale > 1 else ""} | {
+            name: str(getattr(self, name)) for name in names
+        }
+
+    def stage_two_identity(self) -> dict[str, Any]:
+        """Return what decides the finished segments, beyond `stage_one_identity`."""
+        first = self.stage_one_identity().keys()
+        return {name: str(value) for name, value in asdict(self).items() if name not in first and name != "fps"}
+
+
+def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        msg = f"{name} is {value!r}; use one of {', '.join(choices)}"
+        raise InvalidInputError(msg)
+
+
+def _check_range(name: str, value: float, least: float, most: float) -> None:
+    if not least <= value <= most:
+        msg = f"{name} is {value}; it must be from {least:g} to {most:g}"
+        raise InvalidInputError(msg)

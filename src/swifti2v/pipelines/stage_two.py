@@ -1,0 +1,150 @@
+"""Stage II: the hybrid reference refined segment by segment (paper, CSG), as a stream.
+
+Pixels of the reference go in chunk by chunk, finished latents come out segment by segment; nothing here grows with the
+length of the clip.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import chain
+from typing import TYPE_CHECKING
+
+import torch
+
+from swifti2v.errors import InvalidInputError
+from swifti2v.geometry import CodecGeometry
+from swifti2v.models.condition import predict_targets
+from swifti2v.sampling.schedules import shifted_sigmas
+from swifti2v.sampling.segmented import nothing_finished, sample_segments
+from swifti2v.sampling.solvers import euler, renoise
+from swifti2v.segments import plan_segments
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator
+
+    from torch import Tensor
+
+    from swifti2v.models.transformer import StageTwoTransformer
+    from swifti2v.models.vae import StreamingCodec
+    from swifti2v.pipelines.options import GenerationSettings
+    from swifti2v.sampling.segmented import OnSegmentStep, Window
+    from swifti2v.segments import Segment
+
+SOLVERS = {"euler": euler, "renoise": renoise}
+
+
+@dataclass(frozen=True)
+class FinishedLatents:
+    """Latents that are done: those of a segment, or the anchor (`segment` None). `latents` is [1,C,n,h,w]."""
+
+    segment: Segment | None
+    latents: Tensor
+
+
+class StageTwo:
+    """The refiner: a transformer and the codec of its latents.
+
+    Args:
+        transformer: with reference channels (`concat`) or without (`training-free`).
+        codec: streaming codec of the same latents.
+        uses_prompt: whether the network was trained with prompts; otherwise it is given an empty text.
+    """
+
+    def __init__(self, transformer: StageTwoTransformer, codec: StreamingCodec, *, uses_prompt: bool = True) -> None:
+        self.transformer = transformer
+        self.codec = codec
+        self.uses_prompt = uses_prompt
+        self.geometry = CodecGeometry(
+            spatial=codec.spatial_factor, temporal=codec.temporal_factor, patch=transformer.config.patch_size[1]
+        )
+
+    def plan(self, settings: GenerationSettings) -> tuple[Segment, ...]:
+        """Return the segments of a clip; raise `InvalidInputError` for a size or length that does not divide."""
+        shape = self.geometry.latent_shape(settings.size, settings.num_frames)
+        return plan_segments(
+            shape.num_latent_frames,
+            segment_size=settings.segment_size,
+            neighbors_before=settings.neighbors_before,
+            neighbors_after=settings.neighbors_after,
+        )
+
+    def refine(
+        self,
+        reference_chunks: Iterable[Tensor],
+        settings: GenerationSettings,
+        *,
+        prompt_embeds: Tensor | None = None,
+        negative_prompt_embeds: Tensor | None = None,
+        finished: Callable[[Segment], Tensor | None] = nothing_finished,
+        on_step: OnSegmentStep | None = None,
+    ) -> Iterator[FinishedLatents]:
+        """Yield the anchor, then each segment as it finishes.
+
+        Args:
+            reference_chunks: pixels of the hybrid reference, [1,3,f,H,W] in [-1,1], f = 1, 4, 4, ...
+            settings: schedule, guidance, segments and seed.
+            prompt_embeds: [1,L,D]; needed where `uses_prompt`.
+            negative_prompt_embeds: the same, needed for guidance.
+            finished: stored targets of a resumed run.
+            on_step: see `sample_segments`.
+        """
+        self._check_refiner(settings)
+        text = self._text(prompt_embeds)
+        negative = self._text(negative_prompt_embeds) if settings.guidance_scale > 1 else None
+        latents = self.codec.encode_stream(reference_chunks)
+        anchor = next(latents)
+        yield FinishedLatents(None, anchor)
+
+        def predict(window: Window, targets: Tensor, sigma: float, embeds: Tensor) -> Tensor:
+            return predict_targets(
+                self.transformer,
+                segment=window.segment,
+                slots=window.slots,
+                reference=window.reference,
+                targets=targets,
+                sigma=sigma,
+                prompt_embeds=embeds,
+                position_mode=settings.positions,
+            )
+
+        def denoise(window: Window, targets: Tensor, sigma: float) -> Tensor:
+            clean = predict(window, targets, sigma, text)
+            if negative is None:
+                return clean
+            without = predict(window, targets, sigma, negative)
+            return without + settings.guidance_scale * (clean - without)
+
+        sampled = sample_segments(
+            chain([anchor], latents),
+            self.plan(settings),
+            denoise=denoise,
+            sigmas=shifted_sigmas(settings.num_inference_steps, shift=settings.flow_shift, start=settings.sigma_start),
+            seed=settings.seed,
+            solver=SOLVERS[settings.solver],
+            finished=finished,
+            on_step=on_step,
+        )
+        for segment, targets in sampled:
+            yield FinishedLatents(segment, targets)
+
+    def _text(self, embeds: Tensor | None) -> Tensor:
+        device = self.transformer.device
+        if not self.uses_prompt:
+            return torch.zeros(1, 1, self.transformer.config.text_dim, device=device)
+        if embeds is None:
+            msg = "this Stage II was trained with prompts; pass prompt_embeds (and negative ones for guidance)"
+            raise InvalidInputError(msg)
+        return embeds.to(device)
+
+    def _check_refiner(self, settings: GenerationSettings) -> None:
+        reference_channels = self.transformer.config.in_channels - self.transformer.config.out_channels
+        if settings.refiner == "concat" and reference_channels == 0:
+            msg = (
+                "this checkpoint's Stage II was not trained with the reference as channels; "
+                "use the refiner training-free, or a checkpoint trained by swifti2v"
+            )
+            raise InvalidInputError(msg)
+        if settings.refiner == "training-free" and reference_channels:
+            msg = "this checkpoint's Stage II needs the reference as channels; use the refiner concat"
+            raise InvalidInputError(msg)

@@ -1,0 +1,339 @@
+"""The whole system (paper, figure "method"): image and prompt -> motion reference -> hybrid reference -> video."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+import PIL.Image
+import torch
+from torch import Tensor
+
+from swifti2v.errors import InvalidInputError
+from swifti2v.geometry import Size
+from swifti2v.media.images import LoadedImage, fit_image, fit_notes, image_to_tensor, load_image
+from swifti2v.media.video_writer import VideoWriter
+from swifti2v.pipelines.loading import load_parts
+from swifti2v.pipelines.run_store import RunStore
+from swifti2v.pipelines.stage_one import PromptEmbeds, StageOneOptions
+from swifti2v.reference.hybrid import hybrid_reference
+from swifti2v.reference.options import ReferenceOptions
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from swifti2v.pipelines.loading import Parts
+    from swifti2v.pipelines.options import GenerationOptions, GenerationSettings
+    from swifti2v.segments import Segment
+
+MAX_PROMPT_CHARACTERS = 100_000
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where a run is.
+
+    Args:
+        phase: `stage_one` counts its steps, `stage_two` those of all segments, `frames` the pixel frames handed out.
+        done: of `total`.
+    """
+
+    phase: Literal["stage_one", "stage_two", "frames"]
+    done: int
+    total: int
+
+
+OnProgress = Callable[[Progress], None]
+"""Called after every step; raise `GenerationCancelled` in it to cancel. Finished work stays in the work directory."""
+
+
+@dataclass(frozen=True)
+class FinishedFrames:
+    """Pixel frames that are done: uint8 [n,H,W,3] on the CPU, the first of them frame `first_frame` of the clip."""
+
+    first_frame: int
+    frames: Tensor
+
+
+@dataclass(frozen=True)
+class Video:
+    """A finished clip.
+
+    Args:
+        frames: uint8 [F,H,W,3] on the CPU.
+        fps: frames per second.
+        notes: what was done to the input on the way ("the image was rotated ...").
+    """
+
+    frames: Tensor
+    fps: float
+    notes: tuple[str, ...] = ()
+
+    def save(self, path: str | Path) -> Path:
+        """Write H.264 (mp4, mov or mkv, by the name); raise `OutputError` if that is not possible."""
+        height, width = self.frames.shape[1:3]
+        with VideoWriter(path, size=Size(width, height), fps=self.fps) as writer:
+            writer.write(self.frames)
+        return Path(path)
+
+
+@dataclass(frozen=True)
+class GenerationRequest:
+    """One video to make: an image that fits the settings, a prompt, the settings."""
+
+    image: PIL.Image.Image
+    prompt: str
+    settings: GenerationSettings
+    notes: tuple[str, ...] = ()
+
+
+class TwoStagePipeline:
+    """Both stages of a checkpoint.
+
+    ```python
+    pipe = TwoStagePipeline.from_pretrained("mini")
+    video = pipe("photo.jpg", "the camera zooms in", options=GenerationOptions(size=Size(1280, 704)))
+    video.save("video.mp4")
+    ```
+    """
+
+    def __init__(self, parts: Parts) -> None:
+        self.parts = parts
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name_or_path: str | Path,
+        *,
+        device: str | torch.device | None = None,
+        dtype: torch.dtype | None = None,
+        revision: str | None = None,
+        local_files_only: bool = False,
+        few_step: bool = True,
+    ) -> TwoStagePipeline:
+        """Load a checkpoint: a name (`mini`, `wan2.2`), a folder, or a Hugging Face repository.
+
+        Args:
+            name_or_path: see `swifti2v.models.checkpoints`.
+            device: default: the CUDA device if there is one, else the CPU.
+            dtype: of the networks; default: bfloat16 on CUDA, float32 on the CPU.
+            revision: of a repository.
+            local_files_only: never download.
+            few_step: with the few-step adapters of Stage I; False for the many-step way of the base model.
+
+        Raises:
+            CheckpointError: it cannot be found, downloaded or read.
+        """
+        parts = load_parts(
+            name_or_path,
+            device=device,
+            dtype=dtype,
+            revision=revision,
+            local_files_only=local_files_only,
+            few_step=few_step,
+        )
+        return cls(parts)
+
+    @property
+    def defaults(self) -> GenerationSettings:
+        """Settings that the checkpoint recommends."""
+        return self.parts.defaults
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        image: PIL.Image.Image | str | Path,
+        prompt: str = "",
+        *,
+        options: GenerationOptions | None = None,
+        generator: torch.Generator | None = None,
+        work_dir: str | Path | None = None,
+        on_progress: OnProgress | None = None,
+    ) -> Video:
+        """Make a video and hold all of it in memory; `stream` hands it out as it is made.
+
+        Args:
+            image: a picture or its path; cropped to the aspect of the output and resized.
+            prompt: what should move, and how.
+            options: default: what the checkpoint recommends.
+            generator: draws the seed, instead of `options.seed`.
+            work_dir: keep the motion reference and finished segments there, and continue from what it holds.
+            on_progress: see `OnProgress`.
+
+        Raises:
+            InvalidInputError: image, prompt or an option cannot be used; the message names the fix.
+            WorkDirectoryError: `work_dir` belongs to another run.
+        """
+        request = self.request(image, prompt, options=options, generator=generator)
+        pieces = [piece.frames for piece in self.stream(request, work_dir=work_dir, on_progress=on_progress)]
+        return Video(torch.cat(pieces), request.settings.fps, request.notes)
+
+    def request(
+        self,
+        image: PIL.Image.Image | str | Path,
+        prompt: str = "",
+        *,
+        options: GenerationOptions | None = None,
+        generator: torch.Generator | None = None,
+    ) -> GenerationRequest:
+        """Check everything that can be checked before work begins, and fit the image; arguments as in a call."""
+        settings = self.defaults.settled(options)
+        if generator is not None:
+            settings = _with_seed(settings, generator)
+        self.parts.stage_two.plan(settings)
+        self.parts.stage_one.plan(settings.num_frames)
+        if self.parts.few_step_fused and not settings.few_step:
+            msg = "the few-step adapters are part of the loaded weights; load with few_step=False for many steps"
+            raise InvalidInputError(msg)
+        if len(prompt) > MAX_PROMPT_CHARACTERS:
+            msg = f"the prompt has {len(prompt)} characters; shorten it to at most {MAX_PROMPT_CHARACTERS}"
+            raise InvalidInputError(msg)
+        loaded = load_image(image) if isinstance(image, str | Path) else LoadedImage(image.convert("RGB"), ())
+        notes = (*loaded.notes, *fit_notes(loaded.image, settings.size))
+        return GenerationRequest(fit_image(loaded.image, settings.size), prompt, settings, notes)
+
+    def stream(
+        self,
+        request: GenerationRequest,
+        *,
+        work_dir: str | Path | None = None,
+        on_progress: OnProgress | None = None,
+    ) -> Iterator[FinishedFrames]:
+        """Yield frames as segments finish; memory does not grow with the length of the clip."""
+        settings = request.settings
+        report = on_progress or _ignore
+        with RunStore.open(Path(work_dir) if work_dir is not None else None) as store:
+            embeds = self._encode_prompt(request)
+            self._make_motion_reference(request, embeds, store, report)
+            reference = self._hybrid_reference(request, store)
+            pieces: Iterator[Tensor]
+            if settings.refiner == "none":
+                pieces = map(_pixels, reference)
+            else:
+                pieces = self._refine(reference, request, embeds, store, report)
+            done = 0
+            for frames in pieces:
+                yield FinishedFrames(done, frames)
+                done += len(frames)
+                report(Progress("frames", done, settings.num_frames))
+
+    def preview(
+        self,
+        request: GenerationRequest,
+        *,
+        work_dir: str | Path | None = None,
+        on_progress: OnProgress | None = None,
+    ) -> Iterator[FinishedFrames]:
+        """Yield the motion reference, at its own size; `stream` with the same `work_dir` continues from it."""
+        with RunStore.open(Path(work_dir) if work_dir is not None else None) as store:
+            self._make_motion_reference(request, self._encode_prompt(request), store, on_progress or _ignore)
+            done = 0
+            for frames in store.motion.chunks():
+                yield FinishedFrames(done, torch.from_numpy(frames))
+                done += len(frames)
+
+    def prompt_notes(self, request: GenerationRequest) -> tuple[str, ...]:
+        """Return what encoding does to the prompt, for instance that it is cut at the encoder's limit."""
+        return self._encode_prompt(request).notes
+
+    def _encode_prompt(self, request: GenerationRequest) -> PromptEmbeds:
+        settings = request.settings
+        guided = max(settings.guidance_scale, settings.stage_one_guidance_scale) > 1
+        return self.parts.stage_one.encode_prompt(request.prompt, settings.negative_prompt if guided else None)
+
+    def _make_motion_reference(
+        self, request: GenerationRequest, embeds: PromptEmbeds, store: RunStore, report: OnProgress
+    ) -> None:
+        """Run Stage I into the store, unless the store holds its result."""
+        settings = request.settings
+        store.claim("stage_one", settings.stage_one_identity() | self._identity(request))
+        if store.motion.is_complete:
+            return
+        store.motion.clear()
+        size = self.parts.motion_size(settings.size)
+        guided = settings.stage_one_guidance_scale > 1
+        options = StageOneOptions(
+            num_inference_steps=settings.stage_one_steps,
+            few_step=settings.few_step,
+            guidance_scale=settings.stage_one_guidance_scale,
+            negative_prompt=settings.negative_prompt if guided else "",
+        )
+        pieces = self.parts.stage_one.generate(
+            request.image.resize(size, PIL.Image.Resampling.LANCZOS),
+            None,
+            size=size,
+            num_frames=settings.num_frames,
+            seed=settings.seed,
+            options=options,
+            prompt_embeds=embeds,
+            on_step=lambda step, total: report(Progress("stage_one", step + 1, total)),
+        )
+        for piece in pieces:
+            store.motion.append(piece.numpy())
+        store.motion.complete({"size": str(size)})
+
+    def _hybrid_reference(self, request: GenerationRequest, store: RunStore) -> Iterator[Tensor]:
+        settings = request.settings
+        return hybrid_reference(
+            (torch.from_numpy(frames) for frames in store.motion.chunks()),
+            image_to_tensor(request.image),
+            options=ReferenceOptions(mode=settings.reference, flow_scale=settings.flow_scale),
+            device=self.parts.device,
+            temporal_factor=self.parts.stage_two.geometry.temporal,
+        )
+
+    def _refine(
+        self,
+        reference: Iterator[Tensor],
+        request: GenerationRequest,
+        embeds: PromptEmbeds,
+        store: RunStore,
+        report: OnProgress,
+    ) -> Iterator[Tensor]:
+        """Run Stage II and decode; yield uint8 [f,H,W,3], a latent frame at a time."""
+        settings = request.settings
+        stage_two = self.parts.stage_two
+        store.claim("stage_two", settings.stage_two_identity())
+        num_segments = len(stage_two.plan(settings))
+        num_steps = settings.num_inference_steps
+
+        def on_step(segment: Segment, step: int, _num_steps: int) -> None:
+            report(Progress("stage_two", segment.index * num_steps + step + 1, num_segments * num_steps))
+
+        refined = stage_two.refine(
+            reference,
+            settings,
+            prompt_embeds=embeds.prompt,
+            negative_prompt_embeds=embeds.negative,
+            finished=store.segment,
+            on_step=on_step,
+        )
+
+        def kept() -> Iterable[Tensor]:
+            for item in refined:
+                if item.segment is not None:
+                    store.save_segment(item.segment, item.latents)
+                yield item.latents
+
+        return stage_two.codec.decode_stream(kept())
+
+    def _identity(self, request: GenerationRequest) -> dict[str, str]:
+        digest = hashlib.sha256(request.image.tobytes()).hexdigest()
+        return {"image": digest, "prompt": request.prompt, "checkpoint": self.parts.name}
+
+
+def _pixels(chunk: Tensor) -> Tensor:
+    """[1,3,f,H,W] in [-1,1] -> uint8 [f,H,W,3] on the CPU."""
+    return ((chunk[0].clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(1, 2, 3, 0).cpu()
+
+
+def _with_seed(settings: GenerationSettings, generator: torch.Generator) -> GenerationSettings:
+    seed = torch.randint(2**62, (1,), generator=generator, device=generator.device)
+    return replace(settings, seed=int(seed))
+
+
+def _ignore(_progress: Progress) -> None:
+    """Report to nobody."""

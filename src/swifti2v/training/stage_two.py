@@ -1,0 +1,197 @@
+"""Stage II of `mini`: refine a segment of the hybrid reference, seeing image and finished neighbours (CSG).
+
+Each step draws segments at random places of random clips, cut to a spatial crop: targets are noised, context is the
+truth with a little noise (exposure bias), the loss is on the targets only.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from swifti2v.models.condition import predict_targets
+from swifti2v.models.transform_codec import BlockTransformCodec
+from swifti2v.models.transformer import StageTwoTransformer
+from swifti2v.segments import FrameKind, Segment
+from swifti2v.training.codec import BandStatistics
+from swifti2v.training.loop import Prefetcher
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from swifti2v.training.reference_pairs import ReferencePair
+
+
+@dataclass(frozen=True)
+class StageTwoRecipe:
+    """Everything that decides what Stage II of `mini` becomes, but for the data.
+
+    Args:
+        num_channels: latent channels of the block transform, of 768.
+        width, num_layers, ffn_width: of the transformer; heads are 128 wide.
+        patch: latent cells per token side (8 pixels each).
+        crops: spatial crops in latent cells (height, width), multiples of `patch`.
+        pure_noise_share: share of samples at sigma 1, where a one-step sampler works.
+        context_noise: largest standard deviation of the noise on finished context.
+        pixel_weight: exponent of a channel's scale in the loss; 2 is the squared error of pixels, 0 that of latents.
+    """
+
+    num_channels: int = 192
+    width: int = 256
+    num_layers: int = 5
+    ffn_width: int = 448
+    text_width: int = 96
+    patch: int = 4
+    segment_size: int = 3
+    batch_size: int = 6
+    crops: tuple[tuple[int, int], ...] = ((32, 32), (24, 44), (44, 24))
+    pure_noise_share: float = 0.5
+    context_noise: float = 0.05
+    pixel_weight: float = 1.0
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class SegmentBatch:
+    """Samples of one segment shape: reference and truth of the window [B,C,W,h,w]."""
+
+    segment: Segment
+    truth: Tensor
+    reference: Tensor
+
+
+def fit_block_codec(chunks: Sequence[Tensor], *, num_channels: int) -> BlockTransformCodec:
+    """Fit the codec on pixel chunks [1,3,f,H,W]; a channel's scale is the root of its deviation.
+
+    Between no normalisation (fine detail drowned in noise at once) and whitening (detail that cannot be predicted
+    weighs as much as the picture).
+    """
+    statistics = BandStatistics()
+    statistics.add(chunks)
+    codec = BlockTransformCodec(statistics.best_band_channels(num_channels))
+    codec.transform, deviation = statistics.fit(codec.transform.band_channels)
+    codec.scale.copy_(deviation.sqrt())
+    return codec
+
+
+def make_stage_two_transformer(recipe: StageTwoRecipe) -> StageTwoTransformer:
+    """Build Stage II's transformer at the recipe's size; its output starts at zero: the reference as it is."""
+    torch.manual_seed(recipe.seed)
+    transformer = StageTwoTransformer(
+        patch_size=(1, recipe.patch, recipe.patch),
+        num_attention_heads=recipe.width // 128,
+        attention_head_dim=128,
+        in_channels=2 * recipe.num_channels,
+        out_channels=recipe.num_channels,
+        reference_channels=recipe.num_channels,
+        prediction_type="residual",
+        text_dim=recipe.text_width,
+        freq_dim=256,
+        ffn_dim=recipe.ffn_width,
+        num_layers=recipe.num_layers,
+        cross_attn_norm=True,
+        qk_norm="rms_norm_across_heads",
+        rope_max_seq_len=1024,
+    )
+    nn.init.zeros_(transformer.proj_out.weight)
+    nn.init.zeros_(transformer.proj_out.bias)
+    return transformer
+
+
+class StageTwoObjective:
+    """Restore the targets of random segments; the `Objective` of Stage II."""
+
+    def __init__(
+        self,
+        recipe: StageTwoRecipe,
+        *,
+        codec: BlockTransformCodec,
+        transformer: StageTwoTransformer,
+        pairs: Sequence[ReferencePair],
+    ) -> None:
+        self.recipe = recipe
+        self.module: nn.Module = transformer
+        self._transformer = transformer
+        self._pairs = pairs
+        weight = codec.scale.clone() ** recipe.pixel_weight
+        self._weight = (weight / weight.mean()).view(1, -1, 1, 1, 1)
+        self._batches = Prefetcher(self._batch)
+
+    def loss(self, step: int) -> tuple[Tensor, dict[str, float]]:
+        """Weighted absolute error of the targets; the log compares it with that of the reference itself."""
+        generator = torch.Generator().manual_seed(self.recipe.seed * 1_000_003 + step)
+        batch = self._batches.take(step)
+        places = batch.segment.target_slice
+        truth, reference = batch.truth[:, :, places], batch.reference[:, :, places]
+        size = len(truth)
+        sigma = torch.rand(size, generator=generator)
+        sigma[torch.rand(size, generator=generator) < self.recipe.pure_noise_share] = 1.0
+        level = sigma.view(-1, 1, 1, 1, 1)
+        noisy = (1 - level) * truth + level * torch.randn(truth.shape, generator=generator)
+        predicted = predict_targets(
+            self._transformer,
+            segment=batch.segment,
+            slots=self._slots(batch, generator),
+            reference=batch.reference,
+            targets=noisy,
+            sigma=sigma,
+            prompt_embeds=torch.zeros(size, 1, self.recipe.text_width),
+        )
+        error = ((predicted - truth).abs() * self._weight).mean()
+        unrefined = ((reference - truth).abs() * self._weight).mean()
+        pure = sigma == 1
+        numbers = {"error": error, "unrefined": unrefined}
+        if pure.any():
+            squared = (predicted[pure] - truth[pure]).square() * self._weight.square()
+            numbers["squared_ratio"] = squared.mean() / (
+                ((reference - truth)[pure]).square() * self._weight.square()
+            ).mean().clamp(min=1e-8)
+        return error, {name: float(value.detach()) for name, value in numbers.items()}
+
+    def _slots(self, batch: SegmentBatch, generator: torch.Generator) -> Tensor:
+        slots = batch.truth.clone()
+        strength = self.recipe.context_noise * torch.rand(len(slots), generator=generator).view(-1, 1, 1, 1, 1)
+        noise = torch.randn(slots.shape, generator=generator) * strength
+        for place, kind in enumerate(batch.segment.kinds):
+            if kind is FrameKind.UNREFINED:
+                slots[:, :, place] = batch.reference[:, :, place]
+            elif kind is FrameKind.FINISHED:
+                slots[:, :, place] += noise[:, :, place]
+        return slots
+
+    def _batch(self, step: int) -> SegmentBatch:
+        rng = np.random.default_rng([self.recipe.seed, step])
+        length = self._pairs[0].truth.shape[1]
+        targets = int(rng.choice([self.recipe.segment_size] * 3 + list(range(1, self.recipe.segment_size))))
+        start = int(rng.integers(1, length - targets + 1))
+        before, after = int(rng.random() < 0.75), int(rng.random() < 0.3)
+        segment = Segment(
+            index=0,
+            targets=range(start, start + targets),
+            before=range(max(1, start - before), start),
+            after=range(start + targets, min(length, start + targets + after)),
+        )
+        crop = self.recipe.crops[int(rng.integers(len(self.recipe.crops)))]
+        samples = [self._crop(segment, crop, rng) for _ in range(self.recipe.batch_size)]
+        truth, reference = (torch.stack(part).float() for part in zip(*samples, strict=True))
+        # What is finished has been written back into the reference (paper, "Update").
+        for place, kind in enumerate(segment.kinds):
+            if kind in {FrameKind.ANCHOR, FrameKind.FINISHED}:
+                reference[:, :, place] = truth[:, :, place]
+        return SegmentBatch(segment, truth, reference)
+
+    def _crop(self, segment: Segment, crop: tuple[int, int], rng: np.random.Generator) -> tuple[Tensor, Tensor]:
+        """Cut one sample [C,W,h,w] out of a clip that is large enough."""
+        while True:
+            pair = self._pairs[int(rng.integers(len(self._pairs)))]
+            height, width = pair.truth.shape[2:]
+            if height >= crop[0] and width >= crop[1]:
+                break
+        top, left = int(rng.integers(height - crop[0] + 1)), int(rng.integers(width - crop[1] + 1))
+        frames = list(segment.window)
+        window = (slice(None), frames, slice(top, top + crop[0]), slice(left, left + crop[1]))
+        return pair.truth[window], pair.reference[window]

@@ -1,6 +1,6 @@
 """How near the transported reference comes to the truth, on real clips, clean and damaged.
 
-Command: ``python benchmarks/reference_transport.py --clips DIR [--frames 25] [--size 1280x704] [--damages all]``.
+Command: ``python -m benchmarks.reference_transport --clips DIR [--frames 25] [--size 1280x704] [--damages all]``.
 Truth = the first frames of each clip at least as large as the size, centre-cropped; motion reference = the truth
 reduced four times (antialiased bicubic, uint8), optionally damaged. Prints a table; writes
 ``benchmarks/results/reference_transport_<hardware>_<date>.json``. PSNR: mean over clips of the mean over frames 1.. .
@@ -10,21 +10,18 @@ HF: high-frequency energy over the truth's (`swifti2v.evaluation.metrics.high_fr
 from __future__ import annotations
 
 import argparse
-import datetime as dt
-import json
-import os
-import platform
 import time
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import av
 import cv2
 import numpy as np
 import torch
 import torch.nn.functional as F
 
+from benchmarks.clips import truth_frames
+from benchmarks.results import say, settings_of, write_results
 from swifti2v.evaluation.metrics import high_frequency_energy, psnr
 from swifti2v.geometry import Size
 from swifti2v.reference.hybrid import hybrid_reference
@@ -33,7 +30,6 @@ from swifti2v.reference.options import ReferenceOptions
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-RESULTS = Path(__file__).parent / "results"
 DEFAULT_CLIPS = (
     "bbb_meadow_pan", "bbb_bird_branch", "bee_thistle", "butterfly_yellow_flowers", "dog_fetch", "cup_shuffle",
     "letter_blocks", "soccer_juggle", "tokyo_skyline_pan", "butterfly_monarch_loop",
@@ -50,20 +46,6 @@ DAMAGES = ("none", "noise", "drift", "soft", "swim", "all")
 REDUCTION = 4
 Row = dict[str, float]
 Table = dict[str, dict[str, dict[str, Row]]]
-
-
-def truth_frames(path: Path, size: Size, num_frames: int) -> np.ndarray:
-    """Return the first frames of a clip, centre-cropped: uint8 [F, H, W, 3]; fewer if the clip is shorter."""
-    frames = []
-    with av.open(str(path)) as container:
-        for frame in container.decode(video=0):
-            pixels = frame.to_ndarray(format="rgb24")
-            top, left = (pixels.shape[0] - size.height) // 2, (pixels.shape[1] - size.width) // 2
-            frames.append(pixels[top : top + size.height, left : left + size.width])
-            if len(frames) == num_frames:
-                break
-    usable = (len(frames) - 1) // 4 * 4 + 1
-    return np.stack(frames[:usable])
 
 
 def reduced(truth: np.ndarray) -> np.ndarray:
@@ -139,7 +121,7 @@ def run(arguments: argparse.Namespace) -> Table:
             for variant in arguments.variants:
                 numbers = measure(motion, truth, energies, VARIANTS[variant])
                 table.setdefault(damage, {}).setdefault(variant, {})[name] = numbers
-        print(f"# {name}", flush=True)
+        say(f"# {name}")
     return table
 
 
@@ -167,15 +149,9 @@ def main() -> None:
     arguments = parser.parse_args()
     table = run(arguments)
     show(table)
-    date = dt.datetime.now(dt.UTC).date().isoformat()
-    hardware = f"cpu{os.cpu_count()}-{platform.machine()}"
-    output = arguments.output or RESULTS / f"reference_transport_{hardware}_{date}.json"
-    output.parent.mkdir(parents=True, exist_ok=True)
-    settings = {"size": arguments.size, "frames": arguments.frames}
-    settings |= {"torch": torch.__version__, "opencv": cv2.__version__}
     options = {name: asdict(VARIANTS[name]) for name in arguments.variants}
-    output.write_text(json.dumps({"settings": settings, "options": options, "results": table}, indent=1) + "\n")
-    print(f"\n{output}")
+    content = {"settings": settings_of(arguments), "options": options, "results": table}
+    say(f"written to {write_results('reference_transport', content, arguments.output)}")
 
 
 if __name__ == "__main__":

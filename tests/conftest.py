@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -9,6 +11,7 @@ import torch
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from pathlib import Path
 
     from diffusers import AutoencoderKLWan, WanTransformer3DModel
     from transformers import PreTrainedTokenizerFast, UMT5EncoderModel
@@ -29,6 +32,25 @@ WAN_DIT = {
     "rope_max_seq_len": 64,
 }
 
+TINY_INDEX: dict[str, Any] = {
+    "format": 1,
+    "name": "tiny",
+    "stage_one": {
+        "source": "./stage_one",
+        "window_frames": 9,
+        "max_sequence_length": 16,
+        "adapters": [
+            {"source": "./adapters", "weight_name": "high.safetensors", "expert": "high", "scale": 0.5},
+            {"source": "./adapters", "weight_name": "low.safetensors", "expert": "low"},
+            {"source": "./adapters", "weight_name": "small.safetensors", "role": "low_res"},
+        ],
+    },
+    "stage_two": {"source": "./stage_two"},
+    "defaults": {"width": 64, "height": 64, "num_frames": 9, "fps": 8},
+    "licence": "CC0-1.0",
+    "attribution": "random numbers",
+}
+
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Tests marked gpu are skipped for one reason only: there is no CUDA device."""
@@ -47,10 +69,11 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
 
     letters = "abcdefghijklmnopqrstuvwxyz0123456789.,'-!?"
     vocabulary = {"<pad>": 0, "</s>": 1, "<unk>": 2} | {letter: 3 + i for i, letter in enumerate(letters)}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    special = {"pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, special["unk_token"]))
     tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
     tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", unk_token="<unk>")
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special)
 
 
 @pytest.fixture
@@ -116,3 +139,76 @@ def tiny_wan_dit() -> Callable[..., WanTransformer3DModel]:
         return WanTransformer3DModel(**settings).eval()
 
     return make
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: Any) -> Path:
+    """A whole checkpoint of both stages, written once by diffusers itself; tests that change it take a copy.
+
+    ``stock/`` beside it holds TI2V-5B's own class, for an index that names it instead of ``stage_two/``.
+    """
+    from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanImageToVideoPipeline, WanTransformer3DModel
+    from safetensors.torch import save_file
+    from transformers import UMT5Config, UMT5EncoderModel
+
+    from swifti2v.models.transformer import StageTwoTransformer
+
+    torch.manual_seed(0)
+    root = tmp_path_factory.mktemp("tiny")
+
+    def network(**changes: Any) -> WanTransformer3DModel:
+        settings: dict[str, Any] = {
+            "patch_size": (1, 2, 2),
+            "num_attention_heads": 2,
+            "attention_head_dim": 12,
+            "in_channels": 36,
+            "out_channels": 16,
+            "text_dim": 32,
+            "freq_dim": 16,
+            "ffn_dim": 32,
+            "num_layers": 1,
+            "rope_max_seq_len": 32,
+        }
+        return WanTransformer3DModel(**(settings | changes))
+
+    codec = {"base_dim": 3, "dim_mult": [1, 1, 1, 1], "num_res_blocks": 1, "temperal_downsample": [False, True, True]}
+    text = UMT5Config(
+        vocab_size=64, d_model=32, d_kv=8, d_ff=37, num_layers=1, num_heads=4, relative_attention_num_buckets=8
+    )
+    WanImageToVideoPipeline(
+        tokenizer=tiny_tokenizer,
+        text_encoder=UMT5EncoderModel(text).eval(),
+        vae=AutoencoderKLWan(z_dim=16, **codec),
+        scheduler=UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0),
+        transformer=network(),
+        transformer_2=network(),
+        boundary_ratio=0.9,
+    ).save_pretrained(root / "stage_one")
+    stock = network(in_channels=48, out_channels=48)
+    stock.save_pretrained(root / "stock" / "transformer")
+    wide = StageTwoTransformer.from_wan(stock, reference_channels=48)
+    with torch.no_grad():
+        wide.patch_embedding.weight[:, 48:].normal_()
+    wide.save_pretrained(root / "stage_two" / "transformer")
+    second = AutoencoderKLWan(
+        z_dim=48,
+        in_channels=12,
+        out_channels=12,
+        is_residual=True,
+        patch_size=2,
+        latents_mean=[0.0] * 48,
+        latents_std=[1.0] * 48,
+        scale_factor_spatial=16,
+        scale_factor_temporal=4,
+        **codec,
+    )
+    second.save_pretrained(root / "stage_two" / "vae")
+    shutil.copytree(root / "stage_two" / "vae", root / "stock" / "vae")
+    (root / "adapters").mkdir()
+    for seed, name in enumerate(("high", "low", "small")):
+        generator = torch.Generator().manual_seed(seed)
+        part = "diffusion_model.blocks.0.self_attn.q.lora_"
+        down, up = torch.randn(2, 24, generator=generator), torch.randn(24, 2, generator=generator)
+        save_file({f"{part}down.weight": down, f"{part}up.weight": up}, root / "adapters" / f"{name}.safetensors")
+    (root / "swifti2v.json").write_text(json.dumps(TINY_INDEX))
+    return root

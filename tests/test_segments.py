@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import itertools
+from math import ceil
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from swifti2v.errors import InvalidInputError
-from swifti2v.segments import FrameKind, Segment, max_window, plan_segments
+from swifti2v.segments import FrameKind, Segment, max_window, plan_segments, plan_windows
 
 
 def check_plan(plan: tuple[Segment, ...], total: int, size: int, before: int, after: int) -> None:
@@ -117,3 +118,22 @@ def test_one_frame_has_no_segments():
 def test_numbers_out_of_range_are_named(total, settings, name):
     with pytest.raises(InvalidInputError, match=name):
         plan_segments(total, **settings)
+
+
+@given(
+    frames=st.integers(0, 300).map(lambda count: 4 * count + 1),
+    window=st.integers(3, 25).map(lambda count: 4 * count + 1),
+    overlap=st.sampled_from([1, 5, 9]),
+)
+@settings(deadline=None)
+def test_windows_cover_a_long_clip_and_are_as_few_as_can_be(frames: int, window: int, overlap: int) -> None:
+    lengths = [len(part) for part in plan_windows(frames, window_frames=window, overlap_frames=overlap)]
+    assert sum(lengths) - overlap * (len(lengths) - 1) == frames
+    assert len(lengths) == max(1, ceil((frames - overlap) / (window - overlap)))
+    assert max(lengths) <= window
+
+
+def test_unknown_positions_are_refused() -> None:
+    segment = plan_segments(5)[0]
+    with pytest.raises(InvalidInputError, match="absolute or compact"):
+        segment.positions("relative")  # type: ignore[arg-type]

@@ -11,6 +11,7 @@ from enum import IntEnum
 from typing import Literal
 
 from swifti2v.errors import InvalidInputError
+from swifti2v.geometry import CodecGeometry
 
 PositionMode = Literal["absolute", "compact"]
 
@@ -61,7 +62,10 @@ class Segment:
         """RoPE positions in time: the latent index (`absolute`), or the place in the window (`compact`)."""
         if mode == "absolute":
             return self.window
-        return tuple(range(len(self.window)))
+        if mode == "compact":
+            return tuple(range(len(self.window)))
+        msg = f"positions {mode!r} are unknown; use absolute or compact"
+        raise InvalidInputError(msg)
 
 
 def plan_segments(
@@ -92,6 +96,38 @@ def plan_segments(
         _segment(index, start, num_latent_frames, segment_size, neighbors_before, neighbors_after)
         for index, start in enumerate(starts)
     )
+
+
+def plan_windows(num_frames: int, *, window_frames: int, overlap_frames: int, temporal: int = 4) -> tuple[range, ...]:
+    """Cut a clip for Stage I into windows of pixel frames, as few and as equal as can be.
+
+    Args:
+        num_frames: 4k+1.
+        window_frames: 4k+1, the longest window.
+        overlap_frames: 4k+1 and less than `window_frames`; a window makes again the last `overlap_frames` of the one
+            before it, the first of them being the frame that it continues from.
+        temporal: the 4 in 4k+1.
+
+    Returns:
+        Ranges of pixel frames; every length is 4k+1 and at most `window_frames`.
+
+    Raises:
+        InvalidInputError: a number has another form.
+    """
+    geometry = CodecGeometry(temporal=temporal)
+    total, longest, shared = (geometry.latent_frames(n) - 1 for n in (num_frames, window_frames, overlap_frames))
+    if shared >= longest:
+        msg = f"windows of {window_frames} frames cannot overlap by {overlap_frames}; use fewer overlapping frames"
+        raise InvalidInputError(msg)
+    count = max(1, -(-(total - shared) // (longest - shared)))
+    base, longer = divmod(total + (count - 1) * shared, count)
+    windows: list[range] = []
+    start = 0
+    for index in range(count):
+        length = base + (index < longer)
+        windows.append(range(start * temporal, (start + length) * temporal + 1))
+        start += length - shared
+    return tuple(windows)
 
 
 def max_window(segment_size: int, neighbors_before: int, neighbors_after: int) -> int:

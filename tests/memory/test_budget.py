@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from math import ceil
 from typing import TYPE_CHECKING
 
 import pytest
@@ -21,7 +20,6 @@ from swifti2v.memory.budget import (
     RunSettings,
     plan_run,
     segments_cost,
-    stage_one_windows,
     weight_bytes,
 )
 from swifti2v.memory.checkpoint_dimensions import codec_from_config, read_pipeline_dimensions
@@ -40,7 +38,6 @@ from swifti2v.memory.transformer_cost import (
     TextEncoderDimensions,
     TransformerDimensions,
 )
-from swifti2v.pipelines.windows import plan_windows
 from swifti2v.segments import plan_segments
 
 if TYPE_CHECKING:
@@ -184,25 +181,6 @@ def test_stage_two_memory_does_not_grow_and_work_grows_linearly(frames: int) -> 
     if frames > 25:
         inner = STAGE_TWO_5B.forward_cost(5 * 220, num_timesteps=5).tflop * 4
         assert longer.tflop - here.tflop == pytest.approx(inner)
-
-
-@given(
-    frames=st.integers(0, 300).map(lambda count: 4 * count + 1),
-    window=st.integers(3, 25).map(lambda count: 4 * count + 1),
-    overlap=st.sampled_from([1, 5, 9]),
-)
-@settings(deadline=None)
-def test_windows_cover_the_clip(frames: int, window: int, overlap: int) -> None:
-    """As Stage I itself cuts it, and as few as can be."""
-    lengths = stage_one_windows(frames, window_frames=window, overlap_frames=overlap)
-    assert lengths == tuple(map(len, plan_windows(frames, window_frames=window, overlap_frames=overlap)))
-    assert sum(lengths) - overlap * (len(lengths) - 1) == frames
-    assert len(lengths) == max(1, ceil((frames - overlap) / (window - overlap)))
-
-
-def test_an_overlap_that_fills_the_window_is_refused() -> None:
-    with pytest.raises(InvalidInputError, match="smaller overlap"):
-        stage_one_windows(161, window_frames=81, overlap_frames=81)
 
 
 @pytest.mark.parametrize(

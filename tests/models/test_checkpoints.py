@@ -28,24 +28,6 @@ from swifti2v.models.transformer import StageTwoTransformer
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-INDEX: dict[str, Any] = {
-    "format": 1,
-    "name": "tiny",
-    "stage_one": {
-        "source": "./stage_one",
-        "window_frames": 9,
-        "max_sequence_length": 16,
-        "adapters": [
-            {"source": "./adapters", "weight_name": "high.safetensors", "expert": "high", "scale": 0.5},
-            {"source": "./adapters", "weight_name": "low.safetensors", "expert": "low"},
-            {"source": "./adapters", "weight_name": "small.safetensors", "role": "low_res"},
-        ],
-    },
-    "stage_two": {"source": "./stage_two"},
-    "defaults": {"width": 64, "height": 64, "num_frames": 9, "fps": 8},
-    "licence": "CC0-1.0",
-    "attribution": "random numbers",
-}
 TARGET = "blocks.0.attn1.to_q"
 
 
@@ -57,68 +39,10 @@ def lora(seed: int) -> dict[str, torch.Tensor]:
     }
 
 
-@pytest.fixture(scope="module")
-def saved(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: Any) -> Path:
-    """A whole checkpoint, written once; tests that change it take a copy (`checkpoint`)."""
-    from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanImageToVideoPipeline, WanTransformer3DModel
-    from transformers import UMT5Config, UMT5EncoderModel
-
-    torch.manual_seed(0)
-    root = tmp_path_factory.mktemp("tiny")
-
-    def network(**changes: Any) -> WanTransformer3DModel:
-        settings: dict[str, Any] = {
-            "patch_size": (1, 2, 2),
-            "num_attention_heads": 2,
-            "attention_head_dim": 12,
-            "in_channels": 36,
-            "out_channels": 16,
-            "text_dim": 32,
-            "freq_dim": 16,
-            "ffn_dim": 32,
-            "num_layers": 1,
-            "rope_max_seq_len": 32,
-        }
-        return WanTransformer3DModel(**(settings | changes))
-
-    codec = {"base_dim": 3, "dim_mult": [1, 1, 1, 1], "num_res_blocks": 1, "temperal_downsample": [False, True, True]}
-    text = UMT5Config(
-        vocab_size=64, d_model=32, d_kv=8, d_ff=37, num_layers=1, num_heads=4, relative_attention_num_buckets=8
-    )
-    WanImageToVideoPipeline(
-        tokenizer=tiny_tokenizer,
-        text_encoder=UMT5EncoderModel(text).eval(),
-        vae=AutoencoderKLWan(z_dim=16, **codec),
-        scheduler=UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0),
-        transformer=network(),
-        transformer_2=network(),
-        boundary_ratio=0.9,
-    ).save_pretrained(root / "stage_one")
-    stock = network(in_channels=48, out_channels=48)
-    stock.save_pretrained(root / "stock" / "transformer")
-    wide = StageTwoTransformer.from_wan(stock, reference_channels=48)
-    with torch.no_grad():
-        wide.patch_embedding.weight[:, 48:].normal_()
-    wide.save_pretrained(root / "stage_two" / "transformer")
-    second = AutoencoderKLWan(
-        z_dim=48,
-        in_channels=12,
-        out_channels=12,
-        is_residual=True,
-        patch_size=2,
-        latents_mean=[0.0] * 48,
-        latents_std=[1.0] * 48,
-        scale_factor_spatial=16,
-        scale_factor_temporal=4,
-        **codec,
-    )
-    second.save_pretrained(root / "stage_two" / "vae")
-    shutil.copytree(root / "stage_two" / "vae", root / "stock" / "vae")
-    (root / "adapters").mkdir()
-    for seed, name in enumerate(("high", "low", "small")):
-        save_file(lora(seed), root / "adapters" / f"{name}.safetensors")
-    (root / "swifti2v.json").write_text(json.dumps(INDEX))
-    return root
+@pytest.fixture(scope="session")
+def saved(tiny_checkpoint: Path) -> Path:
+    """The checkpoint of all tests; those that change it take a copy (`checkpoint`)."""
+    return tiny_checkpoint
 
 
 @pytest.fixture
@@ -381,8 +305,8 @@ def test_checksums_find_any_changed_file(checkpoint: Path) -> None:
 # ------------------------------------------------------------------------------------------------ index
 
 
-def test_index_survives_the_round_trip(tmp_path: Path) -> None:
-    index = CheckpointIndex.from_json(INDEX)
+def test_index_survives_the_round_trip(saved: Path, tmp_path: Path) -> None:
+    index = CheckpointIndex.from_json(json.loads((saved / "swifti2v.json").read_text()))
     assert index.stage_one.adapters[0].scale == 0.5
     assert index.stage_one.few_step_sigmas == (1.0, 0.9375, 5 / 6, 0.625)
     write_index(index, tmp_path / "swifti2v.json")

@@ -70,6 +70,13 @@ class TestWhatTheNetworkSees:
         assert torch.equal(reference, window["reference"])
         assert torch.equal(window["slots"], slots_before)
 
+    def test_a_residual_network_is_not_shown_pure_noise(self, window: dict[str, Any]) -> None:
+        network = RecordingNetwork(2 * CHANNELS, prediction_type="residual")
+        predict_targets(network, **window | {"sigma": torch.tensor([1.0, 0.25])})
+        shown = network.seen["hidden_states"][:, :CHANNELS, 2:4]
+        assert shown[0].abs().max() == 0
+        torch.testing.assert_close(shown[1], 0.75 * window["targets"][1])
+
     def test_slots_in_the_places_of_targets_are_ignored(self, window: dict[str, Any]) -> None:
         network = RecordingNetwork(2 * CHANNELS)
         predict_targets(network, **window)

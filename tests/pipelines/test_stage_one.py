@@ -13,10 +13,10 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler, WanImageToVideoPipeline
 from peft import LoraConfig
 
-from swifti2v.errors import AdapterError, GenerationCancelled, InvalidInputError
+from swifti2v.errors import GenerationCancelled, InvalidInputError
 from swifti2v.geometry import Size
 from swifti2v.models.scheduler import FixedSigmaScheduler
-from swifti2v.pipelines.stage_one import PromptEmbeds, StageOne, StageOneOptions, few_step_adapters
+from swifti2v.pipelines.stage_one import PromptEmbeds, StageOne, StageOneOptions
 
 SIZE = Size(32, 16)
 TEXT_LENGTH = 16
@@ -317,32 +317,6 @@ def test_an_exception_restores_the_adapters(stage_one, with_adapters, image):
     with pytest.raises(Stop):
         make(stage_one, image, options=StageOneOptions.many_step(3), on_step=cancel)
     assert state(with_adapters) == before
-
-
-def test_merged_few_step_adapters_cannot_be_turned_off(with_adapters):
-    network = with_adapters.transformer
-    network.fuse_lora(adapter_names=["few_step"])
-    with pytest.raises(AdapterError, match="unfuse them"), few_step_adapters(network, enabled=False):
-        pass
-    with few_step_adapters(network, enabled=True):
-        pass
-
-
-def test_other_merged_adapters_would_hide_the_few_step_ones(with_adapters):
-    network = with_adapters.transformer
-    network.fuse_lora(adapter_names=["low_res"])
-    with pytest.raises(AdapterError, match="unfuse them"), few_step_adapters(network, enabled=True):
-        pass
-
-
-def test_disabled_adapters_stay_disabled(with_adapters):
-    network = with_adapters.transformer
-    network.disable_adapters()
-    layers = [module for module in network.modules() if hasattr(module, "lora_A")]
-    assert layers
-    with few_step_adapters(network, enabled=True):
-        assert all(layer.active_adapters == ["few_step"] and not layer.disable_adapters for layer in layers)
-    assert all(layer.disable_adapters for layer in layers)
 
 
 # Long clips

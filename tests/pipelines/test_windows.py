@@ -10,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from swifti2v.errors import InvalidInputError
-from swifti2v.pipelines.windows import cross_fade, match_color, plan_windows
+from swifti2v.pipelines.windows import cross_fade, match_color
+from swifti2v.segments import plan_windows
 
 
 @given(st.integers(0, 400), st.integers(1, 30), st.data())

@@ -40,18 +40,18 @@ def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path) -> None:
     whole, broken = Regression(), Regression()
     TrainingLoop(whole, tmp_path / "whole", OPTIONS).run()
 
-    class Killed(RuntimeError):
+    class KilledError(RuntimeError):
         pass
 
     original = broken.loss
 
     def killed_after_eight_steps(step: int):
         if step == 8:
-            raise Killed
+            raise KilledError
         return original(step)
 
     broken.loss = killed_after_eight_steps
-    with pytest.raises(Killed):
+    with pytest.raises(KilledError):
         TrainingLoop(broken, tmp_path / "broken", OPTIONS).run()
     resumed = Regression()
     TrainingLoop(resumed, tmp_path / "broken", OPTIONS).run()

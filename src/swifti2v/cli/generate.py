@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.progress import Progress as ProgressBars
 
-from swifti2v.errors import SwiftI2VError
+from swifti2v.errors import MemoryBudgetError
 from swifti2v.geometry import Size
 from swifti2v.pipelines.options import GenerationOptions
 
@@ -23,9 +23,10 @@ if TYPE_CHECKING:
 
     from rich.progress import TaskID
 
-    from swifti2v.pipelines.two_stage import FinishedFrames, GenerationRequest, Progress, TwoStagePipeline
+    from swifti2v.media.video_writer import VideoWriter
+    from swifti2v.pipelines.two_stage import GenerationRequest, Progress, TwoStagePipeline
 
-PHASE_LABELS = {"stage_one": "Stage I, motion", "stage_two": "Stage II, detail", "frames": "frames written"}
+PHASE_LABELS = {"stage_one": "Stage I, motion", "stage_two": "Stage II, segment", "frames": "frames written"}
 
 ImageArgument = Annotated[Path, typer.Argument(help="The input image: JPEG, PNG, WebP, TIFF, ...")]
 PromptOption = Annotated[str, typer.Option(help="What should move, and how.")]
@@ -106,14 +107,18 @@ def preview(  # noqa: PLR0913 - typer makes an option of each parameter
     model: ModelOption = "wan2.2",
     size: SizeOption = None,
     frames: FramesOption = None,
+    fps: FpsOption = None,
     seed: SeedOption = None,
     work_dir: WorkDirOption = None,
+    device: DeviceOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Make the motion reference only (Stage I); `generate` with the same --work-dir continues from it."""
-    options = GenerationOptions(size=Size.parse(size) if size is not None else None, num_frames=frames, seed=seed)
+    options = GenerationOptions(
+        size=Size.parse(size) if size is not None else None, num_frames=frames, fps=fps, seed=seed
+    )
     job = _Job(image, prompt, output, options, work_dir, as_json)
-    job.run(model, device=None, few_step=True, stage_one_only=True)
+    job.run(model, device=device, few_step=True, stage_one_only=True)
 
 
 @dataclass
@@ -131,12 +136,7 @@ class _Job:
 
     def run(self, model: str, *, device: str | None, few_step: bool, stage_one_only: bool = False) -> None:
         """Load, generate, write, and say what was done."""
-        from swifti2v.media.images import load_image
-        from swifti2v.media.video_writer import check_output_path
-
-        check_output_path(self.output)
-        load_image(self.image)  # a bad image must not cost the loading of a model first
-
+        self._check(model, few_step=few_step)
         from swifti2v.pipelines.two_stage import TwoStagePipeline
 
         pipeline = TwoStagePipeline.from_pretrained(model, device=device, few_step=few_step)
@@ -144,7 +144,8 @@ class _Job:
         request = pipeline.request(self.image, self.prompt, options=self.options)
         for note in (*request.notes, *pipeline.prompt_notes(request)):
             self._say(note)
-        first_seconds = self._write(pipeline, request, stage_one_only=stage_one_only)
+        with _memory_errors():
+            first_seconds = self._write(pipeline, request, stage_one_only=stage_one_only)
         summary = {
             "output": str(self.output),
             "size": str(pipeline.parts.motion_size(request.settings.size) if stage_one_only else request.settings.size),
@@ -162,14 +163,32 @@ class _Job:
                 f"{summary['output']}: {summary['num_frames']} frames of {summary['size']}, {summary['seconds']} s"
             )
 
+    def _check(self, model: str, *, few_step: bool) -> None:
+        """Find what can be found wrong before a model is loaded, which may take minutes."""
+        from swifti2v.media.images import load_image
+        from swifti2v.media.video_writer import check_output_path
+
+        check_output_path(self.output)
+        load_image(self.image)
+        _quiet_libraries()
+
+        from swifti2v.pipelines.loading import settings_of
+        from swifti2v.pipelines.run_store import RunStore
+
+        settings_of(model, self.options, few_step=few_step)
+        if self.work_dir is not None:
+            RunStore(self.work_dir)
+
     def _write(self, pipeline: TwoStagePipeline, request: GenerationRequest, *, stage_one_only: bool) -> float:
         """Write the file; return when the first frames were in it."""
         from swifti2v.media.video_writer import VideoWriter
 
         first_seconds = 0.0
-        with _progress_bars(quiet=self.as_json) as on_progress:
-            make = pipeline.preview if stage_one_only else pipeline.stream
-            pieces: Iterator[FinishedFrames] = make(request, work_dir=self.work_dir, on_progress=on_progress)
+        make = pipeline.preview if stage_one_only else pipeline.stream
+        with (
+            _progress_bars(quiet=self.as_json) as on_progress,
+            closing(make(request, work_dir=self.work_dir, on_progress=on_progress)) as pieces,
+        ):
             first = next(pieces)
             height, width = first.frames.shape[1:3]
             writer = VideoWriter(self.output, size=Size(width, height), fps=request.settings.fps)
@@ -179,11 +198,21 @@ class _Job:
                     first_seconds = time.monotonic()
                     for piece in pieces:
                         writer.write(piece.frames)
-            except (KeyboardInterrupt, SwiftI2VError):
-                if writer.partial_path is not None:
-                    self._say(f"{writer.num_frames} finished frames are kept in {writer.partial_path}")
+            except BaseException as error:  # Ctrl-C too
+                self._tell_partial(writer, error)
                 raise
         return first_seconds
+
+    def _tell_partial(self, writer: VideoWriter, error: BaseException) -> None:
+        """Say, in the JSON form too, where the finished part of a stopped run is."""
+        if writer.partial_path is None:
+            return
+        # After a failure to write, some of the frames that were handed to the encoder are not in the file.
+        amount = "finished" if isinstance(error, OSError) else f"{writer.num_frames} finished"
+        line = f"note: {amount} frames are kept in {writer.partial_path}"
+        if self.work_dir is not None:
+            line += f"; the same command continues from {self.work_dir}"
+        typer.echo(line, err=True)
 
     def _say(self, note: str) -> None:
         self.notes.append(note)
@@ -191,25 +220,51 @@ class _Job:
             typer.echo(f"note: {note}", err=True)
 
 
+def _quiet_libraries() -> None:
+    """Keep the progress bars and remarks of the libraries beneath out of sight: they are not about the user's run."""
+    import diffusers
+    import transformers
+
+    for logging in (diffusers.utils.logging, transformers.utils.logging):
+        logging.set_verbosity_error()
+        logging.disable_progress_bar()
+
+
+@contextmanager
+def _memory_errors() -> Iterator[None]:
+    """Turn the end of memory into one line that says what to do about it."""
+    import torch
+
+    try:
+        yield
+    except (MemoryError, torch.OutOfMemoryError) as error:
+        msg = "there is not enough memory for this run; choose a smaller --size or --segment-size (see swifti2v plan)"
+        raise MemoryBudgetError(msg) from error
+
+
 @contextmanager
 def _progress_bars(*, quiet: bool) -> Iterator[Any]:
-    """Yield an `OnProgress` that draws a bar for each phase, with the time left."""
-    if quiet:
+    """Yield an `OnProgress` that draws a bar for each phase, with the time left; in a terminal only."""
+    console = Console(stderr=True)
+    if quiet or not console.is_terminal:
         yield None
         return
     columns = (
-        TextColumn("{task.description:>17}"),
+        TextColumn("{task.description:>25}"),
         BarColumn(),
         MofNCompleteColumn(),
         TimeElapsedColumn(),
         TimeRemainingColumn(),
     )
-    with ProgressBars(*columns, console=Console(stderr=True)) as bars:
+    with ProgressBars(*columns, console=console) as bars:
         tasks: dict[str, TaskID] = {}
 
         def show(progress: Progress) -> None:
+            label = PHASE_LABELS[progress.phase]
+            if progress.num_segments:
+                label += f" {progress.segment}/{progress.num_segments}"
             if progress.phase not in tasks:
-                tasks[progress.phase] = bars.add_task(PHASE_LABELS[progress.phase], total=progress.total)
-            bars.update(tasks[progress.phase], completed=progress.done, total=progress.total)
+                tasks[progress.phase] = bars.add_task(label, total=progress.total)
+            bars.update(tasks[progress.phase], completed=progress.done, total=progress.total, description=label)
 
         yield show

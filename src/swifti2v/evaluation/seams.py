@@ -71,10 +71,20 @@ def seam_ratio(frames: Iterable[Array], *, segment_size: int, temporal_factor: i
     Raises:
         InvalidInputError: `segment_size` or `temporal_factor` is below 2.
     """
+    changes = (frame_change(pair) for pair in consecutive_pairs(frames))
+    return seam_ratio_of_changes(changes, segment_size=segment_size, temporal_factor=temporal_factor)
+
+
+def seam_ratio_of_changes(changes: Iterable[FrameChange], *, segment_size: int, temporal_factor: int = 4) -> SeamRatio:
+    """Return `seam_ratio` of a video of which the changes are known, from frame 0 to 1 on; spares a second flow.
+
+    Raises:
+        InvalidInputError: `segment_size` or `temporal_factor` is below 2.
+    """
     if min(segment_size, temporal_factor) < 2:
         msg = f"segment_size is {segment_size}, temporal_factor {temporal_factor}; both must be at least 2"
         raise InvalidInputError(msg)
-    changes = [frame_change(pair) for pair in consecutive_pairs(frames)]
+    changes = list(changes)
     return SeamRatio(
         _border_ratio([change.luma for change in changes], segment_size, temporal_factor),
         _border_ratio([change.detail for change in changes], segment_size, temporal_factor),

@@ -20,7 +20,7 @@ from swifti2v.memory.transformer_cost import (
     WAN22_I2V_A14B_EXPERT,
     ForwardCost,
 )
-from swifti2v.segments import plan_segments
+from swifti2v.segments import plan_segments, plan_windows
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -166,24 +166,6 @@ def segments_cost(
     return total
 
 
-def stage_one_windows(
-    num_frames: int, *, window_frames: int, overlap_frames: int, temporal_factor: int = 4
-) -> tuple[int, ...]:
-    """Pixel frames of each window in which Stage I makes a clip: as few and as equal as can be (`pipelines.windows`).
-
-    Raises:
-        InvalidInputError: a number is not 4k+1, or the overlap fills a window.
-    """
-    geometry = CodecGeometry(temporal=temporal_factor)
-    total, longest, shared = (geometry.latent_frames(n) - 1 for n in (num_frames, window_frames, overlap_frames))
-    if shared >= longest:
-        msg = f"an overlap of {overlap_frames} frames fills a window of {window_frames}; use a smaller overlap"
-        raise InvalidInputError(msg)
-    count = max(1, -(-(total - shared) // (longest - shared)))
-    base, longer = divmod(total + (count - 1) * shared, count)
-    return tuple((base + (index < longer)) * temporal_factor + 1 for index in range(count))
-
-
 def plan_run(
     dimensions: PipelineDimensions, settings: RunSettings, *, weight_dtype: WeightDtype = "bfloat16"
 ) -> RunPlan:
@@ -239,20 +221,20 @@ def _stage_one_phase(dimensions: PipelineDimensions, settings: RunSettings, dtyp
     expert, codec = dimensions.stage_one, dimensions.stage_one_codec
     size = dimensions.reference_size(settings.size)
     geometry = CodecGeometry(codec.spatial_factor, codec.temporal_factor, expert.patch_size[1])
-    windows = stage_one_windows(
+    windows = plan_windows(
         settings.num_frames,
         window_frames=dimensions.window_frames,
         overlap_frames=dimensions.overlap_frames,
-        temporal_factor=codec.temporal_factor,
+        temporal=codec.temporal_factor,
     )
     passes = settings.stage_one_steps * guided_passes(settings.stage_one_guidance_scale)
     tflop = 0.0
-    for frames in windows:
+    for frames in map(len, windows):
         tokens = expert.num_tokens(*geometry.latent_shape(size, frames))
         tflop += expert.forward_cost(tokens, text_tokens=dimensions.text_tokens).times(passes).tflop
         # diffusers encodes the image followed by empty frames, the whole window long.
         tflop += codec.encode_tflop(size, frames) + codec.decode_tflop(size, frames)
-    largest = expert.num_tokens(*geometry.latent_shape(size, max(windows)))
+    largest = expert.num_tokens(*geometry.latent_shape(size, max(map(len, windows))))
     return PhaseCost(
         name="stage one",
         num_tokens=largest,

@@ -18,7 +18,7 @@ from swifti2v.config import from_mapping, to_mapping
 from swifti2v.errors import CheckpointError, ConfigurationError
 
 # The names stand in annotations that the strict reader resolves at run time.
-from swifti2v.segments import PositionMode  # noqa: TC001
+from swifti2v.segments import PositionMode  # noqa: TC001 - see above
 
 INDEX_NAME = "swifti2v.json"
 FORMAT = 1

@@ -78,7 +78,7 @@ def predict_targets(
     places = segment.target_slice
 
     output = transformer(
-        _network_input(transformer, segment, slots, reference, targets),
+        _network_input(transformer, segment, slots, reference, _shown(transformer, targets, sigma_B)),
         _frame_timesteps(segment, sigma_B),
         prompt_embeds.to(transformer.dtype),
         frame_positions=torch.tensor(segment.positions(position_mode)),
@@ -88,6 +88,17 @@ def predict_targets(
     if transformer.config.prediction_type == "residual":
         return reference[:, :, places].float() + prediction
     return targets.float() - sigma_B.view(-1, 1, 1, 1, 1) * prediction
+
+
+def _shown(transformer: StageTwoNetwork, targets: Tensor, sigma_B: Tensor) -> Tensor:
+    """Return the noisy targets as the network sees them.
+
+    A network that predicts the residual to the reference is narrow: its tokens cannot carry noise that they have no use
+    for, so the slot fades out and is empty at sigma 1 (measured: `docs/log.md`). A velocity needs the noise whole.
+    """
+    if transformer.config.prediction_type != "residual":
+        return targets
+    return targets * (1 - sigma_B.view(-1, 1, 1, 1, 1))
 
 
 def _network_input(

@@ -21,6 +21,7 @@ __all__ = ["ModelMixin", "MotionTransformer"]  # diffusers looks ModelMixin up i
 MASK_CHANNELS = 4
 POSITION_CHANNELS = 3
 TRAINED_LATENT_FRAMES = 21
+POSITION_GAIN = 4.0  # three channels of more than a hundred: at a gain of 1 they are learned last
 
 
 class MotionTransformer(WanTransformer3DModel):
@@ -59,20 +60,23 @@ class MotionTransformer(WanTransformer3DModel):
         """Return x0 [B,z,F,h,w]; what training supervises (latent frame 0 is given, and replaced in `forward`)."""
         num_channels = self.config.out_channels
         frames = hidden_states.shape[2]
+        # The noisy latents fade out with the noise, which the narrow tokens could only be hidden by.
+        shown = hidden_states[:, :num_channels] * (1 - timestep / 1000).view(-1, 1, 1, 1, 1).to(hidden_states)
+        mask = hidden_states[:, num_channels : num_channels + MASK_CHANNELS]
         image = hidden_states[:, num_channels + MASK_CHANNELS :, :1].expand(-1, -1, frames, -1, -1)
-        joined = torch.cat([hidden_states[:, : num_channels + MASK_CHANNELS], image, _positions(hidden_states)], dim=1)
+        joined = torch.cat([shown, mask, image, _positions(hidden_states)], dim=1)
         return super().forward(
             joined, timestep, encoder_hidden_states, return_dict=False, attention_kwargs=attention_kwargs
         )[0]
 
 
 def _positions(hidden_states: Tensor) -> Tensor:
-    """Return x, y in half widths from the centre and time in trained lengths: [B,3,F,h,w]."""
+    """Return x, y in half widths from the centre and time in trained lengths, times the gain: [B,3,F,h,w]."""
     batch, _, frames, height, width = hidden_states.shape
     device = hidden_states.device
     columns = (torch.arange(width, device=device) + 0.5) * 2 / width - 1
     rows = ((torch.arange(height, device=device) + 0.5) * 2 / height - 1) * height / width
     times = torch.arange(frames, device=device) / (TRAINED_LATENT_FRAMES - 1)
     grid = torch.meshgrid(times, rows, columns, indexing="ij")
-    positions = torch.stack([grid[2], grid[1], grid[0]]).to(hidden_states.dtype)
+    positions = POSITION_GAIN * torch.stack([grid[2], grid[1], grid[0]]).to(hidden_states.dtype)
     return positions.expand(batch, -1, -1, -1, -1)

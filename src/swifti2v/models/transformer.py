@@ -123,10 +123,10 @@ class StageTwoTransformer(WanTransformer3DModel):
     """
 
     _no_split_modules = ["StageTwoBlock"]  # noqa: RUF012 - diffusers declares these as plain class attributes
-    _repeated_blocks = ["StageTwoBlock"]  # noqa: RUF012
-    _keep_in_fp32_modules = [*WanTransformer3DModel._keep_in_fp32_modules, _KIND_TABLE]  # noqa: RUF012
+    _repeated_blocks = ["StageTwoBlock"]  # noqa: RUF012 - as above
+    _keep_in_fp32_modules = [*WanTransformer3DModel._keep_in_fp32_modules, _KIND_TABLE]  # noqa: RUF012 - as above
     # Everything per token is split where it is made; timesteps are per frame and stay whole on each rank.
-    _cp_plan = {  # noqa: RUF012
+    _cp_plan = {  # noqa: RUF012 - as above
         "rope": {
             0: ContextParallelInput(split_dim=1, expected_dims=4, split_output=True),
             1: ContextParallelInput(split_dim=1, expected_dims=4, split_output=True),

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import torch
 
+from swifti2v.errors import InvalidInputError
 from swifti2v.geometry import Size, reduced_size
+from swifti2v.models.checkpoint_files import read_json
 from swifti2v.models.checkpoints import (
     load_stage_one_pipeline,
     load_stage_two_transformer,
     load_stage_two_vae,
     resolve,
 )
+from swifti2v.models.scheduler import FixedSigmaScheduler
 from swifti2v.models.vae import open_codec
 from swifti2v.pipelines.options import GenerationSettings
 from swifti2v.pipelines.stage_one import FEW_STEP_ADAPTER, StageOne
@@ -23,7 +28,9 @@ from swifti2v.pipelines.stage_two import StageTwo
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from swifti2v.models.checkpoint_index import CheckpointIndex, StageOneEntry
+    from swifti2v.models.checkpoint_index import CheckpointIndex, Refiner, StageOneEntry
+    from swifti2v.models.checkpoints import ResolvedCheckpoint
+    from swifti2v.pipelines.options import GenerationOptions
 
 
 @dataclass(frozen=True)
@@ -31,12 +38,14 @@ class Parts:
     """What a checkpoint gives a pipeline.
 
     Args:
-        name: of the checkpoint.
+        name: of the checkpoint, with a digest of its checksums where its index has them.
         stage_one, stage_two: loaded.
         defaults: settings that the checkpoint recommends.
         motion_reduction: output size over motion size.
         motion_max_area: pixels of a motion frame at most, None for no limit.
-        few_step_fused: the few-step adapters are in the weights, so that the many-step way needs another load.
+        few_step_ways: values of `few_step` that the loaded weights can sample with: one, where the few-step adapters
+            are in the weights or were left out of them, and both, where the checkpoint has none.
+        many_step_flow_shift: time shift of Stage I's many-step schedule.
         device: where hybrid reference and Stage II work.
     """
 
@@ -46,7 +55,8 @@ class Parts:
     defaults: GenerationSettings
     motion_reduction: float = 4.0
     motion_max_area: int | None = None
-    few_step_fused: bool = False
+    few_step_ways: tuple[bool, ...] = (True, False)
+    many_step_flow_shift: float = 5.0
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
 
     def motion_size(self, size: Size) -> Size:
@@ -55,6 +65,15 @@ class Parts:
         if self.motion_max_area is not None:
             factor = max(factor, math.sqrt(size.width * size.height / self.motion_max_area))
         return reduced_size(size, factor, self.stage_one.geometry.size_multiple)
+
+    def check_few_step(self, few_step: bool) -> None:
+        """Raise `InvalidInputError` if Stage I cannot sample in this way with the weights as they were loaded."""
+        if few_step in self.few_step_ways:
+            return
+        state = "are part of" if self.few_step_ways[0] else "were left out of"
+        way = "few steps" if few_step else "many steps"
+        msg = f"the few-step adapters {state} the loaded weights; load with few_step={few_step} for {way}"
+        raise InvalidInputError(msg)
 
 
 def load_parts(
@@ -70,34 +89,65 @@ def load_parts(
 
     Raises:
         CheckpointError: the checkpoint cannot be found, downloaded or read.
+        InvalidInputError: there is no such device.
     """
-    place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    place = open_device(device)
     dtype = dtype or (torch.float32 if place.type == "cpu" else torch.bfloat16)
     checkpoint = resolve(name_or_path, revision=revision, local_files_only=local_files_only)
-    index = checkpoint.index
-    roles = {adapter.role for adapter in index.stage_one.adapters}
+    one, two = checkpoint.index.stage_one, checkpoint.index.stage_two
+    transformer = load_stage_two_transformer(checkpoint, dtype=dtype, refiner=_trained_refiner(checkpoint))
+    codec = load_stage_two_vae(checkpoint, dtype=dtype)
+    roles = {adapter.role for adapter in one.adapters}
     applied = roles if few_step else roles - {FEW_STEP_ADAPTER}
     pipeline = load_stage_one_pipeline(checkpoint, dtype=dtype, roles=applied).to(place)
-    transformer = load_stage_two_transformer(
-        checkpoint, dtype=dtype, refiner=None if index.stage_two.refiner != "none" else "training-free"
-    )
-    codec = load_stage_two_vae(checkpoint, dtype=dtype)
+    pipeline.scheduler = _few_step_scheduler(pipeline.scheduler, one)
     return Parts(
-        name=index.name,
-        stage_one=StageOne(
-            pipeline,
-            window_frames=index.stage_one.window_frames,
-            max_sequence_length=index.stage_one.max_sequence_length,
-        ),
+        name=_identity(checkpoint.index),
+        stage_one=StageOne(pipeline, window_frames=one.window_frames, max_sequence_length=one.max_sequence_length),
         stage_two=StageTwo(
-            transformer.to(place).eval(), open_codec(codec.to(place).eval()), uses_prompt=index.stage_two.uses_prompt
+            transformer.to(place).eval(), open_codec(codec.to(place).eval()), uses_prompt=two.uses_prompt
         ),
-        defaults=default_settings(index, few_step=few_step),
-        motion_reduction=index.stage_one.reference_reduction,
-        motion_max_area=index.stage_one.max_area,
-        few_step_fused=FEW_STEP_ADAPTER in applied,
+        defaults=default_settings(checkpoint.index, few_step=few_step),
+        motion_reduction=one.reference_reduction,
+        motion_max_area=one.max_area,
+        few_step_ways=(few_step,) if FEW_STEP_ADAPTER in roles else (True, False),
+        many_step_flow_shift=one.flow_shift,
         device=place,
     )
+
+
+def open_device(device: str | torch.device | None) -> torch.device:
+    """Return a device that can be used; None: the CUDA device if there is one, else the CPU."""
+    wanted = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        place = torch.device(wanted)
+        torch.empty(0, device=place)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = (str(error).splitlines() or [""])[0]
+        msg = f"device {str(wanted)!r} cannot be used ({reason}); use cpu, or cuda where there is a CUDA card"
+        raise InvalidInputError(msg) from error
+    if place.type == "meta":
+        msg = "device 'meta' holds no numbers; use cpu, or cuda where there is a CUDA card"
+        raise InvalidInputError(msg)
+    return place
+
+
+def settings_of(
+    name_or_path: str | Path,
+    options: GenerationOptions | None = None,
+    *,
+    few_step: bool = True,
+    revision: str | None = None,
+    local_files_only: bool = False,
+) -> GenerationSettings:
+    """Return the settings that a run would have, from the checkpoint's index: nothing is loaded.
+
+    Raises:
+        CheckpointError: there is no such checkpoint.
+        InvalidInputError: an option is out of its range.
+    """
+    index = resolve(name_or_path, revision=revision, local_files_only=local_files_only, parts=()).index
+    return default_settings(index, few_step=few_step).settled(options)
 
 
 def default_settings(index: CheckpointIndex, *, few_step: bool = True) -> GenerationSettings:
@@ -128,3 +178,25 @@ def _stage_one_sampling(entry: StageOneEntry, *, few_step: bool) -> tuple[int, f
     if few_step:
         return len(entry.few_step_sigmas), 1.0
     return entry.num_inference_steps, entry.guidance_scale
+
+
+def _trained_refiner(checkpoint: ResolvedCheckpoint) -> Refiner:
+    """Return how the network can run; an index whose default is to run none says nothing about it."""
+    entry = checkpoint.index.stage_two
+    if entry.refiner != "none":
+        return entry.refiner
+    config = read_json(checkpoint.folder_of("stage_two") / entry.transformer_subfolder / "config.json")
+    return "concat" if config.get("reference_channels") else "training-free"
+
+
+def _few_step_scheduler(current: object, entry: StageOneEntry) -> FixedSigmaScheduler:
+    """Return the scheduler of the checkpoint's few-step way; `StageOne` makes that of the many-step way itself."""
+    config = dict(current.config) if isinstance(current, FixedSigmaScheduler) else {}
+    return FixedSigmaScheduler.from_config(config | {"fixed_sigmas": list(entry.few_step_sigmas)})
+
+
+def _identity(index: CheckpointIndex) -> str:
+    """Return the name of a checkpoint, and what tells it from another state of the same name."""
+    if not index.sha256:
+        return index.name
+    return f"{index.name} {hashlib.sha256(json.dumps(index.sha256, sort_keys=True).encode()).hexdigest()[:16]}"

@@ -6,12 +6,15 @@ from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Literal
 
 from swifti2v.errors import InvalidInputError
-from swifti2v.geometry import Size  # noqa: TC001 - the command line resolves these annotations at run time
+from swifti2v.geometry import CodecGeometry, Size
 from swifti2v.segments import PositionMode, plan_segments
 
 Refiner = Literal["concat", "training-free", "none"]
 SolverName = Literal["euler", "renoise"]
 REFINERS: tuple[Refiner, ...] = ("concat", "training-free", "none")
+
+MAX_SIDE = 16_384
+"""Pixels of a side at most: what H.264 can hold."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +47,7 @@ class GenerationSettings:
     """Everything that decides a video besides image, prompt and checkpoint.
 
     Args:
-        size: of the output in pixels, multiples of 32.
+        size: of the output in pixels, multiples of 32, at most `MAX_SIDE`.
         num_frames: pixel frames, 4k+1.
         fps: frames per second of the file.
         seed: in [0, 2**63).
@@ -96,6 +99,9 @@ class GenerationSettings:
         _check_choice("reference", self.reference, ("replace", "transport"))
         _check_choice("solver", self.solver, ("euler", "renoise"))
         _check_choice("positions", self.positions, ("absolute", "compact"))
+        CodecGeometry().latent_shape(self.size, self.num_frames)
+        _check_range("width", self.size.width, 1, MAX_SIDE)
+        _check_range("height", self.size.height, 1, MAX_SIDE)
         _check_range("fps", self.fps, 1, 240)
         _check_range("seed", self.seed, 0, 2**63 - 1)
         _check_range("flow_scale", self.flow_scale, 1 / 64, 1)
@@ -125,8 +131,12 @@ class GenerationSettings:
 
     def stage_two_identity(self) -> dict[str, Any]:
         """Return what decides the finished segments, beyond `stage_one_identity`."""
-        first = self.stage_one_identity().keys()
-        return {name: str(value) for name, value in asdict(self).items() if name not in first and name != "fps"}
+        others = self.stage_one_identity().keys() | {"fps"}
+        identity = {name: str(value) for name, value in asdict(self).items() if name not in others}
+        identity["negative_prompt"] = self.negative_prompt if self.guidance_scale > 1 else ""
+        if self.reference == "replace":
+            identity["flow_scale"] = ""
+        return identity
 
 
 def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:

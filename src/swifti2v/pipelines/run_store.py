@@ -57,29 +57,55 @@ class RunStore:
         if directory is not None:
             yield cls(directory)
             return
-        with TemporaryDirectory(prefix="swifti2v-") as temporary:
-            yield cls(Path(temporary))
+        try:
+            temporary = TemporaryDirectory(prefix="swifti2v-")
+        except OSError as error:
+            msg = f"no temporary directory can be made ({error.strerror}); give a writable --work-dir"
+            raise OutputError(msg) from error
+        with temporary:
+            yield cls(Path(temporary.name))
 
-    def claim(self, part: str, identity: Mapping[str, Any]) -> None:
-        """Record that `part` of the run is decided by `identity`, or check that it is what was recorded.
+    def claim_motion(self, identity: Mapping[str, Any]) -> None:
+        """Record what decides the motion reference, or check that it is what was recorded.
 
         Raises:
-            WorkDirectoryError: the directory holds this part of another run; the message names what differs.
+            WorkDirectoryError: the directory holds a finished motion reference, or segments, of another run; the
+                message names what differs. Where nothing is finished, nothing is lost, and the record is replaced.
         """
+        self._claim("stage_one", identity, held=self.motion.is_complete or self.has_segments)
+
+    def claim_segments(self, identity: Mapping[str, Any]) -> None:
+        """Record what decides the segments beyond the motion reference, or check it, as `claim_motion` does.
+
+        So Stage II may be set otherwise after a preview, until its first segment is finished.
+        """
+        self._claim("stage_two", identity, held=self.has_segments)
+
+    @property
+    def has_segments(self) -> bool:
+        """Whether any segment is finished."""
+        return any((self.directory / "segments").glob("segment_*.safetensors"))
+
+    def _claim(self, part: str, identity: Mapping[str, Any], *, held: bool) -> None:
         record = self._record()
         wanted = {name: str(value) for name, value in identity.items()}
-        if part in record:
-            different = sorted(
-                name for name in wanted.keys() | record[part].keys() if wanted.get(name) != record[part].get(name)
-            )
-            if different:
-                msg = (
-                    f"{self.directory} holds a run with another {', '.join(different)}; "
-                    "give the same options as before, or another --work-dir"
-                )
-                raise WorkDirectoryError(msg)
+        if record.get(part) == wanted:
             return
+        if held:
+            known = record.get(part, {})
+            different = sorted(name for name in wanted.keys() | known.keys() if wanted.get(name) != known.get(name))
+            msg = (
+                f"{self.directory} holds a run with another {', '.join(different)}; "
+                "give the same options as before, or another --work-dir"
+            )
+            if not known:
+                msg = f"{self.directory} holds results but no record of what they belong to; use another --work-dir"
+            raise WorkDirectoryError(msg)
         self._write(self.directory / RECORD_NAME, json.dumps(record | {part: wanted}, indent=2).encode())
+
+    def has(self, segment: Segment) -> bool:
+        """Whether the targets of a segment are kept."""
+        return self._segment_path(segment).exists()
 
     def segment(self, segment: Segment) -> Tensor | None:
         """Return the stored targets of a segment, or None if it was not finished.
@@ -109,10 +135,10 @@ class RunStore:
             return {}
         try:
             record = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
+            return {part: dict(identity) for part, identity in record.items()}
+        except (OSError, ValueError, TypeError, AttributeError) as error:
             msg = f"{path} is damaged; use another --work-dir"
             raise WorkDirectoryError(msg) from error
-        return dict(record)
 
     def _write(self, path: Path, content: bytes) -> None:
         partial = path.with_name(f".{path.name}.part")

@@ -20,8 +20,9 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from swifti2v.errors import AdapterError, InvalidInputError
 from swifti2v.geometry import CodecGeometry, Size
 from swifti2v.models.scheduler import FixedSigmaScheduler
-from swifti2v.pipelines.windows import cross_fade, match_color, plan_windows
+from swifti2v.pipelines.windows import cross_fade, match_color
 from swifti2v.sampling.segmented import derived_seed
+from swifti2v.segments import plan_windows
 
 if TYPE_CHECKING:
     from diffusers import WanImageToVideoPipeline

@@ -89,7 +89,7 @@ class StageTwo:
             finished: stored targets of a resumed run.
             on_step: see `sample_segments`.
         """
-        self._check_refiner(settings)
+        self.check_refiner(settings)
         text = self._text(prompt_embeds)
         negative = self._text(negative_prompt_embeds) if settings.guidance_scale > 1 else None
         latents = self.codec.encode_stream(reference_chunks)
@@ -137,7 +137,8 @@ class StageTwo:
             raise InvalidInputError(msg)
         return embeds.to(device)
 
-    def _check_refiner(self, settings: GenerationSettings) -> None:
+    def check_refiner(self, settings: GenerationSettings) -> None:
+        """Raise `InvalidInputError` if the network was not made for the refiner of `settings`."""
         reference_channels = self.transformer.config.in_channels - self.transformer.config.out_channels
         if settings.refiner == "concat" and reference_channels == 0:
             msg = (

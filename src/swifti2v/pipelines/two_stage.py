@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
+from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -39,11 +40,15 @@ class Progress:
     Args:
         phase: `stage_one` counts its steps, `stage_two` those of all segments, `frames` the pixel frames handed out.
         done: of `total`.
+        segment: of `stage_two`, the segment at work, from 1 to `num_segments`.
+        num_segments: of `stage_two`.
     """
 
     phase: Literal["stage_one", "stage_two", "frames"]
     done: int
     total: int
+    segment: int = 0
+    num_segments: int = 0
 
 
 OnProgress = Callable[[Progress], None]
@@ -65,7 +70,7 @@ class Video:
     Args:
         frames: uint8 [F,H,W,3] on the CPU.
         fps: frames per second.
-        notes: what was done to the input on the way ("the image was rotated ...").
+        notes: what was done to image and prompt on the way ("rotated by its EXIF orientation").
     """
 
     frames: Tensor
@@ -102,6 +107,7 @@ class TwoStagePipeline:
 
     def __init__(self, parts: Parts) -> None:
         self.parts = parts
+        self._encoded: tuple[tuple[str, str | None], PromptEmbeds] | None = None
 
     @classmethod
     def from_pretrained(
@@ -168,8 +174,10 @@ class TwoStagePipeline:
             WorkDirectoryError: `work_dir` belongs to another run.
         """
         request = self.request(image, prompt, options=options, generator=generator)
-        pieces = [piece.frames for piece in self.stream(request, work_dir=work_dir, on_progress=on_progress)]
-        return Video(torch.cat(pieces), request.settings.fps, request.notes)
+        notes = (*request.notes, *self.prompt_notes(request))
+        with closing(self.stream(request, work_dir=work_dir, on_progress=on_progress)) as pieces:
+            frames = torch.cat([piece.frames for piece in pieces])
+        return Video(frames, request.settings.fps, notes)
 
     def request(
         self,
@@ -179,15 +187,18 @@ class TwoStagePipeline:
         options: GenerationOptions | None = None,
         generator: torch.Generator | None = None,
     ) -> GenerationRequest:
-        """Check everything that can be checked before work begins, and fit the image; arguments as in a call."""
+        """Check everything that can be checked before work begins, and fit the image; arguments as in a call.
+
+        Raises:
+            InvalidInputError: as in a call.
+        """
         settings = self.defaults.settled(options)
         if generator is not None:
             settings = _with_seed(settings, generator)
         self.parts.stage_two.plan(settings)
         self.parts.stage_one.plan(settings.num_frames)
-        if self.parts.few_step_fused and not settings.few_step:
-            msg = "the few-step adapters are part of the loaded weights; load with few_step=False for many steps"
-            raise InvalidInputError(msg)
+        self.parts.stage_two.check_refiner(settings)
+        self.parts.check_few_step(settings.few_step)
         if len(prompt) > MAX_PROMPT_CHARACTERS:
             msg = f"the prompt has {len(prompt)} characters; shorten it to at most {MAX_PROMPT_CHARACTERS}"
             raise InvalidInputError(msg)
@@ -201,8 +212,15 @@ class TwoStagePipeline:
         *,
         work_dir: str | Path | None = None,
         on_progress: OnProgress | None = None,
-    ) -> Iterator[FinishedFrames]:
-        """Yield frames as segments finish; memory does not grow with the length of the clip."""
+    ) -> Generator[FinishedFrames, None, None]:
+        """Yield frames as segments finish; memory does not grow with the length of the clip.
+
+        Whoever stops early should close the iterator: that ends its threads and removes what it keeps on the disk.
+
+        Raises:
+            WorkDirectoryError: while iterating, if `work_dir` belongs to another run or is damaged.
+            OutputError: while iterating, if `work_dir` cannot be written.
+        """
         settings = request.settings
         report = on_progress or _ignore
         with RunStore.open(Path(work_dir) if work_dir is not None else None) as store:
@@ -226,7 +244,7 @@ class TwoStagePipeline:
         *,
         work_dir: str | Path | None = None,
         on_progress: OnProgress | None = None,
-    ) -> Iterator[FinishedFrames]:
+    ) -> Generator[FinishedFrames, None, None]:
         """Yield the motion reference, at its own size; `stream` with the same `work_dir` continues from it."""
         with RunStore.open(Path(work_dir) if work_dir is not None else None) as store:
             self._make_motion_reference(request, self._encode_prompt(request), store, on_progress or _ignore)
@@ -236,20 +254,24 @@ class TwoStagePipeline:
                 done += len(frames)
 
     def prompt_notes(self, request: GenerationRequest) -> tuple[str, ...]:
-        """Return what encoding does to the prompt, for instance that it is cut at the encoder's limit."""
-        return self._encode_prompt(request).notes
+        """Return what there is to say of the prompt: that it is empty, or cut at the encoder's limit."""
+        empty = () if request.prompt.strip() else ("the prompt is empty: what moves is left to the model",)
+        return (*empty, *self._encode_prompt(request).notes)
 
     def _encode_prompt(self, request: GenerationRequest) -> PromptEmbeds:
         settings = request.settings
         guided = max(settings.guidance_scale, settings.stage_one_guidance_scale) > 1
-        return self.parts.stage_one.encode_prompt(request.prompt, settings.negative_prompt if guided else None)
+        texts = (request.prompt, settings.negative_prompt if guided else None)
+        if self._encoded is None or self._encoded[0] != texts:  # the notes of a prompt are asked for before the run
+            self._encoded = (texts, self.parts.stage_one.encode_prompt(*texts))
+        return self._encoded[1]
 
     def _make_motion_reference(
         self, request: GenerationRequest, embeds: PromptEmbeds, store: RunStore, report: OnProgress
     ) -> None:
         """Run Stage I into the store, unless the store holds its result."""
         settings = request.settings
-        store.claim("stage_one", settings.stage_one_identity() | self._identity(request))
+        store.claim_motion(settings.stage_one_identity() | self._identity(request))
         if store.motion.is_complete:
             return
         store.motion.clear()
@@ -260,6 +282,7 @@ class TwoStagePipeline:
             few_step=settings.few_step,
             guidance_scale=settings.stage_one_guidance_scale,
             negative_prompt=settings.negative_prompt if guided else "",
+            flow_shift=self.parts.many_step_flow_shift,
         )
         pieces = self.parts.stage_one.generate(
             request.image.resize(size, PIL.Image.Resampling.LANCZOS),
@@ -296,12 +319,13 @@ class TwoStagePipeline:
         """Run Stage II and decode; yield uint8 [f,H,W,3], a latent frame at a time."""
         settings = request.settings
         stage_two = self.parts.stage_two
-        store.claim("stage_two", settings.stage_two_identity())
+        store.claim_segments(settings.stage_two_identity())
         num_segments = len(stage_two.plan(settings))
         num_steps = settings.num_inference_steps
 
         def on_step(segment: Segment, step: int, _num_steps: int) -> None:
-            report(Progress("stage_two", segment.index * num_steps + step + 1, num_segments * num_steps))
+            done, number = segment.index * num_steps + step + 1, segment.index + 1
+            report(Progress("stage_two", done, num_segments * num_steps, number, num_segments))
 
         refined = stage_two.refine(
             reference,
@@ -314,7 +338,7 @@ class TwoStagePipeline:
 
         def kept() -> Iterable[Tensor]:
             for item in refined:
-                if item.segment is not None:
+                if item.segment is not None and not store.has(item.segment):
                     store.save_segment(item.segment, item.latents)
                 yield item.latents
 

@@ -1,4 +1,4 @@
-"""A long clip as overlapping windows of pixel frames: where they lie, and how one is joined to the next."""
+"""How one window of a long Stage I clip is joined to the next (`segments.plan_windows` says where they lie)."""
 
 from __future__ import annotations
 
@@ -6,43 +6,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from swifti2v.errors import InvalidInputError
-from swifti2v.geometry import CodecGeometry
-
 if TYPE_CHECKING:
     from torch import Tensor
-
-
-def plan_windows(num_frames: int, *, window_frames: int, overlap_frames: int, temporal: int = 4) -> tuple[range, ...]:
-    """Cut a clip into windows of pixel frames, as few and as equal as can be; neighbours share `overlap_frames`.
-
-    Args:
-        num_frames: 4k+1.
-        window_frames: 4k+1, the longest window.
-        overlap_frames: 4k+1 and less than `window_frames`; a window makes again the last `overlap_frames` of the one
-            before it, the first of them being the frame it continues from.
-        temporal: the 4 in 4k+1.
-
-    Returns:
-        Ranges of pixel frames; every length is 4k+1 and at most `window_frames`.
-
-    Raises:
-        InvalidInputError: a number has another form.
-    """
-    geometry = CodecGeometry(temporal=temporal)
-    total, longest, shared = (geometry.latent_frames(n) - 1 for n in (num_frames, window_frames, overlap_frames))
-    if shared >= longest:
-        msg = f"windows of {window_frames} frames cannot overlap by {overlap_frames}; use fewer overlapping frames"
-        raise InvalidInputError(msg)
-    count = max(1, -(-(total - shared) // (longest - shared)))
-    base, longer = divmod(total + (count - 1) * shared, count)
-    windows: list[range] = []
-    start = 0
-    for index in range(count):
-        length = base + (index < longer)
-        windows.append(range(start * temporal, (start + length) * temporal + 1))
-        start += length - shared
-    return tuple(windows)
 
 
 def match_color(frames: Tensor, target: Tensor) -> Tensor:

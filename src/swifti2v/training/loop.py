@@ -128,10 +128,14 @@ class TrainingLoop:
         self._optimizer.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]
         norm = torch.nn.utils.clip_grad_norm_(self._parameters, self.options.gradient_clip)
-        self._optimizer.step()
-        self._average.step(self._parameters)
+        # bfloat16 can overflow in one gradient of thousands of steps; that step is left out and counted.
+        usable = bool(torch.isfinite(norm))
+        if usable:
+            self._optimizer.step()
+            self._average.step(self._parameters)
         self.step += 1
-        return {"loss": float(loss.detach()), "gradient_norm": float(norm)} | numbers
+        health = {"gradient_norm": float(norm) if usable else 0.0, "skipped": float(not usable)}
+        return {"loss": float(loss.detach())} | health | numbers
 
     def _log(self, numbers: dict[str, float], started: float) -> None:
         entry = {"step": self.step, "seconds": round(time.monotonic() - started, 1)}

@@ -57,8 +57,8 @@ class StageOneRecipe:
         residual_weight: of the loss on the residual channels, which are mostly unpredictable.
         smoothness_weight: of the loss on differences of the motion between neighbouring blocks and frames.
         num_steps: of the run; places `begins` and `ends` of the shapes.
-        shapes: batches to draw from. What the words mean is learned first, on many small clips; then how motion looks at
-            the size and length of use, on few large ones.
+        shapes: batches to draw from. What the words mean is learned first, on many small clips; then how motion looks
+            at the size and length of use, on few large ones.
     """
 
     width: int = 256
@@ -71,16 +71,16 @@ class StageOneRecipe:
     smoothness_weight: float = 4.0
     sigma_shift: float = 5.0
     seed: int = 0
-    num_steps: int = 3000
+    num_steps: int = 1300
     shapes: tuple[ClipShape, ...] = field(
         default_factory=lambda: (
-            ClipShape(9, 96, 64, 24, 0.5, ends=0.55),
-            ClipShape(21, 80, 48, 16, 0.5, ends=0.55),
-            ClipShape(21, 160, 96, 4, 0.35, begins=0.55),
-            ClipShape(9, 256, 144, 4, 0.20, begins=0.55),
-            ClipShape(6, 320, 176, 4, 0.20, begins=0.55),
-            ClipShape(9, 128, 192, 6, 0.10, begins=0.55),
-            ClipShape(21, 320, 176, 1, 0.15, begins=0.8),
+            ClipShape(9, 96, 64, 24, 0.5, ends=0.8),
+            ClipShape(21, 80, 48, 16, 0.5, ends=0.8),
+            ClipShape(21, 160, 96, 4, 0.35, begins=0.8),
+            ClipShape(9, 256, 144, 4, 0.20, begins=0.8),
+            ClipShape(6, 320, 176, 4, 0.20, begins=0.8),
+            ClipShape(9, 128, 192, 6, 0.10, begins=0.8),
+            ClipShape(21, 320, 176, 1, 0.15, begins=0.9),
         )
     )
 

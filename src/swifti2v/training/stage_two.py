@@ -177,7 +177,7 @@ class StageTwoObjective:
         )
         crop = self.recipe.crops[int(rng.integers(len(self.recipe.crops)))]
         samples = [self._crop(segment, crop, rng) for _ in range(self.recipe.batch_size)]
-        truth, reference = (torch.stack(part).float() for part in zip(*samples, strict=True))
+        truth, reference = (torch.stack(part) for part in zip(*samples, strict=True))
         # What is finished has been written back into the reference (paper, "Update").
         for place, kind in enumerate(segment.kinds):
             if kind in {FrameKind.ANCHOR, FrameKind.FINISHED}:
@@ -194,4 +194,4 @@ class StageTwoObjective:
         top, left = int(rng.integers(height - crop[0] + 1)), int(rng.integers(width - crop[1] + 1))
         frames = list(segment.window)
         window = (slice(None), frames, slice(top, top + crop[0]), slice(left, left + crop[1]))
-        return pair.truth[window], pair.reference[window]
+        return pair.truth[window].float(), pair.reference[window].float()

@@ -1,0 +1,220 @@
+"""`swifti2v generate` and `preview` on a tiny checkpoint, from the command line to the file."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import PIL.Image
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from swifti2v.cli.main import EXIT_ERROR, EXIT_INTERRUPTED, app
+from swifti2v.errors import GenerationCancelled
+from swifti2v.geometry import Size
+from swifti2v.media.video_reader import VideoReader
+from swifti2v.pipelines.two_stage import TwoStagePipeline
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+    from pathlib import Path
+
+    from click.testing import Result
+
+    Run = Callable[..., Result]
+
+SHORT = ("--frames", "9", "--steps", "1", "--stage-one-steps", "1", "--segment-size", "1")
+
+
+@pytest.fixture(autouse=True)
+def _loud_libraries() -> Iterator[None]:
+    """Give the libraries back the voice that the command takes from them."""
+    import diffusers
+    import transformers
+
+    libraries = (diffusers.utils.logging, transformers.utils.logging)
+    kept = [library.get_verbosity() for library in libraries]
+    yield
+    for library, verbosity in zip(libraries, kept, strict=True):
+        library.set_verbosity(verbosity)
+        library.enable_progress_bar()
+
+
+@pytest.fixture
+def photo(tmp_path: Path) -> Path:
+    pixels = np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8)
+    PIL.Image.fromarray(pixels).resize((80, 80)).save(tmp_path / "photo.png")
+    return tmp_path / "photo.png"
+
+
+@pytest.fixture
+def run(tiny_checkpoint: Path, tmp_path: Path, photo: Path) -> Run:
+    """Run a command on the photograph, writing ``out.mp4``."""
+
+    def invoke(*arguments: str, command: str = "generate", **environment: str) -> Result:
+        given = [command, str(photo), "--model", str(tiny_checkpoint), "--output", str(tmp_path / "out.mp4")]
+        return CliRunner().invoke(app, [*given, *arguments], env=environment)
+
+    return invoke
+
+
+def num_frames(path: Path) -> int:
+    return sum(len(chunk) for chunk in VideoReader(path))
+
+
+def interrupt_after(monkeypatch: pytest.MonkeyPatch, num_pieces: int, error: BaseException) -> None:
+    """Let the stream of a pipeline raise after so many pieces."""
+    stream = TwoStagePipeline.stream
+
+    def stopping(self: TwoStagePipeline, *arguments: Any, **options: Any) -> Iterator[Any]:
+        for number, piece in enumerate(stream(self, *arguments, **options)):
+            if number == num_pieces:
+                raise error
+            yield piece
+
+    monkeypatch.setattr(TwoStagePipeline, "stream", stopping)
+
+
+def test_video_is_written(run: Run, tmp_path: Path) -> None:
+    result = run("--prompt", "pan left", *SHORT)
+    assert result.exit_code == 0, result.output
+    assert result.stderr == ""
+    assert result.stdout.startswith(f"{tmp_path / 'out.mp4'}: 9 frames of 64x64, ")
+    reader = VideoReader(tmp_path / "out.mp4")
+    assert (reader.info.size, reader.info.fps) == (Size(64, 64), 8)
+    assert num_frames(tmp_path / "out.mp4") == 9
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out.mp4", "photo.png"]
+
+
+def test_json(run: Run, tmp_path: Path) -> None:
+    result = run("--prompt", "", "--json", "--size", "96x64", "--fps", "24", *SHORT)
+    assert result.exit_code == 0
+    assert result.stderr == ""
+    summary = json.loads(result.stdout)
+    assert summary["output"] == str(tmp_path / "out.mp4")
+    assert (summary["size"], summary["num_frames"], summary["fps"]) == ("96x64", 9, 24.0)
+    assert 0 < summary["first_frames_seconds"] <= summary["seconds"]
+    assert summary["load_seconds"] > 0
+    assert any("cut to the aspect" in note for note in summary["notes"])
+    assert any("prompt is empty" in note for note in summary["notes"])
+
+
+def test_options_reach_the_pipeline(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Any] = []
+    request = TwoStagePipeline.request
+
+    def watching(self: TwoStagePipeline, *arguments: Any, **options: Any) -> Any:
+        seen.append(request(self, *arguments, **options))
+        return seen[-1]
+
+    monkeypatch.setattr(TwoStagePipeline, "request", watching)
+    given = {
+        "--size": "96x64",
+        "--frames": "5",
+        "--fps": "12",
+        "--seed": "7",
+        "--steps": "2",
+        "--sigma-start": "0.75",
+        "--guidance": "1.5",
+        "--negative-prompt": "blurry",
+        "--refiner": "concat",
+        "--reference": "replace",
+        "--flow-scale": "0.75",
+        "--segment-size": "2",
+        "--neighbors-before": "0",
+        "--neighbors-after": "1",
+        "--positions": "compact",
+        "--stage-one-steps": "3",
+        "--stage-one-guidance": "1.25",
+    }
+    result = run("--prompt", "tilt", "--many-step", *(word for pair in given.items() for word in pair))
+    assert result.exit_code == 0, result.stderr
+    settings = seen[0].settings
+    assert seen[0].prompt == "tilt"
+    assert str(settings.size) == "96x64"
+    assert (settings.num_frames, settings.fps, settings.seed) == (5, 12, 7)
+    assert (settings.num_inference_steps, settings.sigma_start, settings.guidance_scale) == (2, 0.75, 1.5)
+    assert (settings.refiner, settings.reference, settings.flow_scale) == ("concat", "replace", 0.75)
+    assert (settings.segment_size, settings.neighbors_before, settings.neighbors_after) == (2, 0, 1)
+    assert (settings.positions, settings.negative_prompt) == ("compact", "blurry")
+    assert (settings.few_step, settings.stage_one_steps, settings.stage_one_guidance_scale) == (False, 3, 1.25)
+
+
+def test_progress_in_a_terminal(run: Run) -> None:
+    result = run("--prompt", "pan left", *SHORT, FORCE_COLOR="1", COLUMNS="100")
+    assert result.exit_code == 0
+    for words in ("Stage I, motion", "Stage II, segment 2/2", "frames written", "9/9"):
+        assert words in result.stderr, result.stderr
+
+
+def test_preview_then_generate(run: Run, tmp_path: Path) -> None:
+    work = tmp_path / "work"
+    few = ("--prompt", "pan left", "--work-dir", str(work), "--frames", "9")
+    result = run(*few, "--json", command="preview")
+    assert result.exit_code == 0, result.stderr
+    assert json.loads(result.stdout)["size"] == "16x16"
+    assert num_frames(tmp_path / "out.mp4") == 9
+    motion = {path: path.stat().st_mtime_ns for path in (work / "motion_reference").iterdir()}
+    result = run(*few, "--steps", "1")
+    assert result.exit_code == 0, result.stderr
+    assert motion == {path: path.stat().st_mtime_ns for path in (work / "motion_reference").iterdir()}
+    reader = VideoReader(tmp_path / "out.mp4")
+    assert reader.info.size == Size(64, 64)
+
+
+@pytest.mark.parametrize("json_option", [(), ("--json",)], ids=["text", "json"])
+def test_ctrl_c_leaves_what_is_done(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, json_option: tuple[str, ...]
+) -> None:
+    interrupt_after(monkeypatch, 2, KeyboardInterrupt())
+    result = run("--prompt", "pan left", "--work-dir", str(tmp_path / "work"), *SHORT, *json_option)
+    assert result.exit_code == EXIT_INTERRUPTED
+    assert result.stdout == ""
+    note, last = result.stderr.splitlines()
+    assert note.startswith(f"note: 5 finished frames are kept in {tmp_path / 'out.partial.mp4'}; the same command")
+    assert last == "interrupted: stopped by Ctrl-C"
+    assert num_frames(tmp_path / "out.partial.mp4") == 5
+    assert not (tmp_path / "out.mp4").exists()
+    monkeypatch.undo()
+    assert run("--prompt", "pan left", "--work-dir", str(tmp_path / "work"), *SHORT).exit_code == 0
+    assert num_frames(tmp_path / "out.mp4") == 9
+
+
+def test_ctrl_c_before_the_first_frame(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    interrupt_after(monkeypatch, 0, KeyboardInterrupt())
+    result = run("--prompt", "pan left", *SHORT)
+    assert result.exit_code == EXIT_INTERRUPTED
+    assert result.stderr == "interrupted: stopped by Ctrl-C\n"
+    assert [path.name for path in tmp_path.iterdir()] == ["photo.png"]
+
+
+def test_cancelled(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    interrupt_after(monkeypatch, 1, GenerationCancelled("asked to stop"))
+    result = run("--prompt", "pan left", *SHORT)
+    assert result.exit_code == EXIT_INTERRUPTED
+    assert result.stderr.endswith("cancelled: asked to stop\n")
+
+
+@pytest.mark.parametrize("error", [MemoryError(), torch.OutOfMemoryError("CUDA out of memory.\nTried")])
+def test_too_little_memory(run: Run, monkeypatch: pytest.MonkeyPatch, error: BaseException) -> None:
+    interrupt_after(monkeypatch, 0, error)
+    result = run("--prompt", "pan left", *SHORT)
+    assert result.exit_code == EXIT_ERROR
+    assert result.stderr.startswith("error: there is not enough memory")
+    assert "--segment-size" in result.stderr
+    assert result.stderr.count("\n") == 1
+
+
+@pytest.mark.slow
+def test_nothing_but_our_own_words_on_the_screen(tiny_checkpoint: Path, photo: Path, tmp_path: Path) -> None:
+    """In a process of its own: libraries speak while they are imported and while they load."""
+    command = [sys.executable, "-m", "swifti2v.cli.main", "generate", str(photo), "--output", str(tmp_path / "out.mp4")]
+    given = ["--model", str(tiny_checkpoint), "--prompt", "", "--json", *SHORT]
+    result = subprocess.run([*command, *given], capture_output=True, text=True, timeout=300, check=False)  # noqa: S603 - our own command
+    assert result.returncode == 0, result.stderr
+    assert result.stderr == ""
+    assert json.loads(result.stdout)["num_frames"] == 9

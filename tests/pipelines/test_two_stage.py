@@ -1,0 +1,402 @@
+"""The whole system on a tiny checkpoint: streaming, resuming, cancelling, seeds, long clips."""
+
+from __future__ import annotations
+
+import shutil
+import weakref
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import PIL.Image
+import pytest
+import torch
+
+from swifti2v.errors import GenerationCancelled, InvalidInputError, OutputError, WorkDirectoryError
+from swifti2v.geometry import Size
+from swifti2v.media.images import fit_image, image_to_tensor
+from swifti2v.media.video_reader import VideoReader
+from swifti2v.pipelines.options import GenerationOptions
+from swifti2v.pipelines.two_stage import TwoStagePipeline
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from swifti2v.pipelines.two_stage import FinishedFrames, GenerationRequest, Progress
+
+OPTIONS = GenerationOptions(
+    num_frames=13, seed=3, stage_one_steps=1, num_inference_steps=2, segment_size=1, flow_scale=1.0
+)
+
+
+@pytest.fixture(scope="module")
+def pipe(tiny_checkpoint: Path) -> TwoStagePipeline:
+    return TwoStagePipeline.from_pretrained(tiny_checkpoint, device="cpu")
+
+
+@pytest.fixture(scope="module")
+def image() -> PIL.Image.Image:
+    noise = np.random.default_rng(0).integers(0, 256, (12, 16, 3), dtype=np.uint8)
+    return PIL.Image.fromarray(noise).resize((96, 72), PIL.Image.Resampling.BICUBIC)
+
+
+@pytest.fixture
+def request_of(pipe: TwoStagePipeline, image: PIL.Image.Image) -> Callable[..., GenerationRequest]:
+    def make(prompt: str = "pan left", **changes: Any) -> GenerationRequest:
+        return pipe.request(image, prompt, options=replace(OPTIONS, **changes))
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(
+    pipe: TwoStagePipeline, image: PIL.Image.Image, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[torch.Tensor, dict[str, bytes], Path]:
+    """Frames, segment files and work directory of one run from its beginning to its end."""
+    folder = tmp_path_factory.mktemp("whole")
+    video = pipe(image, "pan left", options=OPTIONS, work_dir=folder)
+    return video.frames, segments(folder), folder
+
+
+def segments(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted((folder / "segments").iterdir())}
+
+
+def frames_of(pieces: Iterator[FinishedFrames]) -> torch.Tensor:
+    return torch.cat([piece.frames for piece in pieces])
+
+
+class Calls:
+    """Counts the forward passes of a network."""
+
+    def __init__(self, module: torch.nn.Module) -> None:
+        self.count = 0
+        self._handle = module.register_forward_pre_hook(self._add)
+
+    def _add(self, *_arguments: object) -> None:
+        self.count += 1
+
+    def __enter__(self) -> Calls:
+        return self
+
+    def __exit__(self, *_error: object) -> None:
+        self._handle.remove()
+
+
+def stage_one_calls(pipe: TwoStagePipeline) -> Calls:
+    return Calls(pipe.parts.stage_one.pipeline.transformer)
+
+
+def stage_two_calls(pipe: TwoStagePipeline) -> Calls:
+    return Calls(pipe.parts.stage_two.transformer)
+
+
+def stop_at(phase: str, done: int, error: type[BaseException] = GenerationCancelled) -> Callable[[Progress], None]:
+    def stop(progress: Progress) -> None:
+        if (progress.phase, progress.done) == (phase, done):
+            raise error(f"stopped at {phase} {done}")
+
+    return stop
+
+
+# ------------------------------------------------------------------------------------------------ what comes out
+
+
+def test_call_and_stream_give_the_same_frames(
+    pipe: TwoStagePipeline, request_of: Callable[..., GenerationRequest], uninterrupted: Any
+) -> None:
+    pieces = list(pipe.stream(request_of()))
+    assert torch.equal(torch.cat([piece.frames for piece in pieces]), uninterrupted[0])
+    assert [piece.first_frame for piece in pieces] == [0, 1, 5, 9]
+    frames = uninterrupted[0]
+    assert (frames.dtype, tuple(frames.shape)) == (torch.uint8, (13, 64, 64, 3))
+    assert frames.float().std() > 1
+    assert torch.is_grad_enabled()
+
+
+@pytest.mark.parametrize("num_frames", [1, 5, 9, 33])
+def test_frames_are_as_many_as_asked_for(
+    pipe: TwoStagePipeline, request_of: Callable[..., GenerationRequest], num_frames: int
+) -> None:
+    """Stage I of this checkpoint has windows of 9 frames: 33 take several."""
+    settings = {"num_frames": num_frames, "segment_size": 3, "num_inference_steps": 1}
+    assert len(frames_of(pipe.stream(request_of(**settings)))) == num_frames
+    assert len(pipe.parts.stage_one.plan(33)) > 3
+
+
+def test_first_frame_is_the_image_through_the_codec(
+    pipe: TwoStagePipeline, image: PIL.Image.Image, uninterrupted: Any
+) -> None:
+    codec = pipe.parts.stage_two.codec
+    pixels = image_to_tensor(fit_image(image, Size(64, 64)))[None, :, None]
+    (frame,) = codec.decode_stream(codec.encode_stream([pixels]))
+    assert torch.equal(uninterrupted[0][:1], frame)
+
+
+def test_segments_come_out_as_they_finish(pipe: TwoStagePipeline, request_of: Callable[..., GenerationRequest]) -> None:
+    with stage_two_calls(pipe) as calls:
+        pieces = pipe.stream(request_of())
+        made = [calls.count for _ in pieces]
+    assert made == [0, 2, 4, 6]  # two steps a segment, the image before any
+
+
+def test_every_step_is_reported(pipe: TwoStagePipeline, request_of: Callable[..., GenerationRequest]) -> None:
+    reports: list[Progress] = []
+    frames_of(pipe.stream(request_of(stage_one_steps=2), on_progress=reports.append))
+    by_phase = {name: [each for each in reports if each.phase == name] for name in ("stage_one", "stage_two", "frames")}
+    for phase, total in (("stage_one", 4), ("stage_two", 6)):  # two windows of two steps; three segments of two
+        assert [each.done for each in by_phase[phase]] == list(range(1, total + 1))
+        assert {each.total for each in by_phase[phase]} == {total}
+    assert [(each.segment, each.num_segments) for each in by_phase["stage_two"]][::2] == [(1, 3), (2, 3), (3, 3)]
+    assert [(each.done, each.total) for each in by_phase["frames"]] == [(1, 13), (5, 13), (9, 13), (13, 13)]
+
+
+def test_refiner_none_is_the_reference_itself(
+    pipe: TwoStagePipeline, image: PIL.Image.Image, request_of: Callable[..., GenerationRequest]
+) -> None:
+    with stage_two_calls(pipe) as calls:
+        plain = frames_of(pipe.stream(request_of(refiner="none")))
+    assert calls.count == 0
+    assert np.array_equal(plain[0], np.asarray(fit_image(image, Size(64, 64))))
+    assert not torch.equal(plain, frames_of(pipe.stream(request_of(refiner="none", reference="replace"))))
+
+
+def test_stock_network_training_free(tiny_checkpoint: Path, tmp_path: Path, image: PIL.Image.Image) -> None:
+    root = Path(shutil.copytree(tiny_checkpoint, tmp_path / "copy"))
+    index = (root / "swifti2v.json").read_text()
+    (root / "swifti2v.json").write_text(
+        index.replace('"./stage_two"', '"./stock", "refiner": "training-free", "sigma_start": 0.5')
+    )
+    pipe = TwoStagePipeline.from_pretrained(root, device="cpu")
+    video = pipe(image, "pan left", options=OPTIONS)
+    assert video.frames.shape == (13, 64, 64, 3)
+    full_noise = pipe(image, "pan left", options=replace(OPTIONS, sigma_start=1.0))
+    assert not torch.equal(video.frames, full_noise.frames)
+    with pytest.raises(InvalidInputError, match="use the refiner training-free"):
+        pipe.request(image, options=replace(OPTIONS, refiner="concat"))
+
+
+def test_guidance_and_negative_prompt_change_the_video(
+    pipe: TwoStagePipeline, request_of: Callable[..., GenerationRequest], uninterrupted: Any
+) -> None:
+    videos = [
+        frames_of(pipe.stream(request_of(guidance_scale=4.0, negative_prompt=text))) for text in ("blurry", "shaking")
+    ]
+    assert not torch.equal(*videos)
+    assert not torch.equal(videos[0], uninterrupted[0])
+
+
+def test_video_is_saved(uninterrupted: Any, pipe: TwoStagePipeline, image: PIL.Image.Image, tmp_path: Path) -> None:
+    video = pipe(image, "pan left", options=OPTIONS, work_dir=uninterrupted[2])
+    assert torch.equal(video.frames, uninterrupted[0])
+    reader = VideoReader(video.save(tmp_path / "out.mp4"))
+    assert reader.info.size == Size(64, 64)
+    assert sum(len(chunk) for chunk in reader) == 13
+
+
+# ------------------------------------------------------------------------------------------------ asking wrongly
+
+
+def test_requests_are_refused_before_work_begins(
+    pipe: TwoStagePipeline, image: PIL.Image.Image, request_of: Callable[..., GenerationRequest], tmp_path: Path
+) -> None:
+    for changes, words in (
+        ({"size": Size(64, 48)}, "multiple of 32"),
+        ({"num_frames": 12}, "4k\\+1"),
+        ({"refiner": "training-free"}, "use the refiner concat"),
+        ({"few_step": False}, "load with few_step=False"),
+        ({"prompt": "x" * 100_001}, "shorten it"),
+    ):
+        with pytest.raises(InvalidInputError, match=words):
+            request_of(**changes)
+    with pytest.raises(InvalidInputError, match="does not exist"):
+        pipe.request(tmp_path / "no.jpg")
+
+
+def test_notes_say_what_was_done(pipe: TwoStagePipeline, image: PIL.Image.Image, tmp_path: Path) -> None:
+    image.convert("CMYK").save(tmp_path / "print.jpg")
+    short = replace(OPTIONS, num_frames=1)
+    notes = pipe(tmp_path / "print.jpg", " ", options=short).notes
+    assert any("CMYK" in note for note in notes)
+    assert any("prompt is empty" in note for note in notes)
+    notes = pipe(image, "left " * 2000, options=short).notes
+    assert any("16 of its" in note for note in notes)
+    assert not any("empty" in note for note in notes)
+
+
+# ------------------------------------------------------------------------------------------------ seeds
+
+
+def test_seeds(pipe: TwoStagePipeline, image: PIL.Image.Image, uninterrupted: Any) -> None:
+    short = replace(OPTIONS, num_frames=5, num_inference_steps=1)
+
+    def make(options: GenerationOptions = short, seed: int | None = None) -> torch.Tensor:
+        generator = None if seed is None else torch.Generator().manual_seed(seed)
+        return pipe(image, "pan left", options=options, generator=generator).frames
+
+    drawn = make(seed=1)
+    assert torch.equal(drawn, make(seed=1))
+    assert not torch.equal(drawn, make(seed=2))
+    assert not torch.equal(make(), make(replace(short, seed=4)))
+    generator = torch.Generator().manual_seed(1)
+    first, second = (pipe.request(image, options=short, generator=generator).settings.seed for _ in range(2))
+    assert first != second
+
+
+# ------------------------------------------------------------------------------------------------ memory
+
+
+def test_frames_that_are_held_do_not_grow_with_length(
+    pipe: TwoStagePipeline, request_of: Callable[..., GenerationRequest], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Chunks of the reference, latents and results that are alive at once, without the garbage collector's help."""
+    alive: list[weakref.ref[Any]] = []
+
+    def watch(value: Any) -> Any:
+        alive.append(weakref.ref(value))
+        return value
+
+    def most_of(num_frames: int) -> int:
+        alive.clear()
+        most = 0
+        request = request_of(num_frames=num_frames, num_inference_steps=1)
+        for piece in pipe.stream(request):
+            watch(piece.frames)
+            del piece
+            most = max(most, sum(each() is not None for each in alive))
+        return most
+
+    codec = pipe.parts.stage_two.codec
+    encode, decode = codec.encode_stream, codec.decode_stream
+    monkeypatch.setattr(codec, "encode_stream", lambda chunks: map(watch, encode(map(watch, chunks))))
+    monkeypatch.setattr(codec, "decode_stream", lambda latents: map(watch, decode(latents)))
+    short, long = most_of(13), most_of(37)
+    assert len(alive) > 3 * 9
+    assert short > 0
+    assert long <= short
+
+
+# ------------------------------------------------------------------------------------------------ resuming
+
+
+@pytest.mark.parametrize(
+    ("phase", "done", "kept"),
+    [("stage_one", 1, 0), ("stage_one", 2, 0), ("stage_two", 1, 0), ("stage_two", 4, 1), ("frames", 9, 2)],
+)
+@pytest.mark.parametrize("error", [GenerationCancelled, KeyboardInterrupt], ids=["cancelled", "ctrl-c"])
+def test_a_stopped_run_continues_to_the_same_bytes(
+    pipe: TwoStagePipeline,
+    image: PIL.Image.Image,
+    uninterrupted: Any,
+    tmp_path: Path,
+    phase: str,
+    done: int,
+    kept: int,
+    error: type[BaseException],
+) -> None:
+    with pytest.raises(error, match="stopped at"):
+        pipe(image, "pan left", options=OPTIONS, work_dir=tmp_path, on_progress=stop_at(phase, done, error))
+    assert len(segments(tmp_path)) == kept
+    with stage_one_calls(pipe) as first, stage_two_calls(pipe) as second:
+        video = pipe(image, "pan left", options=OPTIONS, work_dir=tmp_path)
+    assert first.count == (2 if phase == "stage_one" else 0)  # two windows of one step
+    assert second.count == 2 * (3 - kept)
+    assert torch.equal(video.frames, uninterrupted[0])
+    assert segments(tmp_path) == uninterrupted[1]
+
+
+def test_a_finished_run_is_only_decoded(
+    pipe: TwoStagePipeline, image: PIL.Image.Image, uninterrupted: Any, tmp_path: Path
+) -> None:
+    frames, files, folder = uninterrupted
+    times = {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
+    with stage_one_calls(pipe) as first, stage_two_calls(pipe) as second:
+        again = pipe(image, "pan left", options=replace(OPTIONS, fps=24.0), work_dir=folder)
+    assert (first.count, second.count) == (0, 0)
+    assert again.fps == 24
+    assert torch.equal(again.frames, frames)
+    assert segments(folder) == files
+    assert times == {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"prompt": "pan right"}, "another prompt"),
+        ({"seed": 4}, "another seed"),
+        ({"size": Size(96, 64)}, "another image, size"),
+        ({"num_frames": 9}, "another num_frames"),
+        ({"num_inference_steps": 1}, "another num_inference_steps"),
+        ({"reference": "replace"}, "another flow_scale, reference"),
+        ({"guidance_scale": 2.0, "negative_prompt": "blurry"}, "another guidance_scale, negative_prompt"),
+    ],
+)
+def test_another_run_is_refused(
+    pipe: TwoStagePipeline,
+    request_of: Callable[..., GenerationRequest],
+    uninterrupted: Any,
+    change: dict[str, Any],
+    words: str,
+) -> None:
+    frames, files, folder = uninterrupted
+    with pytest.raises(WorkDirectoryError, match=f"{words};.*--work-dir"):
+        next(pipe.stream(request_of(**change), work_dir=folder))
+    assert segments(folder) == files
+    assert torch.equal(frames_of(pipe.stream(request_of(), work_dir=folder)), frames)
+
+
+def test_another_image_is_refused(pipe: TwoStagePipeline, image: PIL.Image.Image, uninterrupted: Any) -> None:
+    other = image.copy()
+    other.putpixel((48, 36), (255, 0, 0))
+    with pytest.raises(WorkDirectoryError, match="another image;"):
+        pipe(other, "pan left", options=OPTIONS, work_dir=uninterrupted[2])
+
+
+def test_a_preview_is_continued(
+    pipe: TwoStagePipeline, request_of: Callable[..., GenerationRequest], uninterrupted: Any, tmp_path: Path
+) -> None:
+    """Look at the motion, then choose how Stage II works: until a segment is done, that may change."""
+    with stage_two_calls(pipe) as second:
+        motion = frames_of(pipe.preview(request_of(), work_dir=tmp_path))
+        again = frames_of(pipe.preview(request_of(), work_dir=tmp_path))
+    assert second.count == 0
+    assert motion.shape == (13, 16, 16, 3)
+    assert torch.equal(motion, again)
+    with stage_one_calls(pipe) as first:
+        for changes in ({"num_inference_steps": 4}, {"segment_size": 3}):
+            pieces = pipe.stream(request_of(**changes), work_dir=tmp_path)
+            next(pieces)
+            pieces.close()
+        assert torch.equal(frames_of(pipe.stream(request_of(), work_dir=tmp_path)), uninterrupted[0])
+    assert first.count == 0
+    assert segments(tmp_path) == uninterrupted[1]
+    with pytest.raises(WorkDirectoryError, match="another segment_size"):
+        next(pipe.stream(request_of(segment_size=3), work_dir=tmp_path))
+
+
+def test_damage_in_the_work_directory(
+    pipe: TwoStagePipeline, request_of: Callable[..., GenerationRequest], uninterrupted: Any, tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(uninterrupted[2], tmp_path / "copy"))
+    segment = folder / "segments" / "segment_0001.safetensors"
+    whole = segment.read_bytes()
+    segment.write_bytes(whole[:-8])
+    with pytest.raises(WorkDirectoryError, match=r"segment_0001\.safetensors is damaged; remove it"):
+        frames_of(pipe.stream(request_of(), work_dir=folder))
+    segment.unlink()
+    assert torch.equal(frames_of(pipe.stream(request_of(), work_dir=folder)), uninterrupted[0])
+    assert segment.read_bytes() == whole
+    piece = folder / "motion_reference" / "piece_000000.npy"
+    piece.write_bytes(piece.read_bytes()[:-8])
+    with pytest.raises(WorkDirectoryError, match=r"damaged.*delete"):
+        frames_of(pipe.stream(request_of(), work_dir=folder))
+
+
+def test_work_directory_that_is_a_file(
+    pipe: TwoStagePipeline, request_of: Callable[..., GenerationRequest], tmp_path: Path
+) -> None:
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(OutputError, match="cannot be made"):
+        next(pipe.stream(request_of(), work_dir=tmp_path / "file"))
+    assert (tmp_path / "file").read_text() == "mine"

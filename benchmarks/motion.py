@@ -193,8 +193,8 @@ def contact_sheet(prompt: str, image: Array, kept: dict[str, dict[int, Array]]) 
         above.append(pictures.Panel(f"frame {index}", pictures.fitted(shown, THUMBNAIL_WIDTH)))
     below = [
         ("input", image, source),
-        (f"frame {last}, replace (paper)", paper[last], place),
-        (f"frame {last}, transport (ours)", ours[last], place),
+        (f"frame {last}, replace", paper[last], place),
+        (f"frame {last}, transport", ours[last], place),
     ]
     crops = [pictures.Panel(label, pictures.enlarged(at.of(frame), CROP_ENLARGEMENT)) for label, frame, at in below]
     return pictures.sheet([pictures.row(above), pictures.row(crops)])

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import IntEnum
-from typing import Literal
+from typing import Literal, get_args
 
 from swifti2v.errors import InvalidInputError
 from swifti2v.geometry import CodecGeometry
@@ -60,12 +60,10 @@ class Segment:
 
     def positions(self, mode: PositionMode = "absolute") -> tuple[int, ...]:
         """RoPE positions in time: the latent index (`absolute`), or the place in the window (`compact`)."""
-        if mode == "absolute":
-            return self.window
-        if mode == "compact":
-            return tuple(range(len(self.window)))
-        msg = f"positions {mode!r} are unknown; use absolute or compact"
-        raise InvalidInputError(msg)
+        if mode not in get_args(PositionMode):
+            msg = f"positions {mode!r} are unknown; use {' or '.join(get_args(PositionMode))}"
+            raise InvalidInputError(msg)
+        return self.window if mode == "absolute" else tuple(range(len(self.window)))
 
 
 def plan_segments(

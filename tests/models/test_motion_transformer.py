@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from swifti2v.models.motion_codec import MOTION_CHANNELS
 from swifti2v.models.motion_transformer import MASK_CHANNELS, POSITION_CHANNELS, MotionTransformer
 
 CHANNELS = 12
@@ -18,7 +19,7 @@ def network() -> MotionTransformer:
         num_attention_heads=2,
         attention_head_dim=12,
         in_channels=2 * CHANNELS + MASK_CHANNELS + POSITION_CHANNELS,
-        out_channels=CHANNELS,
+        out_channels=CHANNELS + 2 * MOTION_CHANNELS,
         text_dim=16,
         freq_dim=32,
         ffn_dim=32,

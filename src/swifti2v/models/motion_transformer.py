@@ -2,7 +2,8 @@
 
 A narrow token cannot carry all the numbers of noise that a velocity contains (measured: `docs/log.md`), so the network
 predicts x0 and the forward returns the velocity that Wan's pipeline expects, ``v = (x - x0) / sigma``. Wan's RoPE is
-relative; a camera that zooms needs to know where the centre is, so the position is given as three more channels.
+relative; a camera that zooms needs to know where the centre is, so the position is given as three more channels, and the
+motion of a place is read out as ``a + b x + c y``: a zoom or a rotation is then the same answer everywhere, as a pan is.
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from diffusers import ModelMixin, WanTransformer3DModel
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
+
+from swifti2v.models.motion_codec import MOTION_CHANNELS
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -25,7 +28,7 @@ POSITION_GAIN = 4.0  # three channels of more than a hundred: at a gain of 1 the
 
 
 class MotionTransformer(WanTransformer3DModel):
-    """`WanTransformer3DModel` with Wan I2V's call and `in_channels` = 2z + 4 + 3.
+    """`WanTransformer3DModel` with Wan I2V's call, `in_channels` = 2z + 4 + 3 and `out_channels` = z + 16.
 
     Input [B, z + 4 + z, F, h, w]: noisy latents, mask and image latents as `WanImageToVideoPipeline` joins them. The
     image latent of frame 0 is shown to every frame. Output: velocity [B, z, F, h, w], float32.
@@ -41,7 +44,7 @@ class MotionTransformer(WanTransformer3DModel):
         attention_kwargs: dict[str, Any] | None = None,
     ) -> Any:
         """Return the velocity at `timestep` [B] in (0, 1000]; see the class for shapes."""
-        num_channels = self.config.out_channels
+        num_channels = self.num_latent_channels
         noisy = hidden_states[:, :num_channels]
         image = hidden_states[:, num_channels + MASK_CHANNELS :, :1]
         clean = self.predict_clean(hidden_states, timestep, encoder_hidden_states, attention_kwargs)
@@ -58,25 +61,34 @@ class MotionTransformer(WanTransformer3DModel):
         attention_kwargs: dict[str, Any] | None = None,
     ) -> Tensor:
         """Return x0 [B,z,F,h,w]; what training supervises (latent frame 0 is given, and replaced in `forward`)."""
-        num_channels = self.config.out_channels
+        num_channels = self.num_latent_channels
         frames = hidden_states.shape[2]
         # The noisy latents fade out with the noise, which the narrow tokens could only be hidden by.
         shown = hidden_states[:, :num_channels] * (1 - timestep / 1000).view(-1, 1, 1, 1, 1).to(hidden_states)
         mask = hidden_states[:, num_channels : num_channels + MASK_CHANNELS]
         image = hidden_states[:, num_channels + MASK_CHANNELS :, :1].expand(-1, -1, frames, -1, -1)
-        joined = torch.cat([shown, mask, image, _positions(hidden_states)], dim=1)
-        return super().forward(
+        positions = _positions(hidden_states)
+        joined = torch.cat([shown, mask, image, POSITION_GAIN * positions], dim=1)
+        output = super().forward(
             joined, timestep, encoder_hidden_states, return_dict=False, attention_kwargs=attention_kwargs
         )[0]
+        clean, along_x, along_y = torch.split(output, [num_channels, MOTION_CHANNELS, MOTION_CHANNELS], dim=1)
+        motion = clean[:, :MOTION_CHANNELS] + along_x * positions[:, :1] + along_y * positions[:, 1:2]
+        return torch.cat([motion, clean[:, MOTION_CHANNELS:]], dim=1)
+
+    @property
+    def num_latent_channels(self) -> int:
+        """Channels z of the codec's latents."""
+        return int(self.config.out_channels) - 2 * MOTION_CHANNELS
 
 
 def _positions(hidden_states: Tensor) -> Tensor:
-    """Return x, y in half widths from the centre and time in trained lengths, times the gain: [B,3,F,h,w]."""
+    """Return x, y in half widths from the centre and time in trained lengths: [B,3,F,h,w]."""
     batch, _, frames, height, width = hidden_states.shape
     device = hidden_states.device
     columns = (torch.arange(width, device=device) + 0.5) * 2 / width - 1
     rows = ((torch.arange(height, device=device) + 0.5) * 2 / height - 1) * height / width
     times = torch.arange(frames, device=device) / (TRAINED_LATENT_FRAMES - 1)
     grid = torch.meshgrid(times, rows, columns, indexing="ij")
-    positions = POSITION_GAIN * torch.stack([grid[2], grid[1], grid[0]]).to(hidden_states.dtype)
+    positions = torch.stack([grid[2], grid[1], grid[0]]).to(hidden_states.dtype)
     return positions.expand(batch, -1, -1, -1, -1)

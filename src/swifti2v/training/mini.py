@@ -116,7 +116,10 @@ class StageTwoRun:
 
 
 def train_stage_one(run: StageOneRun, *, index: Path, output: Path) -> None:
-    """Fit the motion codec, train transformer and text encoder, and save the parts to ``output/stage_one``."""
+    """Fit the motion codec, train transformer and text encoder, and save the parts to ``output/stage_one``.
+
+    Weights in ``output/stage_one/initial.pt`` (a state dict of both) are started from instead of random ones.
+    """
     folder = output / "stage_one"
     folder.mkdir(parents=True, exist_ok=True)
     items = read_index(index)
@@ -138,6 +141,10 @@ def train_stage_one(run: StageOneRun, *, index: Path, output: Path) -> None:
         photographs=photographs,
         captions=[item.caption for item in chosen],
     )
+
+    initial = folder / "initial.pt"
+    if initial.exists():
+        objective.module.load_state_dict(torch.load(initial, weights_only=True))
 
     def save(_step: int) -> None:
         transformer.save_pretrained(folder / "transformer")

@@ -276,7 +276,7 @@ def make_motion_transformer(recipe: StageOneRecipe, codec: MotionCodec) -> Motio
         num_attention_heads=recipe.width // 128,
         attention_head_dim=128,
         in_channels=2 * channels + MASK_CHANNELS + POSITION_CHANNELS,
-        out_channels=channels,
+        out_channels=channels + 2 * MOTION_CHANNELS,
         text_dim=recipe.text_width,
         freq_dim=256,
         ffn_dim=recipe.ffn_width,

@@ -2,8 +2,8 @@
 
 A narrow token cannot carry all the numbers of noise that a velocity contains (measured: `docs/log.md`), so the network
 predicts x0 and the forward returns the velocity that Wan's pipeline expects, ``v = (x - x0) / sigma``. Wan's RoPE is
-relative; a camera that zooms needs to know where the centre is, so the position is given as three more channels, and the
-motion of a place is read out as ``a + b x + c y``: a zoom or a rotation is then the same answer everywhere, as a pan is.
+relative; a camera that zooms needs to know where the centre is, so the position is given as three more channels, and
+motion is read out as ``a + b x + c y``: a zoom or a rotation is then one answer for all places, as for a pan.
 """
 
 from __future__ import annotations

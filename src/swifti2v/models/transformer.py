@@ -23,6 +23,7 @@ from diffusers.utils import apply_lora_scale
 from torch import Tensor, nn
 
 from swifti2v.errors import CheckpointError, ConfigurationError, InvalidInputError
+from swifti2v.models.local_detail import LocalDetail
 from swifti2v.segments import FrameKind
 
 # diffusers finds the loader of a component through the names of the module that defines it, hence `ModelMixin` here.
@@ -117,6 +118,7 @@ class StageTwoTransformer(WanTransformer3DModel):
         patch_size: 1 in time; a latent frame is what segments count.
         reference_channels: channels of `z_ref` behind the slots; 0 runs public weights as they are (training-free).
         prediction_type: `velocity` (Wan's own: noise - x0) or `residual` (x0 - reference).
+        local_detail_width: hidden channels of `LocalDetail` beside the tokens; 0 for none, as in Wan.
 
     Raises:
         ConfigurationError: the channels do not add up, or another argument is not of the above.
@@ -157,6 +159,7 @@ class StageTwoTransformer(WanTransformer3DModel):
         pos_embed_seq_len: int | None = None,
         reference_channels: int = 0,
         prediction_type: PredictionType = "velocity",
+        local_detail_width: int = 0,
     ) -> None:
         _check_configuration(patch_size, in_channels, out_channels, reference_channels, prediction_type)
         super().__init__(
@@ -184,6 +187,9 @@ class StageTwoTransformer(WanTransformer3DModel):
         self.blocks = nn.ModuleList(
             StageTwoBlock(width, ffn_dim, num_attention_heads, qk_norm, cross_attn_norm, eps, added_kv_proj_dim)
             for _ in range(num_layers)
+        )
+        self.local_detail = (
+            LocalDetail(reference_channels, out_channels, local_detail_width) if local_detail_width else None
         )
         # Public checkpoints lack this table. Loaders build the network on the meta device by intercepting
         # `register_parameter` and leave there what the file does not hold; written past it, the zeros are real.
@@ -312,6 +318,8 @@ class StageTwoTransformer(WanTransformer3DModel):
                 tokens_BLD = block(*arguments)
 
         sample = self._unpatchify(self._head(tokens_BLD, temb_BMD, token_frames_L), (frames, rows, columns))
+        if self.local_detail is not None:
+            sample = sample + self.local_detail(hidden_states[:, -self.config.reference_channels :])
         return Transformer2DModelOutput(sample=sample) if return_dict else (sample,)
 
     def _embed(self, hidden_states: Tensor, frame_kinds: Tensor | None) -> Tensor:

@@ -32,7 +32,7 @@ class StageTwoRecipe:
 
     Args:
         num_channels: latent channels of the block transform, of 768.
-        width, num_layers, ffn_width: of the transformer; heads are 128 wide.
+        width, num_layers, ffn_width, local_detail_width: of the transformer; heads are 128 wide.
         patch: latent cells per token side (8 pixels each).
         crops: spatial crops in latent cells (height, width), multiples of `patch`.
         pure_noise_share: share of samples at sigma 1, where a one-step sampler works.
@@ -42,8 +42,9 @@ class StageTwoRecipe:
 
     num_channels: int = 192
     width: int = 256
-    num_layers: int = 5
+    num_layers: int = 4
     ffn_width: int = 448
+    local_detail_width: int = 256
     text_width: int = 96
     patch: int = 4
     segment_size: int = 3
@@ -93,6 +94,7 @@ def make_stage_two_transformer(recipe: StageTwoRecipe) -> StageTwoTransformer:
         freq_dim=256,
         ffn_dim=recipe.ffn_width,
         num_layers=recipe.num_layers,
+        local_detail_width=recipe.local_detail_width,
         cross_attn_norm=True,
         qk_norm="rms_norm_across_heads",
         rope_max_seq_len=1024,

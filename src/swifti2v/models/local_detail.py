@@ -1,0 +1,39 @@
+"""A way around the tokens for fine detail: each latent cell is corrected from its neighbours.
+
+A token of `mini` stands for 4x4 cells of 192 numbers and is 256 wide: what it sees of a cell, and can say to it, is a
+few numbers, enough for what is to be trusted and where light changes, too few to sharpen an edge. Two small
+convolutions over the reference do that; tokens remain for what needs the rest of the picture (`docs/log.md`).
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from torch import nn
+from torch.nn import functional as F
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+class LocalDetail(nn.Module):
+    """Correction [B,C,F,h,w] of a cell from the 3x3 cells of its reference [B,R,F,h,w]; zero before training.
+
+    Args:
+        reference_channels: R.
+        out_channels: C.
+        width: hidden channels.
+    """
+
+    def __init__(self, reference_channels: int, out_channels: int, width: int) -> None:
+        super().__init__()
+        self.gather = nn.Conv3d(reference_channels, width, (1, 3, 3), padding=(0, 1, 1))
+        self.correct = nn.Conv3d(width, out_channels, 1)
+        nn.init.zeros_(self.correct.weight)
+        if self.correct.bias is not None:
+            nn.init.zeros_(self.correct.bias)
+
+    def forward(self, reference: Tensor) -> Tensor:
+        """Return the correction; dtype of `reference`."""
+        correction: Tensor = self.correct(F.gelu(self.gather(reference)))
+        return correction

@@ -2,7 +2,7 @@
 
 Command: ``python -m benchmarks.fidelity --model mini --clips DIR --frames 33 [--pictures DIR]``.
 Clips: those of ``DIR/INDEX.csv`` at least 1152 pixels wide, the first frames, cropped at the centre. Motion reference:
-the truth reduced four times (``cv2.INTER_AREA``, uint8), so that Stage I is left out. Every variant is judged in eight
+the truth reduced four times (antialiased bicubic, uint8), so that Stage I is left out. Every variant is judged in eight
 bits. One clip is held in memory: about 0.6 GB for 33 frames of 1280x704.
 
 - bicubic: the motion reference enlarged, without the image;
@@ -28,7 +28,7 @@ import numpy as np
 import torch
 
 from benchmarks import pictures
-from benchmarks.clips import held_back_clips, truth_frames
+from benchmarks.clips import held_back_clips, reduced, truth_frames
 from benchmarks.results import (
     Check,
     add_result_arguments,
@@ -49,7 +49,6 @@ from swifti2v.pipelines.two_stage import TwoStagePipeline
 from swifti2v.reference.options import ReferenceOptions
 from swifti2v.reference.replace import replace_first_frame
 from swifti2v.reference.transport import transport_with_confidence
-from swifti2v.training.reference_pairs import reduced
 
 if TYPE_CHECKING:
     from torch import Tensor

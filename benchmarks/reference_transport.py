@@ -18,9 +18,8 @@ from typing import TYPE_CHECKING
 import cv2
 import numpy as np
 import torch
-import torch.nn.functional as F
 
-from benchmarks.clips import truth_frames
+from benchmarks.clips import reduced, truth_frames
 from benchmarks.results import say, settings_of, write_results
 from swifti2v.evaluation.metrics import high_frequency_energy, psnr
 from swifti2v.geometry import Size
@@ -43,20 +42,8 @@ VARIANTS = {
     "transport 0.5 band 1": ReferenceOptions(band_sigma=1.0),
 }
 DAMAGES = ("none", "noise", "drift", "soft", "swim", "all")
-REDUCTION = 4
 Row = dict[str, float]
 Table = dict[str, dict[str, dict[str, Row]]]
-
-
-def reduced(truth: np.ndarray) -> np.ndarray:
-    """Return the motion reference of a truth: antialiased bicubic, rounded to uint8."""
-    pieces = []
-    for frame in truth:
-        tensor = torch.from_numpy(frame).permute(2, 0, 1)[None].float()
-        size = (frame.shape[0] // REDUCTION, frame.shape[1] // REDUCTION)
-        small = F.interpolate(tensor, size=size, mode="bicubic", antialias=True)
-        pieces.append(small[0].permute(1, 2, 0).round().clamp(0, 255).byte().numpy())
-    return np.stack(pieces)
 
 
 def damaged(motion: np.ndarray, damage: str, seed: int = 0) -> np.ndarray:

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+
 from benchmarks.clips import held_back_clips, truth_frames
 from benchmarks.results import judged, markdown_table, mean, number, settings_of, write_results
-
 from swifti2v.errors import ConfigurationError
 from swifti2v.geometry import Size
 from swifti2v.media.video_writer import VideoWriter

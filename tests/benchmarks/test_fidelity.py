@@ -9,8 +9,8 @@ import cv2
 import numpy as np
 import pytest
 import torch
-from benchmarks.fidelity import VARIANTS, Score, checks, crop_row, known_clip, means, measure, table, variant_frames
 
+from benchmarks.fidelity import VARIANTS, Score, checks, crop_row, known_clip, means, measure, table, variant_frames
 from swifti2v.geometry import Size
 from swifti2v.models.transform_codec import BlockTransformCodec
 from swifti2v.pipelines.options import GenerationSettings

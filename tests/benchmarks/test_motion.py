@@ -7,9 +7,9 @@ import math
 import cv2
 import numpy as np
 import pytest
+
 from benchmarks.motion import PromptResult, checks, measure_video, motion_table, opposites_table, videos_table
 from benchmarks.motion_fields import MotionSummary
-
 from swifti2v.evaluation.seams import seam_ratio
 
 

@@ -7,8 +7,8 @@ import math
 import cv2
 import numpy as np
 import pytest
-from benchmarks.motion_fields import agreement, asked_field, made_field, summarise
 
+from benchmarks.motion_fields import agreement, asked_field, made_field, summarise
 from swifti2v.data.procedural import Motion, displacement, render
 from swifti2v.geometry import Size
 

@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING
 
 import cv2
 import numpy as np
+from PIL import Image
+
 from benchmarks.pictures import (
     GAP,
     LABEL_HEIGHT,
@@ -18,8 +20,6 @@ from benchmarks.pictures import (
     save,
     sheet,
 )
-from PIL import Image
-
 from swifti2v.geometry import Size
 
 if TYPE_CHECKING:

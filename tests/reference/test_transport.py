@@ -191,8 +191,8 @@ def test_memory_does_not_grow_with_length() -> None:
     peak(5)
     (short_alive, short_bytes), (long_alive, long_bytes) = peak(9), peak(41)
     assert long_alive == short_alive <= 2
-    # numpy's buffers are traced: a kept frame would be 300 kB each.
-    assert long_bytes < short_bytes + 300_000
+    # numpy's buffers are traced, 300 kB a frame: how far the workers run ahead varies by a frame or two, not by 32.
+    assert long_bytes < short_bytes + 4 * 300_000
 
 
 @pytest.mark.parametrize("mode", ["replace", "transport"])

@@ -118,7 +118,9 @@ def sample_motions(rng: np.random.Generator) -> tuple[Motion, ...]:
 
     def draw(names: Sequence[MotionName]) -> Motion:
         speed = float(rng.choice([entry[0] for entry in SPEED_WORDS], p=[0.3, 0.45, 0.25]))
-        return Motion(names[int(rng.integers(len(names)))], speed)
+        # A zoom or a rotation differs from place to place and is learned long after a pan: draw it more often.
+        weights = np.array([3.0 if name.startswith(("zoom", "rotate")) else 1.0 for name in names])
+        return Motion(names[int(rng.choice(len(names), p=weights / weights.sum()))], speed)
 
     choice = rng.random()
     if choice < 0.60:

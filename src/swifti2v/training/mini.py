@@ -9,6 +9,7 @@ swifti2v train export runs/mini --output CHECKPOINT
 
 from __future__ import annotations
 
+import json
 import shutil
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -204,8 +205,17 @@ def export_mini(run: Path, output: Path) -> None:
     transformer = StageTwoTransformer.from_pretrained(two / "transformer", torch_dtype=torch.bfloat16)
     transformer.save_pretrained(output / "stage_two" / "transformer")
     BlockTransformCodec.from_pretrained(two / "vae").save_pretrained(output / "stage_two" / "vae")
+    for config in output.rglob("config.json"):
+        _forget_origin(config)
     write_index(_index(), output / INDEX_NAME)
     write_checksums(output)
+
+
+def _forget_origin(config: Path) -> None:
+    """Remove the place on this machine that diffusers notes in a configuration."""
+    values = json.loads(config.read_text(encoding="utf-8"))
+    values.pop("_name_or_path", None)
+    config.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
 
 
 def _index() -> CheckpointIndex:

@@ -10,7 +10,7 @@ T text tokens, M modulations: F, or 1 when all frames share a timestep.
 
 from __future__ import annotations
 
-from typing import Any, Literal, Self, get_args
+from typing import Any, Self
 
 import torch
 from accelerate import init_empty_weights
@@ -22,14 +22,14 @@ from diffusers.models.transformers.transformer_wan import WanRotaryPosEmbed, Wan
 from diffusers.utils import apply_lora_scale
 from torch import Tensor, nn
 
-from swifti2v.errors import CheckpointError, ConfigurationError, InvalidInputError
+from swifti2v.errors import CheckpointError, InvalidInputError
 from swifti2v.models.local_detail import LocalDetail
+from swifti2v.models.transformer_configuration import PredictionType, check_configuration
 from swifti2v.segments import FrameKind
 
 # diffusers finds the loader of a component through the names of the module that defines it, hence `ModelMixin` here.
 __all__ = ["ModelMixin", "PredictionType", "StageTwoBlock", "StageTwoTransformer"]
 
-PredictionType = Literal["velocity", "residual"]
 
 _KIND_TABLE = "frame_kind_table"
 
@@ -161,7 +161,7 @@ class StageTwoTransformer(WanTransformer3DModel):
         prediction_type: PredictionType = "velocity",
         local_detail_width: int = 0,
     ) -> None:
-        _check_configuration(patch_size, in_channels, out_channels, reference_channels, prediction_type)
+        check_configuration(patch_size, in_channels, out_channels, reference_channels, prediction_type)
         super().__init__(
             patch_size=patch_size,
             num_attention_heads=num_attention_heads,
@@ -389,20 +389,3 @@ def _check_frame_numbers(name: str, numbers: Tensor | None, frames: int, stop: i
     if not torch.compiler.is_compiling() and not 0 <= int(numbers.min()) <= int(numbers.max()) < stop:
         msg = f"{name} is {numbers.tolist()}; each must be at least 0 and less than {stop}"
         raise InvalidInputError(msg)
-
-
-def _check_configuration(
-    patch_size: tuple[int, ...], in_channels: int, out_channels: int, reference_channels: int, prediction_type: str
-) -> None:
-    if reference_channels < 0 or in_channels != out_channels + reference_channels:
-        msg = (
-            f"in_channels is {in_channels}, not out_channels {out_channels} + reference_channels {reference_channels}; "
-            "set reference_channels to the channels behind the slots"
-        )
-        raise ConfigurationError(msg)
-    if len(patch_size) != 3 or patch_size[0] != 1:
-        msg = f"patch_size is {tuple(patch_size)}; Stage II counts latent frames, so the first must be 1 of three"
-        raise ConfigurationError(msg)
-    if prediction_type not in get_args(PredictionType):
-        msg = f"prediction_type is {prediction_type!r}; use one of {', '.join(get_args(PredictionType))}"
-        raise ConfigurationError(msg)

@@ -5,8 +5,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
-from torch.nn import functional as F
 
 from swifti2v.data.sources import read_index
 from swifti2v.errors import ConfigurationError
@@ -52,14 +50,3 @@ def truth_frames(path: Path, size: Size, num_frames: int) -> Array:
         raise ConfigurationError(msg)
     cropped = [frame[top : top + size.height, left : left + size.width].copy() for frame in reader.frames()]
     return np.stack(cropped[: (len(cropped) - 1) // 4 * 4 + 1])
-
-
-def reduced(truth: np.ndarray) -> np.ndarray:
-    """Return the motion reference of a truth: antialiased bicubic, rounded to uint8."""
-    pieces = []
-    for frame in truth:
-        tensor = torch.from_numpy(frame).permute(2, 0, 1)[None].float()
-        size = (frame.shape[0] // REDUCTION, frame.shape[1] // REDUCTION)
-        small = F.interpolate(tensor, size=size, mode="bicubic", antialias=True)
-        pieces.append(small[0].permute(1, 2, 0).round().clamp(0, 255).byte().numpy())
-    return np.stack(pieces)

@@ -28,7 +28,7 @@ import numpy as np
 import torch
 
 from benchmarks import pictures
-from benchmarks.clips import held_back_clips, reduced, truth_frames
+from benchmarks.clips import REDUCTION, held_back_clips, truth_frames
 from benchmarks.results import (
     Check,
     add_result_arguments,
@@ -43,11 +43,12 @@ from benchmarks.results import (
 )
 from swifti2v.evaluation.metrics import high_frequency_energy, psnr
 from swifti2v.geometry import Size
-from swifti2v.models.transform_codec import to_uint8
 from swifti2v.pipelines.options import GenerationOptions
 from swifti2v.pipelines.two_stage import TwoStagePipeline
+from swifti2v.pixels import from_uint8, to_uint8
 from swifti2v.reference.options import ReferenceOptions
 from swifti2v.reference.replace import replace_first_frame
+from swifti2v.reference.resample import reduce_frames
 from swifti2v.reference.transport import transport_with_confidence
 
 if TYPE_CHECKING:
@@ -118,8 +119,8 @@ class KnownClip:
 
 def known_clip(truth: Array, settings: GenerationSettings) -> KnownClip:
     """Make the references of a truth uint8 [F, H, W, 3]."""
-    motion = [torch.from_numpy(reduced(truth))]
-    image = torch.from_numpy(truth[0]).permute(2, 0, 1).float() / 127.5 - 1
+    motion = [torch.from_numpy(reduce_frames(truth, REDUCTION))]
+    image = from_uint8(truth[:1])[0, :, 0]
     options = ReferenceOptions(flow_scale=settings.flow_scale)
     transported = list(transport_with_confidence(motion, image, options=options))
     confidence = torch.cat([chunk.confidence for chunk in transported], dim=2)[0, 0]

@@ -19,12 +19,14 @@ import cv2
 import numpy as np
 import torch
 
-from benchmarks.clips import reduced, truth_frames
+from benchmarks.clips import REDUCTION, truth_frames
 from benchmarks.results import say, settings_of, write_results
 from swifti2v.evaluation.metrics import high_frequency_energy, psnr
 from swifti2v.geometry import Size
+from swifti2v.pixels import from_uint8
 from swifti2v.reference.hybrid import hybrid_reference
 from swifti2v.reference.options import ReferenceOptions
+from swifti2v.reference.resample import reduce_frames
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -71,7 +73,7 @@ def damaged(motion: np.ndarray, damage: str, seed: int = 0) -> np.ndarray:
 
 def frames_of(motion: np.ndarray, truth: np.ndarray, options: ReferenceOptions) -> Iterator[np.ndarray]:
     """Yield the frames 1.. of the hybrid reference, float32 [H, W, 3] in [0, 1]."""
-    image = torch.from_numpy(truth[0]).permute(2, 0, 1).float() / 127.5 - 1
+    image = from_uint8(truth[:1])[0, :, 0]
     for index, chunk in enumerate(hybrid_reference([torch.from_numpy(motion)], image, options=options)):
         if index:
             yield from ((chunk[0] + 1) / 2).permute(1, 2, 3, 0).contiguous().numpy()
@@ -101,7 +103,7 @@ def run(arguments: argparse.Namespace) -> Table:
     table: Table = {}
     for name in arguments.names:
         truth = truth_frames(arguments.clips / f"{name}.mp4", size, arguments.frames)
-        clean = reduced(truth)
+        clean = reduce_frames(truth, REDUCTION)
         energies = [high_frequency_energy(frame) for frame in truth]
         for damage in arguments.damages:
             motion = clean if damage == "none" else damaged(clean, damage)

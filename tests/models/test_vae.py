@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import weakref
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -16,7 +17,8 @@ from torch import Tensor
 from swifti2v.errors import CheckpointError, InvalidInputError
 from swifti2v.geometry import CodecGeometry, Size
 from swifti2v.models.tiling import TileGrid, Tiling
-from swifti2v.models.vae import StreamingCodec, WanStreamingCodec, open_codec, pixels_to_frames
+from swifti2v.models.vae import StreamingCodec, WanStreamingCodec, open_codec
+from swifti2v.pixels import to_uint8
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -77,6 +79,25 @@ def statistics(vae: AutoencoderKLWan) -> tuple[Tensor, Tensor]:
     return torch.tensor(vae.config.latents_mean).view(shape), torch.tensor(vae.config.latents_std).view(shape)
 
 
+@contextmanager
+def convolved_by_frame(vae: AutoencoderKLWan) -> Iterator[None]:
+    """Let the 1x1x1 convolutions of a whole clip work a frame at a time, as in a stream.
+
+    They are all that diffusers runs over the whole clip at once, and on some CPUs (seen: AVX2) the rounding of a
+    convolution depends on the length of its input.
+    """
+
+    def by_frame(convolve: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+        return lambda x: torch.cat([convolve(frame) for frame in x.split(1, dim=2)], dim=2)
+
+    convolutions = (vae.quant_conv, vae.post_quant_conv)
+    for convolution in convolutions:
+        convolution.forward = by_frame(convolution.forward)
+    yield
+    for convolution in convolutions:
+        del convolution.forward
+
+
 @torch.no_grad()
 def whole_encode(vae: AutoencoderKLWan, clip: Tensor) -> Tensor:
     mean, std = statistics(vae)
@@ -113,11 +134,15 @@ def test_streams_equal_whole_encode_and_decode_bit_for_bit(vae: AutoencoderKLWan
     clip = clip_for(vae)
     latents = encode(codec, clip)
     assert latents.dtype == torch.float32
-    assert torch.equal(latents, whole_encode(vae, clip))
     pixels = decode(codec, latents_for(vae))
     assert pixels.dtype == torch.float32
     assert pixels.shape == clip.shape
-    assert torch.equal(pixels, whole_decode(vae, latents_for(vae)))
+    with convolved_by_frame(vae):
+        assert torch.equal(latents, whole_encode(vae, clip))
+        assert torch.equal(pixels, whole_decode(vae, latents_for(vae)))
+    tolerance = 4 * torch.finfo(dtype).eps
+    torch.testing.assert_close(latents, whole_encode(vae, clip), rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(pixels, whole_decode(vae, latents_for(vae)), rtol=tolerance, atol=2 * tolerance)
 
 
 def test_the_first_latent_frame_is_the_encoding_of_the_image(vae: AutoencoderKLWan) -> None:
@@ -155,9 +180,9 @@ def test_decoded_frames_are_the_rounded_pixels(vae: AutoencoderKLWan) -> None:
 def test_every_level_survives_the_way_to_float_and_back() -> None:
     levels = torch.arange(256, dtype=torch.uint8).view(1, 16, 16, 1).expand(2, -1, -1, 3)
     pixels = (levels.permute(3, 0, 1, 2)[None].float() / 127.5) - 1
-    assert torch.equal(pixels_to_frames(pixels), levels)
+    assert torch.equal(to_uint8(pixels), levels)
     beyond = torch.tensor([-7.0, 7.0, 0.0]).view(1, 3, 1, 1, 1)
-    assert pixels_to_frames(beyond).flatten().tolist() == [0, 255, 128]
+    assert to_uint8(beyond).flatten().tolist() == [0, 255, 128]
 
 
 def test_streams_over_one_codec_do_not_disturb_each_other(vae: AutoencoderKLWan) -> None:
@@ -365,8 +390,9 @@ def test_one_tile_over_the_frame_equals_no_tiling(vae: AutoencoderKLWan) -> None
     factor = vae.config.scale_factor_spatial
     codec = WanStreamingCodec(vae, tiling=Tiling(Size(3 * factor, 2 * factor), factor))
     clip, latents = clip_for(vae), latents_for(vae)
-    assert torch.equal(encode(codec, clip), whole_encode(vae, clip))
-    assert torch.equal(decode(codec, latents), whole_decode(vae, latents))
+    with convolved_by_frame(vae):
+        assert torch.equal(encode(codec, clip), whole_encode(vae, clip))
+        assert torch.equal(decode(codec, latents), whole_decode(vae, latents))
 
 
 def test_tiled_streams_equal_whole_clips_per_tile_blended(vae: AutoencoderKLWan) -> None:

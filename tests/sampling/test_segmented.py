@@ -30,8 +30,9 @@ def mix(context: torch.Tensor, x: torch.Tensor, sigma: float) -> torch.Tensor:
 
 
 def denoise(window: Window, x: torch.Tensor, sigma: float) -> torch.Tensor:
-    assert torch.count_nonzero(window.slots[:, :, window.segment.target_slice]) == 0
-    return mix(window.slots + 0.5 * window.reference, x, sigma)
+    context = window.reference.clone()
+    context[:, :, window.segment.target_slice] = 0
+    return mix(context + 0.5 * window.reference, x, sigma)
 
 
 def generate(reference, plan, **changes) -> torch.Tensor:
@@ -84,16 +85,8 @@ def test_windows_hold_finished_neighbours_before_and_the_reference_after():
         window = windows[segment.index]
         for place, (index, kind) in enumerate(zip(segment.window, segment.kinds, strict=True)):
             z_ref = window.reference[:, :, place : place + 1]
-            slot = window.slots[:, :, place : place + 1]
-            if kind in (FrameKind.ANCHOR, FrameKind.FINISHED):
-                assert torch.equal(z_ref, done[index])
-                assert torch.equal(slot, done[index])
-            elif kind is FrameKind.UNREFINED:
-                assert torch.equal(z_ref, reference[index])
-                assert torch.equal(slot, reference[index])
-            else:
-                assert torch.equal(z_ref, reference[index])
-                assert not slot.any()
+            is_done = kind in (FrameKind.ANCHOR, FrameKind.FINISHED)
+            assert torch.equal(z_ref, done[index] if is_done else reference[index])
         done |= {j: targets[:, :, i : i + 1].clone() for i, j in enumerate(segment.targets)}
         targets.zero_()  # the caller may do what it likes with its piece
     assert sorted(done) == list(range(9))
@@ -175,8 +168,8 @@ def test_memory_does_not_grow_with_the_length():
     short, long = peak(13), peak(61)
     assert short > 0
     assert long == short
-    # the frames held, a window of slots, one of reference; the piece yielded last, the noisy targets, their next state
-    assert long <= 3 * max_window(3, 1, 0) + 3 * 3
+    # the frames held, a window of them; the piece yielded last, the noisy targets, their next state
+    assert long <= 2 * max_window(3, 1, 0) + 3 * 3
 
 
 def test_the_reference_is_read_no_further_than_the_window():

@@ -39,8 +39,9 @@ class StageTwoNetwork(Protocol):
         *,
         frame_positions: Tensor,
         frame_kinds: Tensor,
+        output_frames: slice,
     ) -> Any:
-        """Return an object whose `sample` is ``[B, C, W, h, w]``."""
+        """Return an object whose `sample` is ``[B, C, M, h, w]``, the frames `output_frames` of the window."""
 
 
 def predict_targets(
@@ -83,8 +84,9 @@ def predict_targets(
         prompt_embeds.to(transformer.dtype),
         frame_positions=torch.tensor(segment.positions(position_mode)),
         frame_kinds=torch.tensor(segment.kinds),
+        output_frames=places,
     )
-    prediction = output.sample[:, :, places].float()
+    prediction = output.sample.float()
     if transformer.config.prediction_type == "residual":
         return reference[:, :, places].float() + prediction
     return targets.float() - sigma_B.view(-1, 1, 1, 1, 1) * prediction
@@ -106,8 +108,7 @@ def _network_input(
 ) -> Tensor:
     """Slots with the noisy targets in their places, then the reference if the network has channels for it."""
     places = segment.target_slice
-    filled = torch.cat([slots[:, :, : places.start], targets.to(slots), slots[:, :, places.stop :]], dim=2)
-    channels = slots.shape[1]
+    batch, channels, *shape = slots.shape
     expected = transformer.config.in_channels
     if expected not in {channels, 2 * channels}:
         msg = (
@@ -115,9 +116,13 @@ def _network_input(
             "their reference; use a network and a codec that belong together"
         )
         raise InvalidInputError(msg)
-    if expected == channels:
-        return filled.to(transformer.dtype)
-    return torch.cat([filled.to(transformer.dtype), reference.to(transformer.dtype)], dim=1)
+    # Filled in place: at 2560x1408 a latent frame of `mini` is 43 MB, and a window's worth of copies adds up.
+    joined = torch.empty((batch, expected, *shape), dtype=transformer.dtype, device=slots.device)
+    joined[:, :channels] = slots
+    joined[:, :channels, places] = targets.to(joined)
+    if expected > channels:
+        joined[:, channels:] = reference
+    return joined
 
 
 def _frame_timesteps(segment: Segment, sigma_B: Tensor) -> Tensor:

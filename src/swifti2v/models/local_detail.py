@@ -35,7 +35,11 @@ class LocalDetail(nn.Module):
             nn.init.zeros_(self.correct.bias)
 
     def forward(self, reference: Tensor) -> Tensor:
-        """Return the correction; dtype of `reference`."""
-        # Frame by frame: frames do not see each other here, and at 2K one frame's hidden channels are memory enough.
-        frames = torch.split(reference, 1, dim=2)
-        return torch.cat([self.correct(F.gelu(self.gather(frame))) for frame in frames], dim=2)
+        """Return the correction; dtype of `reference`. Frames do not see each other."""
+        correction: Tensor = self.correct(F.gelu(self.gather(reference)))
+        return correction
+
+    def add_to(self, sample: Tensor, reference: Tensor) -> None:
+        """Add the correction to `sample` in place, frame by frame: at 2560x1408 one has 57 MB of hidden channels."""
+        for place, frame in enumerate(torch.split(reference, 1, dim=2)):
+            sample[:, :, place : place + 1] += self(frame)

@@ -11,6 +11,7 @@ Shape suffixes: B batch, C channels, F pixel frames, H W pixels, h w blocks, T b
 
 from __future__ import annotations
 
+import itertools
 import math
 from typing import TYPE_CHECKING
 
@@ -20,6 +21,7 @@ from diffusers.configuration_utils import ConfigMixin, register_to_config
 from torch import Tensor, nn
 
 from swifti2v.errors import InvalidInputError
+from swifti2v.pixels import to_uint8
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
@@ -27,6 +29,7 @@ if TYPE_CHECKING:
 BLOCK = 8
 TEMPORAL = 4
 BLOCK_NUMBERS = BLOCK * BLOCK * 3
+STRIP_ROWS = 22
 
 
 def temporal_dct() -> Tensor:
@@ -67,6 +70,12 @@ def from_bands(bands_BhwTP: Tensor, num_frames: int) -> Tensor:
     return blocks.reshape(batch, 3, num_frames, rows * BLOCK, columns * BLOCK)
 
 
+def _strips(num_rows: int) -> Iterator[slice]:
+    """Cut the rows of blocks into strips: the arithmetic takes several copies of its pixels, 173 MB each at 2K."""
+    for start in range(0, num_rows, STRIP_ROWS):
+        yield slice(start, min(start + STRIP_ROWS, num_rows))
+
+
 class BlockTransform(nn.Module):
     """Chunk of pixels <-> coefficients, with an orthonormal basis for each temporal band.
 
@@ -93,6 +102,15 @@ class BlockTransform(nn.Module):
 
     def analyse(self, frames_BCFHW: Tensor) -> Tensor:
         """[B,3,f,H,W] -> [B,C,1,h,w]; for f = 1 the channels of bands 1..3 are zero."""
+        batch, _, _, height, width = frames_BCFHW.shape
+        shape = (batch, self.num_channels, 1, height // BLOCK, width // BLOCK)
+        coefficients = torch.empty(shape, dtype=frames_BCFHW.dtype, device=frames_BCFHW.device)
+        for rows in _strips(height // BLOCK):
+            pixels = slice(rows.start * BLOCK, rows.stop * BLOCK)
+            coefficients[..., rows, :] = self._analyse_strip(frames_BCFHW[..., pixels, :])
+        return coefficients
+
+    def _analyse_strip(self, frames_BCFHW: Tensor) -> Tensor:
         bands_BhwTP = to_bands(frames_BCFHW)
         bands_BhwTP[..., 0, :] -= self.mean.to(bands_BhwTP)
         bases = torch.split(self.basis.to(bands_BhwTP), list(self.band_channels), dim=1)
@@ -101,18 +119,21 @@ class BlockTransform(nn.Module):
 
     def synthesise(self, coefficients_BC1hw: Tensor, num_frames: int) -> Tensor:
         """[B,C,1,h,w] -> [B,3,f,H,W] with f = `num_frames` in {1, 4}."""
+        batch, _, _, height, width = coefficients_BC1hw.shape
+        shape = (batch, 3, num_frames, height * BLOCK, width * BLOCK)
+        frames = torch.empty(shape, dtype=coefficients_BC1hw.dtype, device=coefficients_BC1hw.device)
+        for rows in _strips(height):
+            pixels = slice(rows.start * BLOCK, rows.stop * BLOCK)
+            frames[..., pixels, :] = self._synthesise_strip(coefficients_BC1hw[..., rows, :], num_frames)
+        return frames
+
+    def _synthesise_strip(self, coefficients_BC1hw: Tensor, num_frames: int) -> Tensor:
         coefficients = coefficients_BC1hw.squeeze(2).permute(0, 2, 3, 1)
         bases = torch.split(self.basis.to(coefficients), list(self.band_channels), dim=1)
         parts = torch.split(coefficients, list(self.band_channels), dim=-1)
         bands_BhwTP = torch.stack([part @ basis.T for part, basis in zip(parts, bases, strict=True)], dim=3)
         bands_BhwTP[..., 0, :] += self.mean.to(bands_BhwTP)
         return from_bands(bands_BhwTP, num_frames)
-
-
-def to_uint8(frames_BCFHW: Tensor) -> Tensor:
-    """[1,3,f,H,W] in [-1,1] -> uint8 [f,H,W,3] on the CPU."""
-    pixels = ((frames_BCFHW[0].clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
-    return pixels.permute(1, 2, 3, 0).contiguous().cpu()
 
 
 class BlockTransformCodec(ModelMixin, ConfigMixin):
@@ -154,12 +175,17 @@ class BlockTransformCodec(ModelMixin, ConfigMixin):
 
     def encode_stream(self, chunks: Iterable[Tensor]) -> Iterator[Tensor]:
         """[1,3,f,H,W] chunks of 1, 4, 4, ... frames -> [1,C,1,h,w] latents, one a chunk."""
-        for index, chunk in enumerate(chunks):
+        source = iter(chunks)
+        for index in itertools.count():  # `enumerate` would hold on to its last item
+            if (chunk := next(source, None)) is None:
+                return
             expected = 1 if index == 0 else TEMPORAL
             if chunk.shape[2] != expected:
                 msg = f"chunk {index} holds {chunk.shape[2]} frames; it must hold {expected} (1, then {TEMPORAL} each)"
                 raise InvalidInputError(msg)
-            yield self.encode_chunk(chunk)
+            latent = self.encode_chunk(chunk)
+            del chunk  # 231 MB at 2560x1408, which would live on while whoever reads this is at work
+            yield latent
 
     def decode_stream(self, latents: Iterable[Tensor]) -> Iterator[Tensor]:
         """[1,C,n,h,w] latents -> uint8 [f,H,W,3] on the CPU, one a latent frame (f = 1, 4, 4, ...)."""
@@ -168,3 +194,4 @@ class BlockTransformCodec(ModelMixin, ConfigMixin):
             for frame in torch.split(latent, 1, dim=2):
                 yield to_uint8(self.decode_frame(frame, first=first))
                 first = False
+            del latent, frame

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from swifti2v.errors import CheckpointError, InvalidInputError
 from swifti2v.models.local_detail import LocalDetail
-from swifti2v.models.transformer_configuration import PredictionType, check_configuration
+from swifti2v.models.transformer_configuration import PredictionType, check_configuration, check_frame_numbers
 from swifti2v.segments import FrameKind
 
 # diffusers finds the loader of a component through the names of the module that defines it, hence `ModelMixin` here.
@@ -271,7 +271,7 @@ class StageTwoTransformer(WanTransformer3DModel):
         super().enable_cache(config)
 
     @apply_lora_scale("attention_kwargs")
-    def forward(
+    def forward(  # noqa: PLR0913 - the parent's arguments, and what it is to know of the frames
         self,
         hidden_states: Tensor,
         timestep: Tensor,
@@ -279,6 +279,7 @@ class StageTwoTransformer(WanTransformer3DModel):
         encoder_hidden_states_image: Tensor | None = None,
         frame_positions: Tensor | None = None,
         frame_kinds: Tensor | None = None,
+        output_frames: slice | None = None,
         return_dict: bool = True,
         attention_kwargs: dict[str, Any] | None = None,  # noqa: ARG002 - read by the decorator
     ) -> Transformer2DModelOutput | tuple[Tensor]:
@@ -292,11 +293,12 @@ class StageTwoTransformer(WanTransformer3DModel):
             frame_positions: ``[F]`` integers in ``[0, rope_max_seq_len)``, RoPE positions in time; 0..F-1 if None.
                 Best on the CPU, as `frame_kinds`: the check of their range would wait for a GPU.
             frame_kinds: ``[F]`` integers of `FrameKind`; all targets if None.
+            output_frames: of the F frames, those whose output is wanted; all if None.
             return_dict: return an object with `sample`, else a tuple of one.
             attention_kwargs: ``{"scale": s}`` scales LoRA layers.
 
         Returns:
-            ``[B, Cout, F, H, W]`` of the network's dtype.
+            ``[B, Cout, F, H, W]`` of the network's dtype, F those of `output_frames`.
 
         Raises:
             InvalidInputError: a shape or a position does not fit.
@@ -317,14 +319,22 @@ class StageTwoTransformer(WanTransformer3DModel):
             else:
                 tokens_BLD = block(*arguments)
 
-        sample = self._unpatchify(self._head(tokens_BLD, temb_BMD, token_frames_L), (frames, rows, columns))
+        wanted = output_frames or slice(None)
+        if not is_part:  # a rank that holds a part of the tokens cannot leave any out before they are gathered
+            tokens_BLD = torch.unflatten(tokens_BLD, 1, (frames, -1))[:, wanted].flatten(1, 2)
+            temb_BMD = temb_BMD[:, wanted] if temb_BMD.shape[1] > 1 else temb_BMD
+        patches = torch.unflatten(self._head(tokens_BLD, temb_BMD, token_frames_L), 1, (-1, rows, columns))
+        sample = self._unpatchify(patches[:, wanted] if is_part else patches)
+        del patches
         if self.local_detail is not None:
-            sample = sample + self.local_detail(hidden_states[:, -self.config.reference_channels :])
+            self.local_detail.add_to(sample, hidden_states[:, -self.config.reference_channels :, wanted])
         return Transformer2DModelOutput(sample=sample) if return_dict else (sample,)
 
     def _embed(self, hidden_states: Tensor, frame_kinds: Tensor | None) -> Tensor:
         """Patches to tokens ``[B, L, D]``, plus the embedding of the kind of their frame."""
-        patches_BDFHW = self.patch_embedding(hidden_states)
+        # Frame by frame: what a convolution copies of its input is then a frame's, not a window's.
+        frames = torch.split(hidden_states, 1, dim=2)
+        patches_BDFHW = torch.cat([self.patch_embedding(frame) for frame in frames], dim=2)
         table = self.frame_kind_table.to(patches_BDFHW)
         kinds_FD = table[FrameKind.TARGET].unsqueeze(0) if frame_kinds is None else table[frame_kinds.to(table.device)]
         embedded = patches_BDFHW + kinds_FD.T[:, :, None, None]
@@ -348,9 +358,9 @@ class StageTwoTransformer(WanTransformer3DModel):
         normed = _modulate(self.norm_out(tokens_BLD.float()), scale, shift, token_frames_L)
         return self.proj_out(normed.type_as(tokens_BLD))
 
-    def _unpatchify(self, patches: Tensor, grid: tuple[int, int, int]) -> Tensor:
+    def _unpatchify(self, patches: Tensor) -> Tensor:
         _, patch_height, patch_width = self.config.patch_size
-        cells = torch.unflatten(torch.unflatten(patches, 1, grid), -1, (patch_height, patch_width, -1))
+        cells = torch.unflatten(patches, -1, (patch_height, patch_width, -1))
         # B F rows columns ph pw C -> B C F (rows ph) (columns pw)
         return cells.permute(0, 6, 1, 2, 4, 3, 5).flatten(5, 6).flatten(3, 4)
 
@@ -374,18 +384,6 @@ class StageTwoTransformer(WanTransformer3DModel):
         if tuple(timestep.shape) not in {(batch,), (batch, frames)}:
             msg = f"timestep is {tuple(timestep.shape)}; give [{batch}] or one a frame, [{batch}, {frames}]"
             raise InvalidInputError(msg)
-        _check_frame_numbers("frame_positions", positions, frames, limit)
-        _check_frame_numbers("frame_kinds", kinds, frames, len(FrameKind))
+        check_frame_numbers("frame_positions", positions, frames, limit)
+        check_frame_numbers("frame_kinds", kinds, frames, len(FrameKind))
         return grid
-
-
-def _check_frame_numbers(name: str, numbers: Tensor | None, frames: int, stop: int) -> None:
-    if numbers is None:
-        return
-    if numbers.shape != (frames,) or numbers.is_floating_point():
-        msg = f"{name} is {numbers.dtype} {tuple(numbers.shape)}; give {frames} integers, one a frame"
-        raise InvalidInputError(msg)
-    # A trace cannot branch on values; whoever compiles the whole network checks them before.
-    if not torch.compiler.is_compiling() and not 0 <= int(numbers.min()) <= int(numbers.max()) < stop:
-        msg = f"{name} is {numbers.tolist()}; each must be at least 0 and less than {stop}"
-        raise InvalidInputError(msg)

@@ -1,10 +1,15 @@
-"""What a configuration of `StageTwoTransformer` must satisfy."""
+"""What configuration and input of `StageTwoTransformer` must satisfy."""
 
 from __future__ import annotations
 
-from typing import Literal, get_args
+from typing import TYPE_CHECKING, Literal, get_args
 
-from swifti2v.errors import ConfigurationError
+import torch
+
+from swifti2v.errors import ConfigurationError, InvalidInputError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 PredictionType = Literal["velocity", "residual"]
 
@@ -25,3 +30,16 @@ def check_configuration(
     if prediction_type not in get_args(PredictionType):
         msg = f"prediction_type is {prediction_type!r}; use one of {', '.join(get_args(PredictionType))}"
         raise ConfigurationError(msg)
+
+
+def check_frame_numbers(name: str, numbers: Tensor | None, frames: int, stop: int) -> None:
+    """Raise `InvalidInputError` unless `numbers`, if given, is a whole number in [0, stop) for each of `frames`."""
+    if numbers is None:
+        return
+    if numbers.shape != (frames,) or numbers.is_floating_point():
+        msg = f"{name} is {numbers.dtype} {tuple(numbers.shape)}; give {frames} integers, one a frame"
+        raise InvalidInputError(msg)
+    # A trace cannot branch on values; whoever compiles the whole network checks them before.
+    if not torch.compiler.is_compiling() and not 0 <= int(numbers.min()) <= int(numbers.max()) < stop:
+        msg = f"{name} is {numbers.tolist()}; each must be at least 0 and less than {stop}"
+        raise InvalidInputError(msg)

@@ -18,13 +18,14 @@ from diffusers.models.autoencoders.autoencoder_kl_wan import WanCausalConv3d, pa
 
 from swifti2v.errors import CheckpointError, InvalidInputError
 from swifti2v.models.tiling import TileGrid, Tiling
+from swifti2v.pixels import to_uint8
 
 if TYPE_CHECKING:
     from collections.abc import Generator, Iterable, Iterator
 
     from torch import Tensor, nn
 
-__all__ = ["StreamingCodec", "Tiling", "WanStreamingCodec", "open_codec", "pixels_to_frames"]
+__all__ = ["StreamingCodec", "Tiling", "WanStreamingCodec", "open_codec", "to_uint8"]
 
 
 @runtime_checkable
@@ -80,15 +81,6 @@ def open_codec(vae: object, *, tiling: Tiling | None = None) -> StreamingCodec:
         return vae
     msg = f"a {type(vae).__name__} cannot encode or decode a stream; use a checkpoint whose vae is an AutoencoderKLWan"
     raise CheckpointError(msg)
-
-
-def pixels_to_frames(pixels: Tensor) -> Tensor:
-    """Convert float pixels ``[1, 3, f, H, W]`` in [-1, 1] to uint8 frames ``[f, H, W, 3]`` on the CPU.
-
-    A level is ``round((x + 1) * 127.5)``, ties to even; values outside the range are clamped.
-    """
-    levels = pixels[0].float().add(1.0).mul_(127.5).round_().clamp_(0, 255).to(torch.uint8)
-    return levels.permute(1, 2, 3, 0).contiguous().cpu()
 
 
 class _Stream:
@@ -173,7 +165,7 @@ class WanStreamingCodec:
         """
         with closing(self.decode_pixel_stream(latents)) as chunks:
             for chunk in chunks:
-                frames = pixels_to_frames(chunk)
+                frames = to_uint8(chunk)
                 del chunk
                 yield frames
                 del frames

@@ -7,7 +7,7 @@ length of the clip.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from itertools import chain
+from itertools import chain, starmap
 from typing import TYPE_CHECKING
 
 import torch
@@ -100,7 +100,7 @@ class StageTwo:
             return predict_targets(
                 self.transformer,
                 segment=window.segment,
-                slots=window.slots,
+                slots=window.reference,
                 reference=window.reference,
                 targets=targets,
                 sigma=sigma,
@@ -125,8 +125,7 @@ class StageTwo:
             finished=finished,
             on_step=on_step,
         )
-        for segment, targets in sampled:
-            yield FinishedLatents(segment, targets)
+        yield from starmap(FinishedLatents, sampled)
 
     def _text(self, embeds: Tensor | None) -> Tensor:
         device = self.transformer.device

@@ -20,6 +20,7 @@ from swifti2v.media.video_writer import VideoWriter
 from swifti2v.pipelines.loading import load_parts
 from swifti2v.pipelines.run_store import RunStore
 from swifti2v.pipelines.stage_one import PromptEmbeds, StageOneOptions
+from swifti2v.pixels import to_uint8
 from swifti2v.reference.hybrid import hybrid_reference
 from swifti2v.reference.options import ReferenceOptions
 
@@ -229,7 +230,7 @@ class TwoStagePipeline:
             reference = self._hybrid_reference(request, store)
             pieces: Iterator[Tensor]
             if settings.refiner == "none":
-                pieces = map(_pixels, reference)
+                pieces = map(to_uint8, reference)
             else:
                 pieces = self._refine(reference, request, embeds, store, report)
             done = 0
@@ -341,17 +342,13 @@ class TwoStagePipeline:
                 if item.segment is not None and not store.has(item.segment):
                     store.save_segment(item.segment, item.latents)
                 yield item.latents
+                del item  # or it would live on while the next segment is made
 
         return stage_two.codec.decode_stream(kept())
 
     def _identity(self, request: GenerationRequest) -> dict[str, str]:
         digest = hashlib.sha256(request.image.tobytes()).hexdigest()
         return {"image": digest, "prompt": request.prompt, "checkpoint": self.parts.name}
-
-
-def _pixels(chunk: Tensor) -> Tensor:
-    """[1,3,f,H,W] in [-1,1] -> uint8 [f,H,W,3] on the CPU."""
-    return ((chunk[0].clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(1, 2, 3, 0).cpu()
 
 
 def _with_seed(settings: GenerationSettings, generator: torch.Generator) -> GenerationSettings:

@@ -59,17 +59,18 @@ def in_chunks(frames: Iterable[Tensor], temporal_factor: int) -> Iterator[Tensor
     Raises:
         VideoInputError: the frames end within a chunk (their number is not ``temporal_factor * k + 1``).
     """
-    chunk: Tensor | None = None
+    chunks: list[Tensor] = []  # the one at work, in a list so that handing it out leaves no name to hold it
     filled, wanted, count = 0, 1, 0
     for frame in frames:
-        if chunk is None:
+        if not chunks:
             # Filled frame by frame: collecting and then stacking would hold frames (43 MB each at 2560x1408) twice.
-            chunk = frame.new_empty((1, frame.shape[0], wanted, *frame.shape[1:]))
-        chunk[0, :, filled] = frame
+            chunks.append(frame.new_empty((1, frame.shape[0], wanted, *frame.shape[1:])))
+        chunks[0][0, :, filled] = frame
         filled, count = filled + 1, count + 1
         if filled == wanted:
-            yield chunk
-            chunk, filled, wanted = None, 0, temporal_factor
+            del frame
+            yield chunks.pop()
+            filled, wanted = 0, temporal_factor
     if filled:
         below = count - filled
         msg = (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from operator import attrgetter
 from typing import TYPE_CHECKING
 
 from swifti2v.reference.options import ReferenceOptions
@@ -43,4 +44,5 @@ def hybrid_reference(
     if options.mode == "replace":
         return replace_first_frame(motion, image, device=device, temporal_factor=temporal_factor)
     chunks = transport_with_confidence(motion, image, options=options, device=device, temporal_factor=temporal_factor)
-    return (chunk.frames for chunk in chunks)
+    # Not a generator expression: that would keep the last chunk, 231 MB at 2560x1408, while its reader is at work.
+    return map(attrgetter("frames"), chunks)

@@ -5,11 +5,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import cv2
+import numpy as np
 import torch
 import torch.nn.functional as F
 
 if TYPE_CHECKING:
-    import numpy as np
     from torch import Tensor
 
 
@@ -32,6 +32,25 @@ def upsample(frame: np.ndarray[Any, Any], height: int, width: int, *, device: to
         return torch.from_numpy(resized).reshape(height, width, -1).permute(2, 0, 1)
     tensor = torch.from_numpy(frame).to(device).reshape(*frame.shape[:2], -1).permute(2, 0, 1)[None]
     return F.interpolate(tensor, size=(height, width), mode="bicubic", align_corners=False)[0]
+
+
+def reduce_frames(frames: np.ndarray[Any, Any], factor: int) -> np.ndarray[Any, Any]:
+    """Reduce frames by antialiased bicubic interpolation: the motion reference that a perfect Stage I would make.
+
+    Args:
+        frames: [F, H, W, 3] uint8.
+        factor: whole number that both sides are divided by (rounded down).
+
+    Returns:
+        [F, H // factor, W // factor, 3] uint8.
+    """
+    size = (frames.shape[1] // factor, frames.shape[2] // factor)
+    small = []
+    for frame in frames:
+        pixels = torch.from_numpy(np.ascontiguousarray(frame)).permute(2, 0, 1)[None].float()
+        resized = F.interpolate(pixels, size=size, mode="bicubic", antialias=True, align_corners=False)
+        small.append(resized[0].permute(1, 2, 0).round().clamp(0, 255).byte().numpy())
+    return np.stack(small)
 
 
 def enlarge(field: np.ndarray[Any, Any], height: int, width: int, *, device: torch.device) -> Tensor:

@@ -64,14 +64,15 @@ class DetailTransport:
         """Return [4, H, W] float32: the frame in [-1, 1] and its confidence in [0, 1], of `frame` uint8 [h, w, 3]."""
         correspondence = self.estimate(frame.cpu().numpy())
         flow = enlarge(correspondence.flow, self.height, self.width, device=self.device)
-        flow = flow * flow.new_tensor((self.width, self.height))[:, None, None]
+        flow *= flow.new_tensor((self.width, self.height))[:, None, None]
+        correction = warp(self.detail, flow)
+        del flow
         confidence = enlarge(correspondence.confidence, self.height, self.width, device=self.device)
         unit = to_unit(frame)
         base = upsample(unit, self.height, self.width, device=self.device)
-        correction = warp(self.detail, flow)
-        if self.options.band_sigma > 0:
-            correction += self._kept(unit) - base
         # In place: at 2560x1408 every temporary of a frame is 43 MB, and each worker has its own.
+        if self.options.band_sigma > 0:
+            correction.add_(self._kept(unit)).sub_(base)
         result = torch.empty((4, self.height, self.width), device=self.device)
         torch.mul(correction, confidence, out=result[:3]).add_(base).clamp_(-1, 1)
         result[3:] = confidence
@@ -92,7 +93,7 @@ def transport_with_confidence(
     device: torch.device | None = None,
     temporal_factor: int = 4,
 ) -> Iterator[TransportedChunk]:
-    """Yield the transported reference chunk by chunk, with the confidence; frame 0 is the image exactly.
+    """Return the transported reference chunk by chunk, with the confidence; frame 0 is the image exactly.
 
     Memory does not grow with length: held are the image's detail, the current chunk and a bounded look-ahead
     (`options.num_workers` frames plus one).
@@ -105,14 +106,17 @@ def transport_with_confidence(
         temporal_factor: pixel frames per latent frame after the first.
 
     Raises:
-        InvalidInputError: the image has another shape or type.
-        VideoInputError: so has the motion reference, or its frames do not divide into latent frames.
+        InvalidInputError: at the call: the image has another shape or type.
+        VideoInputError: while iterating: so has the motion reference, or its frames do not divide into latent frames.
     """
     check_image(image)
     options = options or ReferenceOptions()
     image = image.to(torch.device(device or image.device), torch.float32)
-    for chunk in in_chunks(_transported_frames(motion, image, options), temporal_factor):
-        yield TransportedChunk(chunk[:, :3], chunk[:, 3:])
+    return map(_transported_chunk, in_chunks(_transported_frames(motion, image, options), temporal_factor))
+
+
+def _transported_chunk(chunk: Tensor) -> TransportedChunk:
+    return TransportedChunk(chunk[:, :3], chunk[:, 3:])
 
 
 def _transported_frames(motion: Iterable[Tensor], image: Tensor, options: ReferenceOptions) -> Iterator[Tensor]:

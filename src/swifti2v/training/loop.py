@@ -39,6 +39,8 @@ class LoopOptions:
         gradient_clip: largest norm of the gradient.
         ema_decay: of the averaged weights, which are the result.
         checkpoint_every: steps between checkpoints.
+        bfloat16: multiply matrices in bfloat16, where the CPU has units for that (AMX); elsewhere it would be a hundred
+            times slower, and float32 is used.
         max_seconds: stop (with a checkpoint) after this much wall time; the schedule still counts `num_steps`.
     """
 
@@ -92,6 +94,7 @@ class TrainingLoop:
             self._parameters, lr=options.learning_rate, weight_decay=options.weight_decay, betas=(0.9, 0.98)
         )
         self._average = EMAModel(self._parameters, decay=options.ema_decay)
+        self._autocast = options.bfloat16 and torch.cpu._is_amx_tile_supported()
 
     def run(self, *, on_checkpoint: Callable[[int], None] | None = None) -> None:
         """Train from the last checkpoint in `directory`, or from the start, to the end."""
@@ -120,7 +123,7 @@ class TrainingLoop:
     def _train_step(self) -> dict[str, float]:
         for group in self._optimizer.param_groups:
             group["lr"] = self.learning_rate_at(self.step)
-        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=self.options.bfloat16):
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=self._autocast):
             loss, numbers = self.objective.loss(self.step)
         if not torch.isfinite(loss):
             msg = f"the loss of step {self.step} is {loss.item()}; lower the learning rate and resume {self.directory}"

@@ -14,7 +14,6 @@ import shutil
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
 from diffusers import WanImageToVideoPipeline
 from transformers import PreTrainedTokenizerFast, UMT5EncoderModel
@@ -22,7 +21,6 @@ from transformers import PreTrainedTokenizerFast, UMT5EncoderModel
 from swifti2v.data.procedural import PHRASES, SPEED_WORDS
 from swifti2v.data.sources import read_index
 from swifti2v.errors import ConfigurationError
-from swifti2v.geometry import Size
 from swifti2v.models.checkpoint_files import write_checksums
 from swifti2v.models.checkpoint_index import (
     INDEX_NAME,
@@ -37,8 +35,9 @@ from swifti2v.models.motion_transformer import MotionTransformer
 from swifti2v.models.scheduler import FixedSigmaScheduler
 from swifti2v.models.transform_codec import BlockTransformCodec
 from swifti2v.models.transformer import StageTwoTransformer
+from swifti2v.pixels import from_uint8
 from swifti2v.training.loop import LoopOptions, TrainingLoop
-from swifti2v.training.reference_pairs import ReferencePair, clip_pairs, read_clip
+from swifti2v.training.reference_pairs import PairOptions, ReferencePair, clip_pairs, read_clip
 from swifti2v.training.stage_one import (
     StageOneObjective,
     StageOneRecipe,
@@ -52,6 +51,7 @@ from swifti2v.training.text import make_text_encoder, train_tokenizer
 if TYPE_CHECKING:
     from pathlib import Path
 
+    import numpy as np
     from torch import Tensor
 
     from swifti2v.data.sources import MediaItem
@@ -99,21 +99,12 @@ class StageOneRun:
 
 @dataclass(frozen=True)
 class StageTwoRun:
-    """The recipe file of Stage II.
-
-    Args:
-        num_frames: of a training clip, 4k+1.
-        procedural_per_photograph: clips rendered over each photograph.
-        procedural_width, procedural_height: of their frames.
-    """
+    """The recipe file of Stage II."""
 
     loop: LoopOptions
     model: StageTwoRecipe = field(default_factory=StageTwoRecipe)
     sources: SourceOptions = field(default_factory=SourceOptions)
-    num_frames: int = 33
-    procedural_per_photograph: int = 3
-    procedural_width: int = 640
-    procedural_height: int = 352
+    pairs: PairOptions = field(default_factory=PairOptions)
 
 
 def train_stage_one(run: StageOneRun, *, index: Path, output: Path) -> None:
@@ -172,9 +163,7 @@ def train_stage_two(run: StageTwoRun, *, index: Path, output: Path) -> None:
             photographs,
             codec=codec,
             motion_codec=MotionCodec.from_pretrained(output / "stage_one" / "vae"),
-            num_frames=run.num_frames,
-            size=Size(run.procedural_width, run.procedural_height),
-            procedural_per_photograph=run.procedural_per_photograph,
+            options=run.pairs,
             seed=run.model.seed,
         )
         torch.save([(pair.truth, pair.reference) for pair in made], pairs_path)
@@ -240,10 +229,9 @@ def _codec_chunks(clips: list[MediaItem], photographs: list[np.ndarray]) -> list
     """Return the first frame and two later chunks of each clip, and the photographs as stills."""
     chunks = []
     for item in clips:
-        frames = torch.from_numpy(read_clip(item.path, num_frames=29)).permute(3, 0, 1, 2)[None].float() / 127.5 - 1
+        frames = from_uint8(read_clip(item.path, num_frames=29))
         chunks += [frames[:, :, :1], frames[:, :, 5:9], frames[:, :, -4:]]
     for photograph in photographs:
         height, width = (side // 8 * 8 for side in photograph.shape[:2])
-        still = torch.from_numpy(np.ascontiguousarray(photograph[:height, :width]))
-        chunks.append(still.permute(2, 0, 1)[None, :, None].float() / 127.5 - 1)
+        chunks.append(from_uint8(photograph[None, :height, :width]))
     return chunks

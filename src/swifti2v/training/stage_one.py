@@ -19,6 +19,7 @@ from swifti2v.data.procedural import REFERENCE_FRAMES, describe, displacement, f
 from swifti2v.geometry import Size
 from swifti2v.models.motion_codec import MOTION_CHANNELS, MotionCodec
 from swifti2v.models.motion_transformer import MASK_CHANNELS, POSITION_CHANNELS, MotionTransformer
+from swifti2v.pixels import from_uint8
 from swifti2v.training.codec import BandStatistics
 from swifti2v.training.loop import Prefetcher
 from swifti2v.training.text import encode_prompts
@@ -129,7 +130,7 @@ def procedural_clip(
     if rng.random() < 0.5:
         prompt = f"{caption} {prompt}" if rng.random() < 0.7 else f"{prompt}. {caption}"
     return ProceduralClip(
-        frames=torch.from_numpy(frames).permute(3, 0, 1, 2).float() / 127.5 - 1,
+        frames=from_uint8(frames)[0],
         motion=torch.from_numpy(moved).permute(3, 0, 1, 2),
         prompt=prompt,
     )

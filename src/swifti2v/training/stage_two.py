@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from swifti2v.models.condition import predict_targets
-from swifti2v.models.transform_codec import BlockTransformCodec
+from swifti2v.models.transform_codec import BLOCK_NUMBERS, TEMPORAL, BlockTransformCodec
 from swifti2v.models.transformer import StageTwoTransformer
 from swifti2v.segments import FrameKind, Segment
 from swifti2v.training.codec import BandStatistics
@@ -24,6 +24,11 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from swifti2v.training.reference_pairs import ReferencePair
+
+
+NUMBERS_OF_A_CELL = BLOCK_NUMBERS * TEMPORAL
+ERROR_FLOOR = 1e-5
+"""50 dB, where a sample is as good as its codec: below it the logarithm would count for ever more."""
 
 
 @dataclass(frozen=True)
@@ -37,12 +42,11 @@ class StageTwoRecipe:
         crops: spatial crops in latent cells (height, width), multiples of `patch`.
         pure_noise_share: share of samples at sigma 1, where a one-step sampler works.
         context_noise: largest standard deviation of the noise on finished context.
-        pixel_weight: exponent of a channel's scale in the loss; 2 is the squared error of pixels, 0 that of latents.
     """
 
     num_channels: int = 192
     width: int = 256
-    num_layers: int = 4
+    num_layers: int = 2
     ffn_width: int = 448
     local_detail_width: int = 256
     text_width: int = 96
@@ -50,9 +54,8 @@ class StageTwoRecipe:
     segment_size: int = 3
     batch_size: int = 6
     crops: tuple[tuple[int, int], ...] = ((32, 32), (24, 44), (44, 24))
-    pure_noise_share: float = 0.5
+    pure_noise_share: float = 0.7
     context_noise: float = 0.05
-    pixel_weight: float = 1.0
     seed: int = 0
 
 
@@ -119,12 +122,15 @@ class StageTwoObjective:
         self.module: nn.Module = transformer
         self._transformer = transformer
         self._pairs = pairs
-        weight = codec.scale.clone() ** recipe.pixel_weight
-        self._weight = (weight / weight.mean()).view(1, -1, 1, 1, 1)
+        # The transform is orthonormal: with this weight, squared errors of latents are those of pixels.
+        self._weight = codec.scale.square().view(1, -1, 1, 1, 1) * (codec.num_channels / NUMBERS_OF_A_CELL)
         self._batches = Prefetcher(self._batch)
 
     def loss(self, step: int) -> tuple[Tensor, dict[str, float]]:
-        """Weighted absolute error of the targets; the log compares it with that of the reference itself."""
+        """PSNR loss of the targets: the log of a sample's squared error, so that every clip counts for its decibels.
+
+        The numbers are decibels in pixels: of the reference as it is, and what the network adds at sigma 1.
+        """
         generator = torch.Generator().manual_seed(self.recipe.seed * 1_000_003 + step)
         batch = self._batches.take(step)
         places = batch.segment.target_slice
@@ -143,16 +149,15 @@ class StageTwoObjective:
             sigma=sigma,
             prompt_embeds=torch.zeros(size, 1, self.recipe.text_width),
         )
-        error = ((predicted - truth).abs() * self._weight).mean()
-        unrefined = ((reference - truth).abs() * self._weight).mean()
+        error, unrefined = (self._log_error(each, truth) for each in (predicted, reference))
         pure = sigma == 1
-        numbers = {"error": error, "unrefined": unrefined}
-        if pure.any():
-            squared = (predicted[pure] - truth[pure]).square() * self._weight.square()
-            numbers["squared_ratio"] = squared.mean() / (
-                ((reference - truth)[pure]).square() * self._weight.square()
-            ).mean().clamp(min=1e-8)
-        return error, {name: float(value.detach()) for name, value in numbers.items()}
+        gained = float((unrefined - error)[pure].mean()) if pure.any() else 0.0
+        return error.mean(), {"reference_decibels": -float(unrefined.mean()), "gained": gained}
+
+    def _log_error(self, latents: Tensor, truth: Tensor) -> Tensor:
+        """Return the mean squared error in pixels of each sample in decibels, peak 2: [B]."""
+        squared = ((latents - truth).square() * self._weight).mean(dim=(1, 2, 3, 4)) / 4
+        return 10 * torch.log10(squared + ERROR_FLOOR)
 
     def _slots(self, batch: SegmentBatch, generator: torch.Generator) -> Tensor:
         slots = batch.truth.clone()

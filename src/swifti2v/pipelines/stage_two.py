@@ -14,6 +14,7 @@ import torch
 
 from swifti2v.errors import InvalidInputError
 from swifti2v.geometry import CodecGeometry
+from swifti2v.memory.heap import trim_heap
 from swifti2v.models.condition import predict_targets
 from swifti2v.sampling.schedules import shifted_sigmas
 from swifti2v.sampling.segmented import nothing_finished, sample_segments
@@ -109,6 +110,8 @@ class StageTwo:
             )
 
         def denoise(window: Window, targets: Tensor, sigma: float) -> Tensor:
+            if targets.device.type == "cpu":
+                trim_heap()
             clean = predict(window, targets, sigma, text)
             if negative is None:
                 return clean

@@ -56,6 +56,15 @@ def test_segment_options_reach_the_plan() -> None:
     assert stage_two("--neighbors-before", "2")["num_tokens"] == 6 * 220
 
 
+def test_steps_are_the_checkpoints_unless_given() -> None:
+    def steps(*arguments: str) -> int:
+        return json.loads(run("--json", *arguments).stdout)["num_inference_steps"]
+
+    assert steps() == 4
+    assert steps("--model", "mini", "--size", "640x352") == 1
+    assert steps("--model", "mini", "--size", "640x352", "--steps", "2") == 2
+
+
 def test_smaller_weights() -> None:
     plans = {name: json.loads(run("--json", "--dtype", name).stdout) for name in ("bfloat16", "float8")}
     assert plans["float8"]["weight_bytes"] * 2 == pytest.approx(plans["bfloat16"]["weight_bytes"])

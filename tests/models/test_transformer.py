@@ -54,6 +54,16 @@ def run(network: Any, inputs: dict[str, torch.Tensor], **more: Any) -> torch.Ten
     return network(**inputs, **more).sample
 
 
+def test_only_the_frames_that_are_wanted(transformer: StageTwoTransformer) -> None:
+    inputs = make_inputs(frames=4)
+    whole = run(transformer, inputs)
+    for wanted in (slice(1, 3), slice(3, 4), slice(0, 4)):
+        torch.testing.assert_close(run(transformer, inputs, output_frames=wanted), whole[:, :, wanted], **TOLERANCE)
+    same_level = inputs | {"timestep": inputs["timestep"][:, 1]}
+    expected = run(transformer, same_level)[:, :, 2:]
+    torch.testing.assert_close(run(transformer, same_level, output_frames=slice(2, 4)), expected, **TOLERANCE)
+
+
 def per_token(inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """The same request in the form that diffusers' class takes."""
     return inputs | {"timestep": inputs["timestep"].repeat_interleave(TOKENS_PER_FRAME, dim=1)}

@@ -6,7 +6,7 @@ import json
 from dataclasses import asdict
 from importlib.resources import as_file, files
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import typer
 from rich.box import SIMPLE_HEAD
@@ -30,7 +30,7 @@ def plan(  # noqa: PLR0913 - typer makes an option of each parameter
     model: Annotated[str, typer.Option(help="wan2.2, mini, or a checkpoint folder.")] = "wan2.2",
     size: Annotated[str, typer.Option(help="Output size, WIDTHxHEIGHT.")] = "2560x1408",
     frames: Annotated[int, typer.Option(help="Pixel frames, 4k+1.")] = 81,
-    steps: Annotated[int, typer.Option(help="Steps of Stage II.")] = RunSettings.num_inference_steps,
+    steps: Annotated[int | None, typer.Option(help="Steps of Stage II; default: the checkpoint's.")] = None,
     stage_one_steps: Annotated[int, typer.Option(help="Steps of Stage I.")] = RunSettings.stage_one_steps,
     guidance: Annotated[
         float, typer.Option(help="Guidance scale of Stage II; above 1 every step takes two passes.")
@@ -46,11 +46,12 @@ def plan(  # noqa: PLR0913 - typer makes an option of each parameter
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")] = False,
 ) -> None:
     """Print tokens, TFLOP and bytes of a run without loading anything."""
+    planned = planned_model(model)
     settings = RunSettings(
         size=Size.parse(size),
         num_frames=frames,
         stage_one_steps=stage_one_steps,
-        num_inference_steps=steps,
+        num_inference_steps=planned.num_inference_steps if steps is None else steps,
         guidance_scale=guidance,
         segment_size=segment_size,
         neighbors_before=neighbors_before,
@@ -60,7 +61,7 @@ def plan(  # noqa: PLR0913 - typer makes an option of each parameter
     if weight_dtype is None:
         msg = f"dtype {dtype!r} is not known; use one of {', '.join(BITS_PER_WEIGHT)}"
         raise InvalidInputError(msg)
-    run = plan_run(pipeline_dimensions(model), settings, weight_dtype=weight_dtype)
+    run = plan_run(planned.dimensions, settings, weight_dtype=weight_dtype)
     if as_json:
         typer.echo(json.dumps(plan_as_mapping(model, settings, run), indent=2))
         return
@@ -74,15 +75,22 @@ def plan(  # noqa: PLR0913 - typer makes an option of each parameter
     )
 
 
-def pipeline_dimensions(model: str) -> PipelineDimensions:
-    """Return the networks of a named model or a checkpoint folder.
+class PlannedModel(NamedTuple):
+    """The networks of a model, and how many steps its Stage II takes by default."""
+
+    dimensions: PipelineDimensions
+    num_inference_steps: int
+
+
+def planned_model(model: str) -> PlannedModel:
+    """Return what there is to know of a named model or a checkpoint folder.
 
     Raises:
         InvalidInputError: `model` is neither a known name nor a folder.
         CheckpointError: the index or a `config.json` is missing or damaged, or a part lies in a hub repository.
     """
     if model == "wan2.2":
-        return WAN22
+        return PlannedModel(WAN22, RunSettings.num_inference_steps)
     if model in EMBEDDED_MODELS:
         with as_file(files("swifti2v") / "presets" / model) as folder:
             return _read_checkpoint(folder)
@@ -92,10 +100,10 @@ def pipeline_dimensions(model: str) -> PipelineDimensions:
     raise InvalidInputError(msg)
 
 
-def _read_checkpoint(folder: Path) -> PipelineDimensions:
+def _read_checkpoint(folder: Path) -> PlannedModel:
     index = read_index(folder / INDEX_NAME)
     stage_two = _local(folder, index.stage_two.source)
-    return read_pipeline_dimensions(
+    dimensions = read_pipeline_dimensions(
         _local(folder, index.stage_one.source),
         stage_two / index.stage_two.transformer_subfolder,
         stage_two / index.stage_two.vae_subfolder,
@@ -104,6 +112,7 @@ def _read_checkpoint(folder: Path) -> PipelineDimensions:
         max_reference_area=index.stage_one.max_area,
         window_frames=index.stage_one.window_frames,
     )
+    return PlannedModel(dimensions, index.stage_two.num_inference_steps)
 
 
 def _local(folder: Path, source: str) -> Path:

@@ -30,6 +30,7 @@ from swifti2v.models.checkpoint_index import (
     StageTwoEntry,
     write_index,
 )
+from swifti2v.models.checkpoints import Part, resolve
 from swifti2v.models.motion_codec import MotionCodec
 from swifti2v.models.motion_transformer import MotionTransformer
 from swifti2v.models.scheduler import FixedSigmaScheduler
@@ -107,13 +108,17 @@ class StageTwoRun:
     pairs: PairOptions = field(default_factory=PairOptions)
 
 
-def train_stage_one(run: StageOneRun, *, index: Path, output: Path) -> None:
+def train_stage_one(run: StageOneRun, *, index: Path, output: Path, initial: str | None = None) -> None:
     """Fit the motion codec, train transformer and text encoder, and save the parts to ``output/stage_one``.
 
-    Weights in ``output/stage_one/initial.pt`` (a state dict of both) are started from instead of random ones.
+    With `initial`, a checkpoint's name or folder, its codec is kept and its weights are trained on.
     """
     folder = output / "stage_one"
     folder.mkdir(parents=True, exist_ok=True)
+    start = _folder_of(initial, "stage_one")
+    if start:
+        for part in ("vae", "tokenizer"):
+            shutil.copytree(start / part, folder / part, dirs_exist_ok=True)
     items = read_index(index)
     chosen = run.sources.photographs(items)
     photographs = load_photographs(chosen, max_width=run.sources.photograph_width)
@@ -133,10 +138,9 @@ def train_stage_one(run: StageOneRun, *, index: Path, output: Path) -> None:
         photographs=photographs,
         captions=[item.caption for item in chosen],
     )
-
-    initial = folder / "initial.pt"
-    if initial.exists():
-        objective.module.load_state_dict(torch.load(initial, weights_only=True))
+    if start:
+        transformer.load_state_dict(MotionTransformer.from_pretrained(start / "transformer").state_dict())
+        text_encoder.load_state_dict(UMT5EncoderModel.from_pretrained(start / "text_encoder").state_dict())
 
     def save(_step: int) -> None:
         transformer.save_pretrained(folder / "transformer")
@@ -145,10 +149,16 @@ def train_stage_one(run: StageOneRun, *, index: Path, output: Path) -> None:
     TrainingLoop(objective, folder, run.loop).run(on_checkpoint=save)
 
 
-def train_stage_two(run: StageTwoRun, *, index: Path, output: Path) -> None:
-    """Fit the block codec, make the pairs, train the transformer; needs the motion codec of ``output/stage_one``."""
+def train_stage_two(run: StageTwoRun, *, index: Path, output: Path, initial: str | None = None) -> None:
+    """Fit the block codec, make the pairs, train the transformer; needs the motion codec of ``output/stage_one``.
+
+    With `initial`, a checkpoint's name or folder, its codec is kept and its weights are trained on.
+    """
     folder = output / "stage_two"
     folder.mkdir(parents=True, exist_ok=True)
+    start = _folder_of(initial, "stage_two")
+    if start:
+        shutil.copytree(start / "vae", folder / "vae", dirs_exist_ok=True)
     items = read_index(index)
     clips = run.sources.clips(items)
     photographs = load_photographs(run.sources.photographs(items), max_width=run.sources.photograph_width)
@@ -169,6 +179,8 @@ def train_stage_two(run: StageTwoRun, *, index: Path, output: Path) -> None:
         torch.save([(pair.truth, pair.reference) for pair in made], pairs_path)
     pairs = [ReferencePair(*pair) for pair in torch.load(pairs_path, weights_only=True)]
     transformer = make_stage_two_transformer(run.model)
+    if start:
+        transformer.load_state_dict(StageTwoTransformer.from_pretrained(start / "transformer").state_dict())
     objective = StageTwoObjective(run.model, codec=codec, transformer=transformer, pairs=pairs)
     loop = TrainingLoop(objective, folder, run.loop)
     loop.run(on_checkpoint=lambda _step: transformer.save_pretrained(folder / "transformer"))
@@ -198,6 +210,10 @@ def export_mini(run: Path, output: Path) -> None:
         _forget_origin(config)
     write_index(_index(), output / INDEX_NAME)
     write_checksums(output)
+
+
+def _folder_of(checkpoint: str | None, part: Part) -> Path | None:
+    return resolve(checkpoint, parts=(part,)).folder_of(part) if checkpoint else None
 
 
 def _forget_origin(config: Path) -> None:

@@ -151,7 +151,7 @@ class StageTwoObjective:
         )
         error, unrefined = (self._log_error(each, truth) for each in (predicted, reference))
         pure = sigma == 1
-        gained = float((unrefined - error)[pure].mean()) if pure.any() else 0.0
+        gained = float((unrefined - error.detach())[pure].mean()) if pure.any() else 0.0
         return error.mean(), {"reference_decibels": -float(unrefined.mean()), "gained": gained}
 
     def _log_error(self, latents: Tensor, truth: Tensor) -> Tensor:
@@ -174,6 +174,7 @@ class StageTwoObjective:
         rng = np.random.default_rng([self.recipe.seed, step])
         length = self._pairs[0].truth.shape[1]
         targets = int(rng.choice([self.recipe.segment_size] * 3 + list(range(1, self.recipe.segment_size))))
+        targets = min(targets, length - 1)
         start = int(rng.integers(1, length - targets + 1))
         before, after = int(rng.random() < 0.75), int(rng.random() < 0.3)
         segment = Segment(

@@ -113,7 +113,7 @@ def read_evaluation(path: Path) -> Evaluation:
 
 def _video(entry: dict[str, Any]) -> VideoResult:
     curves = tuple(
-        Curve(curve["metric"], tuple(curve["frames"]), tuple(map(_number, curve["values"]))) for curve in entry["curves"]
+        Curve(each["metric"], tuple(each["frames"]), tuple(map(_number, each["values"]))) for each in entry["curves"]
     )
     values = {name: _number(value) for name, value in entry["values"].items()}
     return VideoResult(**{**entry, "values": values, "curves": curves, "notes": tuple(entry["notes"])})

@@ -137,8 +137,10 @@ class _Job:
     def run(self, model: str, *, device: str | None, few_step: bool, stage_one_only: bool = False) -> None:
         """Load, generate, write, and say what was done."""
         self._check(model, few_step=few_step)
+        from swifti2v.memory.heap import map_large_blocks
         from swifti2v.pipelines.two_stage import TwoStagePipeline
 
+        map_large_blocks()
         pipeline = TwoStagePipeline.from_pretrained(model, device=device, few_step=few_step)
         loaded = time.monotonic()
         request = pipeline.request(self.image, self.prompt, options=self.options)

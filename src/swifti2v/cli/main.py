@@ -15,7 +15,8 @@ import typer
 from typer.core import TyperGroup
 
 from swifti2v import __version__
-from swifti2v.cli import train
+from swifti2v.cli import train, vbench
+from swifti2v.cli.evaluate import evaluate
 from swifti2v.cli.generate import generate, preview
 from swifti2v.cli.plan import plan
 from swifti2v.errors import GenerationCancelled, SwiftI2VError
@@ -78,6 +79,8 @@ def options(
 app.command()(generate)
 app.command()(preview)
 app.command()(plan)
+app.command()(evaluate)
+app.add_typer(vbench.app, name="vbench")
 app.add_typer(train.app, name="train")
 
 

@@ -1,0 +1,167 @@
+"""`swifti2v evaluate`: what can be measured of videos, as a table, as files, as JSON."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from swifti2v.errors import InvalidInputError, OutputError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from rich.progress import TaskID
+
+    from swifti2v.evaluation.results import Evaluation
+
+RESULTS_JSON, RESULTS_MARKDOWN = "results.json", "results.md"
+
+VideosArgument = Annotated[list[Path], typer.Argument(help="Videos to judge; all at the size of the first.")]
+ImageOption = Annotated[Path | None, typer.Option(help="The input image.")]
+TruthOption = Annotated[Path | None, typer.Option(help="The true video, of the video's size or larger.")]
+AgainstOption = Annotated[list[Path] | None, typer.Option(help="Another video for the same table; may be repeated.")]
+OutputOption = Annotated[
+    Path | None, typer.Option("--output", "-o", help="Folder for results.json, results.md and report.html.")
+]
+SegmentOption = Annotated[
+    str, typer.Option(help="Latent frames in a segment, or auto: the size of 2 to 8 whose seams show most.")
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")]
+
+
+def evaluate(
+    videos: VideosArgument,
+    *,
+    image: ImageOption = None,
+    truth: TruthOption = None,
+    against: AgainstOption = None,
+    output: OutputOption = None,
+    segment_size: SegmentOption = "3",
+    as_json: JsonOption = False,
+) -> None:
+    """Judge videos: against their image, against the truth, by themselves."""
+    from swifti2v.evaluation.evaluate import EvaluationRequest, evaluate_videos
+
+    started = time.monotonic()
+    request = EvaluationRequest(
+        tuple(videos), tuple(against or ()), image=image, truth=truth, segment_size=_segment_size(segment_size)
+    )
+    if output is not None:
+        _make_folder(output)
+    with _progress_bars(quiet=as_json) as on_progress:
+        evaluation = evaluate_videos(request, on_progress=on_progress)
+    files = [] if output is None else _write(evaluation, output)
+    if as_json:
+        typer.echo(json.dumps(_summary(evaluation, files, seconds=time.monotonic() - started), allow_nan=False))
+        return
+    Console().print(evaluation_table(evaluation))
+    for video in evaluation.videos:
+        for note in video.notes:
+            typer.echo(f"note: {video.label}: {note}", err=True)
+    for file in files:
+        typer.echo(str(file))
+
+
+def evaluation_table(evaluation: Evaluation) -> Table:
+    """Return a table with a row per metric and a column per video, the best number of a row in bold."""
+    from swifti2v.evaluation.markdown import heading
+    from swifti2v.evaluation.report import table_row
+
+    table = Table(box=SIMPLE_HEAD, padding=(0, 1))
+    table.add_column("")
+    for video in evaluation.videos:
+        table.add_column(escape(video.label), justify="right", overflow="fold")
+    for metric in evaluation.metrics:
+        cells = table_row(metric, evaluation.videos)
+        table.add_row(heading(metric), *(f"[bold]{cell.text}[/bold]" if cell.best else cell.text for cell in cells))
+    return table
+
+
+def _segment_size(text: str) -> int | None:
+    if text == "auto":
+        return None
+    try:
+        return int(text)
+    except ValueError as error:
+        msg = f"segment size {text!r} is not known; use a number from 2 on, or auto"
+        raise InvalidInputError(msg) from error
+
+
+def _make_folder(folder: Path) -> None:
+    """Make the folder of results; called before the long work."""
+    import tempfile
+
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        msg = f"results cannot be written to {str(folder)!r} ({error.strerror}); give a folder that can be written"
+        raise OutputError(msg) from error
+
+
+def _write(evaluation: Evaluation, folder: Path) -> list[Path]:
+    from swifti2v.evaluation.markdown import markdown
+    from swifti2v.evaluation.report import write_report
+
+    numbers, page = folder / RESULTS_JSON, folder / RESULTS_MARKDOWN
+    try:
+        evaluation.write_json(numbers)
+        page.write_text(markdown(evaluation), encoding="utf-8")
+    except OSError as error:
+        msg = f"results cannot be written to {str(folder)!r} ({error.strerror}); make room or choose another folder"
+        raise OutputError(msg) from error
+    return [numbers, page, write_report(evaluation, folder)]
+
+
+def _summary(evaluation: Evaluation, files: list[Path], *, seconds: float) -> dict[str, Any]:
+    """Return what ``--json`` prints: numbers without curves, null where a measure is not defined."""
+    videos = [
+        {
+            "label": video.label,
+            "path": video.path,
+            "size": f"{video.width}x{video.height}",
+            "num_frames": video.num_frames,
+            "fps": video.fps,
+            "values": {name: value if math.isfinite(value) else None for name, value in video.values.items()},
+            "notes": list(video.notes),
+        }
+        for video in evaluation.videos
+    ]
+    return {"videos": videos, "files": [str(file) for file in files], "seconds": round(seconds, 2)}
+
+
+@contextmanager
+def _progress_bars(*, quiet: bool) -> Iterator[Any]:
+    """Yield an `OnProgress` that draws a bar for each video, with the time left; in a terminal only."""
+    console = Console(stderr=True)
+    if quiet or not console.is_terminal:
+        yield None
+        return
+    columns = (
+        TextColumn("{task.description:>25}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=console) as bars:
+        tasks: dict[str, TaskID] = {}
+
+        def show(label: str, done: int, total: int | None) -> None:
+            if label not in tasks:
+                tasks[label] = bars.add_task(escape(label), total=total)
+            bars.update(tasks[label], completed=done, total=total)
+
+        yield show

@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 import typer
 from PIL import Image
-from rich.console import Console
 from typer.testing import CliRunner
 
 from swifti2v.cli import evaluate as command
@@ -142,15 +141,3 @@ def test_a_bad_output_is_told_before_the_work(folder: Path, monkeypatch: pytest.
 
     monkeypatch.setattr(judging, "evaluate_videos", work)
     assert run(folder / "clip.mp4", "-o", folder / "clip.mp4" / "inside").exit_code == EXIT_ERROR
-
-
-def test_bars_show_each_video_in_a_terminal(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(command, "Console", lambda **_: Console(force_terminal=True))
-    with command._progress_bars(quiet=False) as show:
-        show("a [b]", 1, None)
-        show("a [b]", 4, 4)
-    assert "a [b]" in capsys.readouterr().out
-    with command._progress_bars(quiet=True) as show:
-        assert show is None

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import time
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -13,16 +12,12 @@ import typer
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
+from swifti2v.cli.progress import progress_bars
 from swifti2v.errors import InvalidInputError, OutputError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
-    from rich.progress import TaskID
-
     from swifti2v.evaluation.results import Evaluation
 
 RESULTS_JSON, RESULTS_MARKDOWN = "results.json", "results.md"
@@ -59,7 +54,7 @@ def evaluate(
     )
     if output is not None:
         _make_folder(output)
-    with _progress_bars(quiet=as_json) as on_progress:
+    with progress_bars(quiet=as_json) as on_progress:
         evaluation = evaluate_videos(request, on_progress=on_progress)
     files = [] if output is None else _write(evaluation, output)
     if as_json:
@@ -140,28 +135,3 @@ def _summary(evaluation: Evaluation, files: list[Path], *, seconds: float) -> di
         for video in evaluation.videos
     ]
     return {"videos": videos, "files": [str(file) for file in files], "seconds": round(seconds, 2)}
-
-
-@contextmanager
-def _progress_bars(*, quiet: bool) -> Iterator[Any]:
-    """Yield an `OnProgress` that draws a bar for each video, with the time left; in a terminal only."""
-    console = Console(stderr=True)
-    if quiet or not console.is_terminal:
-        yield None
-        return
-    columns = (
-        TextColumn("{task.description:>25}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=console) as bars:
-        tasks: dict[str, TaskID] = {}
-
-        def show(label: str, done: int, total: int | None) -> None:
-            if label not in tasks:
-                tasks[label] = bars.add_task(escape(label), total=total)
-            bars.update(tasks[label], completed=done, total=total)
-
-        yield show

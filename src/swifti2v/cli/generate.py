@@ -10,18 +10,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from rich.progress import Progress as ProgressBars
 
+from swifti2v.cli.progress import progress_bars
 from swifti2v.errors import MemoryBudgetError
 from swifti2v.geometry import Size
 from swifti2v.pipelines.options import GenerationOptions
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-
-    from rich.progress import TaskID
 
     from swifti2v.media.video_writer import VideoWriter
     from swifti2v.pipelines.two_stage import GenerationRequest, Progress, TwoStagePipeline
@@ -188,7 +184,7 @@ class _Job:
         first_seconds = 0.0
         make = pipeline.preview if stage_one_only else pipeline.stream
         with (
-            _progress_bars(quiet=self.as_json) as on_progress,
+            _phase_bars(quiet=self.as_json) as on_progress,
             closing(make(request, work_dir=self.work_dir, on_progress=on_progress)) as pieces,
         ):
             first = next(pieces)
@@ -245,28 +241,15 @@ def _memory_errors() -> Iterator[None]:
 
 
 @contextmanager
-def _progress_bars(*, quiet: bool) -> Iterator[Any]:
-    """Yield an `OnProgress` that draws a bar for each phase, with the time left; in a terminal only."""
-    console = Console(stderr=True)
-    if quiet or not console.is_terminal:
-        yield None
-        return
-    columns = (
-        TextColumn("{task.description:>25}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-    )
-    with ProgressBars(*columns, console=console) as bars:
-        tasks: dict[str, TaskID] = {}
+def _phase_bars(*, quiet: bool) -> Iterator[Any]:
+    """Yield an `OnProgress` that draws a bar for each phase."""
+    with progress_bars(quiet=quiet) as show_bar:
 
         def show(progress: Progress) -> None:
             label = PHASE_LABELS[progress.phase]
             if progress.num_segments:
                 label += f" {progress.segment}/{progress.num_segments}"
-            if progress.phase not in tasks:
-                tasks[progress.phase] = bars.add_task(label, total=progress.total)
-            bars.update(tasks[progress.phase], completed=progress.done, total=progress.total, description=label)
+            if show_bar is not None:
+                show_bar(progress.phase, progress.done, progress.total, label=label)
 
-        yield show
+        yield None if show_bar is None else show

@@ -82,6 +82,7 @@ def test_scales_are_as_many_as_hold_a_window(side: int, expected: int) -> None:
 def test_equal_frames_and_eight_bits() -> None:
     frame = (picture(64, 96) * 255).round().astype(np.uint8)
     assert similarity(frame, frame) == pytest.approx((1, 1), abs=1e-5)
+    assert max(similarity(frame, frame)) <= 1
     assert similarity(frame, frame.astype(np.float32) / 255) == pytest.approx((1, 1), abs=1e-5)
 
 

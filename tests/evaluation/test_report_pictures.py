@@ -120,6 +120,20 @@ def test_crops_stand_where_and_when_the_first_two_videos_differ(tmp_path: Path) 
         assert row.difference == pytest.approx(np.abs(a.astype(float) - b).mean(), rel=0.1)
 
 
+def test_crops_do_not_all_show_one_defect(tmp_path: Path) -> None:
+    """A strong defect that stays, and weaker ones elsewhere: the strong one is shown once."""
+    second = [frame.copy() for frame in ramp()]
+    for frame in second:
+        frame[4:28, 4:28] = 255
+        frame[60:84, 60:84] += 30
+        frame[4:28, 120:144] += 40
+    videos = (result("a", write(tmp_path / "a.mp4", ramp())), result("b", write(tmp_path / "b.mp4", second)))
+    rows = make_pictures(Evaluation(videos, ())).crops
+    assert len(rows) == 4
+    assert [row.left < 28 and row.top < 28 for row in rows[:3]] == [True, False, False]
+    assert rows[1].left > 90 > rows[2].left > 30
+
+
 def test_one_video_is_compared_with_the_truth_and_frame_zero_shows_the_image(tmp_path: Path) -> None:
     Image.new("RGB", (WIDTH, HEIGHT), (200, 30, 30)).save(tmp_path / "image.png")
     truth = ramp()

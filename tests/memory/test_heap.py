@@ -1,5 +1,7 @@
 """Freed memory goes back to the system."""
 
+from __future__ import annotations
+
 import re
 import subprocess
 import sys

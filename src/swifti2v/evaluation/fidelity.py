@@ -63,7 +63,8 @@ def similarity(frame: Array, truth: Array) -> Similarity:
     for _ in range(1, num_scales(*frame.shape[:2])):
         a, b = _halved(a), _halved(b)
         scales.append(_scale(a, b))
-    return Similarity(scales[0].full, _combined(scales))
+    # Rounding takes equal frames a billionth beyond 1.
+    return Similarity(min(1.0, scales[0].full), min(1.0, _combined(scales)))
 
 
 def num_scales(height: int, width: int) -> int:

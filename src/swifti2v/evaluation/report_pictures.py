@@ -155,8 +155,8 @@ def largest_difference(first: Array, second: Array, *, side: int, taken: Sequenc
     """Return ``(mean difference, left, top)`` of the square of `side` pixels in which two frames differ most.
 
     Both are uint8 [H, W, 3] of one size; the difference is the mean absolute one over the channels, 0 .. 255, looked
-    for on a map at most 320 pixels wide. Squares that cover a square at `taken` (left, top) by more than half in both
-    directions are left out unless nothing else remains.
+    for on a map at most 320 pixels wide. Squares that overlap one at `taken` (left, top) are left out unless nothing else
+    remains.
     """
     height, width = first.shape[:2]
     scale = min(1.0, _DIFFERENCE_WIDTH / width)
@@ -168,9 +168,10 @@ def largest_difference(first: Array, second: Array, *, side: int, taken: Sequenc
     scores = sums[: small.height - window + 1, : small.width - window + 1].copy()
     free = scores.copy()
     for left, top in taken:
-        reach = side / 2
-        rows = slice(max(0, round((top - reach) * scale)), max(0, round((top + reach) * scale)) + 1)
-        free[rows, max(0, round((left - reach) * scale)) : max(0, round((left + reach) * scale)) + 1] = -1
+        rows, columns = (
+            slice(max(0, round(place * scale) - window + 1), round(place * scale) + window) for place in (top, left)
+        )
+        free[rows, columns] = -1
     if free.max() >= 0:
         scores = free
     y, x = np.unravel_index(int(scores.argmax()), scores.shape)

@@ -81,6 +81,11 @@ def test_a_number_that_is_not_defined_breaks_the_line_and_a_lone_one_is_a_dot() 
     assert "mean 2, from 1 to 3" in drawn.alt
 
 
+def test_the_first_number_and_the_last_are_no_neighbours() -> None:
+    drawn = plot(video("a", m=[1.0, NAN, 2.0, 3.0]), video("b", m=[1.0, 2.0, NAN, 3.0]), video("c", m=[5.0]))
+    assert len(list(elements(drawn.svg).iter("use"))) == 3
+
+
 def test_curves_without_a_number_make_no_plot() -> None:
     assert make_plots(Evaluation((video("a", m=[NAN, NAN]), video("b")), (metric("m"),))) == ()
 

@@ -147,6 +147,6 @@ def _settings(request: EvaluationRequest, first: FrameSource) -> dict[str, Any]:
         "size": str(first.size),
         "segment_size": "auto" if request.segment_size is None else request.segment_size,
         "optical_flow": f"{FLOW}, long side at most {FLOW_LONG_SIDE} px between neighbouring frames",
-        "against": [str(path) for path in request.against],
+        "against": [path.name for path in request.against],
         "versions": {"swifti2v": __version__} | {package: version(package) for package in PACKAGES},
     }

@@ -27,7 +27,7 @@ _OWN = "SwiftI2V"
 
 def _drift(name: str, label: str, what: str, unit: str) -> Metric:
     formula = f"|mean over the first 15% of frames - mean over the last 15%| of {what}, in {unit}"
-    return Metric(f"drift_{name}", f"{label} drift (%)", "lower", ">= 0", formula, _PACKING)
+    return Metric(f"drift_{name}", f"{label} drift (%)", "zero", ">= 0", formula, _PACKING)
 
 
 _OF_START = "percent of the first"

@@ -151,12 +151,14 @@ def make_pictures(evaluation: Evaluation) -> ReportPictures:
     )
 
 
-def largest_difference(first: Array, second: Array, *, side: int, taken: Sequence[tuple[int, int]] = ()) -> Any:
+def largest_difference(
+    first: Array, second: Array, *, side: int, taken: Sequence[tuple[int, int]] = ()
+) -> tuple[float, int, int]:
     """Return ``(mean difference, left, top)`` of the square of `side` pixels in which two frames differ most.
 
     Both are uint8 [H, W, 3] of one size; the difference is the mean absolute one over the channels, 0 .. 255, looked
-    for on a map at most 320 pixels wide. Squares that overlap one at `taken` (left, top) are left out unless nothing else
-    remains.
+    for on a map at most 320 pixels wide. Squares that overlap one at `taken` (left, top) are left out unless nothing
+    else remains.
     """
     height, width = first.shape[:2]
     scale = min(1.0, _DIFFERENCE_WIDTH / width)

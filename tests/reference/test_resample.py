@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from swifti2v.reference.resample import enlarge, upsample, warp
+from swifti2v.reference.resample import enlarge, reduce_frames, upsample, warp
 
 CPU = torch.device("cpu")
 
@@ -65,3 +65,15 @@ def test_enlarging_keeps_constants_and_its_own_size() -> None:
     assert enlarge(field, 20, 28, device=CPU).eq(0.25).all()
     assert enlarge(field, 5, 7, device=CPU).shape == (2, 5, 7)
     assert enlarge(field[..., 0], 10, 14, device=CPU).shape == (1, 10, 14)
+
+
+def test_reduced_frames_keep_the_mean_and_lose_what_is_finer() -> None:
+    rng = np.random.default_rng(0)
+    flat = np.full((2, 32, 64, 3), 93, np.uint8)
+    assert (reduce_frames(flat, 4) == 93).all()
+    checkers = np.indices((32, 64)).sum(axis=0)[None, ..., None] % 2 * np.uint8(200) + np.zeros((1, 1, 1, 3), np.uint8)
+    small = reduce_frames(checkers.astype(np.uint8), 4)
+    assert small.shape == (1, 8, 16, 3)
+    assert np.abs(small[:, 1:-1, 1:-1].astype(int) - 100).max() <= 1
+    noise = rng.integers(0, 255, (1, 32, 64, 3), dtype=np.uint8)
+    assert reduce_frames(noise, 4).std() < 0.5 * noise.std()

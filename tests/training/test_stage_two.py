@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import numpy as np
 import pytest
 import torch
 
 from swifti2v.evaluation.metrics import psnr
-from swifti2v.pixels import from_uint8, to_uint8
-from swifti2v.reference.resample import reduce_frames
+from swifti2v.pixels import to_uint8
 from swifti2v.training.reference_pairs import ReferencePair
 from swifti2v.training.stage_two import (
     StageTwoObjective,
@@ -77,25 +75,3 @@ def test_loss_is_a_function_of_the_step(clip: torch.Tensor) -> None:
     first, second = objective.loss(3)[0], objective.loss(3)[0]
     assert torch.equal(first, second)
     assert any(not torch.equal(first, objective.loss(step)[0]) for step in range(4, 10))
-
-
-def test_reduced_frames_keep_the_mean_and_lose_what_is_finer() -> None:
-    rng = np.random.default_rng(0)
-    flat = np.full((2, 32, 64, 3), 93, np.uint8)
-    assert (reduce_frames(flat, 4) == 93).all()
-    checkers = np.indices((32, 64)).sum(axis=0)[None, ..., None] % 2 * np.uint8(200) + np.zeros((1, 1, 1, 3), np.uint8)
-    small = reduce_frames(checkers.astype(np.uint8), 4)
-    assert small.shape == (1, 8, 16, 3)
-    assert np.abs(small[:, 1:-1, 1:-1].astype(int) - 100).max() <= 1
-    noise = rng.integers(0, 255, (1, 32, 64, 3), dtype=np.uint8)
-    assert reduce_frames(noise, 4).std() < 0.5 * noise.std()
-
-
-def test_pixels_survive_the_way_to_float_and_back() -> None:
-    levels = torch.arange(256, dtype=torch.uint8).view(1, 16, 16, 1).expand(2, -1, -1, 3)
-    pixels = from_uint8(levels)
-    assert pixels.shape == (1, 3, 2, 16, 16)
-    assert pixels.min() == -1
-    assert pixels.max() == 1
-    assert torch.equal(to_uint8(pixels), levels)
-    assert torch.equal(from_uint8(levels.numpy()), pixels)

@@ -18,6 +18,10 @@ EXPECTED = {
     "AdapterError": ValueError,
     "OutputError": OSError,
     "WorkDirectoryError": ValueError,
+    "LatentCacheError": ValueError,
+    "TrainingError": RuntimeError,
+    "JobError": LookupError,
+    "QueueFullError": RuntimeError,
     "MemoryBudgetError": ValueError,
     "GenerationCancelled": Exception,
 }

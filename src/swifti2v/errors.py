@@ -42,6 +42,22 @@ class WorkDirectoryError(SwiftI2VError, ValueError):
     """A work directory holds another run than the one that was asked for, or is damaged."""
 
 
+class LatentCacheError(SwiftI2VError, ValueError):
+    """A latent cache is stale (made by another codec or with other settings), incomplete or damaged."""
+
+
+class TrainingError(SwiftI2VError, RuntimeError):
+    """Training cannot go on: a loss or gradient that is not finite, processes that disagree."""
+
+
+class JobError(SwiftI2VError, LookupError):
+    """A job does not exist, has expired, or is in a state that does not allow what was asked."""
+
+
+class QueueFullError(SwiftI2VError, RuntimeError):
+    """The queue takes no more jobs for now."""
+
+
 class MemoryBudgetError(SwiftI2VError, ValueError):
     """No plan fits into the memory budget; the message says which budget would."""
 

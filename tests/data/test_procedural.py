@@ -110,3 +110,5 @@ def test_sampling_covers_every_motion() -> None:
     names = {motion.name for motions in drawn for motion in motions}
     assert names == {*CAMERA_MOTIONS, *SCENE_MOTIONS, "still"}
     assert all(len(motions) <= 2 for motions in drawn)
+    waves = [motions for motions in drawn if {"sway", "ripple"} & {motion.name for motion in motions}]
+    assert 0.35 < len(waves) / len(drawn) < 0.53  # learned last, drawn most

@@ -6,7 +6,14 @@ import pytest
 import torch
 
 from swifti2v.models.motion_codec import MOTION_CHANNELS
-from swifti2v.models.motion_transformer import MASK_CHANNELS, POSITION_CHANNELS, MotionTransformer
+from swifti2v.models.motion_transformer import (
+    MASK_CHANNELS,
+    POSITION_CHANNELS,
+    SPACE_CYCLES,
+    TIME_CYCLES,
+    MotionTransformer,
+    _positions,
+)
 
 CHANNELS = 12
 
@@ -62,3 +69,18 @@ def test_places_are_told_apart_in_a_uniform_picture(network: MotionTransformer) 
     joined = torch.zeros(1, 2 * CHANNELS + MASK_CHANNELS, 2, 4, 6)
     made = network.predict_clean(joined, torch.tensor([1000.0]), torch.zeros(1, 5, 16))
     assert (made[..., 0, 0] - made[..., -2, -2]).abs().max() > 1e-3
+
+
+def test_positions_and_their_waves() -> None:
+    """x, y and time, then a sine and a cosine of each frequency: the phase of any wave follows from them."""
+    positions = _positions(torch.zeros(1, 1, 21, 4, 8))[0]
+    assert positions.shape == (POSITION_CHANNELS, 21, 4, 8)
+    x, y, time = positions[:3]
+    assert x[0, 0].tolist() == pytest.approx([-0.875, -0.625, -0.375, -0.125, 0.125, 0.375, 0.625, 0.875])
+    assert y[0, :, 0].tolist() == pytest.approx([-0.375, -0.125, 0.125, 0.375])  # in half widths, as x
+    assert time[:, 0, 0].tolist() == pytest.approx([step / 20 for step in range(21)])
+    sines, cosines = positions[3::2], positions[4::2]
+    assert torch.allclose(sines**2 + cosines**2, torch.ones_like(sines), atol=1e-5)
+    for axis, first, cycles in ((x, 0, SPACE_CYCLES), (y, 4, SPACE_CYCLES), (time, 8, TIME_CYCLES)):
+        for place, frequency in enumerate(cycles, start=first):
+            assert torch.allclose(sines[place], torch.sin(2 * torch.pi * frequency * axis), atol=1e-5)

@@ -2,12 +2,14 @@
 
 A narrow token cannot carry all the numbers of noise that a velocity contains (measured: `docs/log.md`), so the network
 predicts x0 and the forward returns the velocity that Wan's pipeline expects, ``v = (x - x0) / sigma``. Wan's RoPE is
-relative; a camera that zooms needs to know where the centre is, so the position is given as three more channels, and
-motion is read out as ``a + b x + c y``: a zoom or a rotation is then one answer for all places, as for a pan.
+relative; a camera that zooms needs to know where the centre is, and a wave which phase it has at a place and a time: so
+the position is given as more channels (x, y, time and Fourier features of each), and motion is read out as
+``a + b x + c y``: a zoom or a rotation is then one answer for all places, as for a pan.
 """
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -22,13 +24,15 @@ if TYPE_CHECKING:
 __all__ = ["ModelMixin", "MotionTransformer"]  # diffusers looks ModelMixin up in the module that defines a component
 
 MASK_CHANNELS = 4
-POSITION_CHANNELS = 3
 TRAINED_LATENT_FRAMES = 21
-POSITION_GAIN = 4.0  # three channels of more than a hundred: at a gain of 1 they are learned last
+SPACE_CYCLES = (0.5, 1.0, 2.0, 4.0)  # of the Fourier features, per half width
+TIME_CYCLES = (1.0, 2.0, 4.0)  # and per trained length
+POSITION_CHANNELS = 3 + 2 * (2 * len(SPACE_CYCLES) + len(TIME_CYCLES))
+POSITION_GAIN = 4.0  # few channels of more than a hundred: at a gain of 1 they are learned last
 
 
 class MotionTransformer(WanTransformer3DModel):
-    """`WanTransformer3DModel` with Wan I2V's call, `in_channels` = 2z + 4 + 3 and `out_channels` = z + 16.
+    """`WanTransformer3DModel` with Wan I2V's call, `in_channels` = 2z + 4 + 25 and `out_channels` = z + 16.
 
     Input [B, z + 4 + z, F, h, w]: noisy latents, mask and image latents as `WanImageToVideoPipeline` joins them. The
     image latent of frame 0 is shown to every frame. Output: velocity [B, z, F, h, w], float32.
@@ -83,12 +87,18 @@ class MotionTransformer(WanTransformer3DModel):
 
 
 def _positions(hidden_states: Tensor) -> Tensor:
-    """Return x, y in half widths from the centre and time in trained lengths: [B,3,F,h,w]."""
+    """Return x, y in half widths from the centre, time in trained lengths, then their sines and cosines: [B,25,F,h,w]."""
     batch, _, frames, height, width = hidden_states.shape
     device = hidden_states.device
     columns = (torch.arange(width, device=device) + 0.5) * 2 / width - 1
     rows = ((torch.arange(height, device=device) + 0.5) * 2 / height - 1) * height / width
     times = torch.arange(frames, device=device) / (TRAINED_LATENT_FRAMES - 1)
     grid = torch.meshgrid(times, rows, columns, indexing="ij")
-    positions = torch.stack([grid[2], grid[1], grid[0]]).to(hidden_states.dtype)
+    waves = [
+        function(2 * math.pi * cycles * axis)
+        for axis, all_cycles in ((grid[2], SPACE_CYCLES), (grid[1], SPACE_CYCLES), (grid[0], TIME_CYCLES))
+        for cycles in all_cycles
+        for function in (torch.sin, torch.cos)
+    ]
+    positions = torch.stack([grid[2], grid[1], grid[0], *waves]).to(hidden_states.dtype)
     return positions.expand(batch, -1, -1, -1, -1)

@@ -5,6 +5,7 @@
 #   PIP_ARGS     passed to pip, e.g. --extra-index-url https://download.pytorch.org/whl/cpu for a CPU build of torch where
 #                pip would take the CUDA build (plain pip takes CUDA on Linux, which is right on a machine with an NVIDIA card)
 #   DEMO_IMAGE, DEMO_PROMPT, DEMO_OUTPUT
+#   CLIPS        folder with INDEX.csv, for make ablation
 #   PYTEST_ARGS  passed to pytest, e.g. "-m 'not slow'" or tests/test_config.py
 
 PYTHON ?= $(firstword $(foreach name,python3.11 python3.12 python3.13 python3,$(shell command -v $(name) 2>/dev/null)))
@@ -22,7 +23,7 @@ export DEMO_IMAGE DEMO_PROMPT DEMO_OUTPUT
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test lint types arrows unit format clean
+.PHONY: help demo test lint types arrows unit format ablation clean
 
 help:
 	@echo "make demo    a photo of examples/ becomes $(DEMO_OUTPUT)"
@@ -32,6 +33,7 @@ help:
 	@echo "make arrows  import-linter: which module may import which"
 	@echo "make unit    pytest"
 	@echo "make format  ruff format and the fixes that ruff is sure of"
+	@echo "make ablation CLIPS=DIR  docs/ablation.md, from the clips of DIR/INDEX.csv"
 	@echo "make clean   remove .venv and the caches of the tools"
 
 demo: $(VENV)/.installed
@@ -59,6 +61,10 @@ unit: $(VENV)/.installed-dev
 format: $(VENV)/.installed-dev
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+
+ablation: $(VENV)/.installed-dev
+	@test -n "$(CLIPS)" || { echo "error: give a folder with INDEX.csv and its clips: make ablation CLIPS=DIR" >&2; exit 2; }
+	$(BIN)/python -m benchmarks.ablation --clips "$(CLIPS)" --document docs/ablation.md
 
 clean:
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache build src/*.egg-info

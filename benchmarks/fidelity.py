@@ -21,9 +21,11 @@ import argparse
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from itertools import repeat
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import cv2
 import numpy as np
 import torch
 
@@ -63,6 +65,7 @@ Numbers = dict[str, float]
 
 VARIANTS = ("bicubic", "reference", "codec", "stage_two")
 LABELS = {"bicubic": "bicubic", "codec": "reference, coded", "stage_two": "with Stage II"}
+LANCZOS = cv2.INTER_LANCZOS4
 EXPLAINED_FROM = 0.5
 CROP = Size(160, 160)
 CROP_ENLARGEMENT = 2
@@ -105,34 +108,55 @@ class KnownClip:
     """A clip, what Stage I would give of it, and the hybrid reference.
 
     Args:
-        truth: uint8 [F, H, W, 3].
+        truth: uint8 [F, H, W, 3]; its frame 0 is the image.
+        motion: the motion reference, uint8 [F, h, w, 3].
         bicubic: chunks [1, 3, f, H, W] of the enlarged motion reference (frame 0 is the image).
         reference: chunks of the hybrid reference.
         unexplained: [F, H, W] bool.
+        seconds: what making `bicubic` and `reference` took, by these names.
     """
 
     truth: Array
+    motion: Array
     bicubic: list[Tensor]
     reference: list[Tensor]
     unexplained: Array
+    seconds: Numbers
 
 
 def known_clip(truth: Array, settings: GenerationSettings) -> KnownClip:
     """Make the references of a truth uint8 [F, H, W, 3]."""
-    motion = [torch.from_numpy(reduce_frames(truth, REDUCTION))]
+    reduced = reduce_frames(truth, REDUCTION)
+    motion = [torch.from_numpy(reduced)]
     image = from_uint8(truth[:1])[0, :, 0]
     options = ReferenceOptions(flow_scale=settings.flow_scale)
+    begun = time.perf_counter()
     transported = list(transport_with_confidence(motion, image, options=options))
+    seconds = {"reference": time.perf_counter() - begun}
     confidence = torch.cat([chunk.confidence for chunk in transported], dim=2)[0, 0]
+    begun = time.perf_counter()
     bicubic = list(replace_first_frame(motion, image))
-    chunks = bicubic if settings.reference == "replace" else [chunk.frames for chunk in transported]
-    return KnownClip(truth, bicubic, chunks, (confidence < EXPLAINED_FROM).numpy())
+    seconds["bicubic"] = time.perf_counter() - begun
+    chunks = [chunk.frames for chunk in transported]
+    if settings.reference == "replace":
+        chunks, seconds["reference"] = bicubic, seconds["bicubic"]
+    return KnownClip(truth, reduced, bicubic, chunks, (confidence < EXPLAINED_FROM).numpy(), seconds)
 
 
 def variant_frames(
     variant: str, clip: KnownClip, parts: Parts, settings: GenerationSettings, prompt_embeds: Tensor | None
 ) -> Iterator[Array]:
-    """Yield the frames of a variant, uint8 [H, W, 3], frame 0 first."""
+    """Yield the frames of a variant, uint8 [H, W, 3], frame 0 first.
+
+    Besides `VARIANTS`: lanczos (as bicubic, by OpenCV's 8x8 window) and still (the image, the same array each time).
+    """
+    if variant == "still":
+        yield from repeat(clip.truth[0], len(clip.truth))
+        return
+    if variant == "lanczos":
+        yield clip.truth[0]
+        yield from (cv2.resize(small, clip.truth.shape[2:0:-1], interpolation=LANCZOS) for small in clip.motion[1:])
+        return
     codec = parts.stage_two.codec
     pieces: Iterable[Tensor]
     if variant == "bicubic":
@@ -195,12 +219,11 @@ def crop_row(name: str, clip: KnownClip, kept: dict[str, Array], index: int) -> 
     )
 
 
-def run(arguments: argparse.Namespace) -> dict[str, dict[str, Any]]:
-    """Measure every clip; return ``{clip: {"unexplained_share": ..., variant: numbers}}``."""
-    parts = TwoStagePipeline.from_pretrained(arguments.model).parts
+def known_clips(
+    parts: Parts, arguments: argparse.Namespace
+) -> Iterator[tuple[MediaItem, KnownClip, GenerationSettings]]:
+    """Yield the clips that the arguments of `add_clip_arguments` ask for, and tell what each took its reader."""
     size = Size.parse(arguments.size)
-    results: dict[str, dict[str, Any]] = {}
-    rows = []
     items = held_back_clips(arguments.clips)[: arguments.max_clips]
     for position, item in enumerate(items, start=1):
         begun = time.perf_counter()
@@ -213,19 +236,33 @@ def run(arguments: argparse.Namespace) -> dict[str, dict[str, Any]]:
                 reference=arguments.reference,
             )
         )
-        clip = known_clip(truth, settings)
-        embeds = _embeds(parts, item)
+        yield item, known_clip(truth, settings), settings
+        say(f"{position}/{len(items)} {item.path.stem}: {time.perf_counter() - begun:.0f} s")
+
+
+def run(arguments: argparse.Namespace) -> dict[str, dict[str, Any]]:
+    """Measure every clip; return ``{clip: {"unexplained_share": ..., variant: numbers}}``."""
+    parts = TwoStagePipeline.from_pretrained(arguments.model).parts
+    results: dict[str, dict[str, Any]] = {}
+    rows = []
+    for item, clip, settings in known_clips(parts, arguments):
+        embeds = embedded_caption(parts, item)
+        last = len(clip.truth) - 1
         variants = {name: variant_frames(name, clip, parts, settings, embeds) for name in VARIANTS}
-        numbers, kept = measure(clip, variants, len(truth) - 1)
+        numbers, kept = measure(clip, variants, last)
         name = item.path.stem
-        results[name] = {"num_frames": len(truth), "unexplained_share": float(clip.unexplained[1:].mean()), **numbers}
+        results[name] = {"num_frames": last + 1, "unexplained_share": float(clip.unexplained[1:].mean()), **numbers}
         if arguments.pictures:
-            rows.append(crop_row(name, clip, kept, len(truth) - 1))
+            rows.append(crop_row(name, clip, kept, last))
             pictures.save(rows[-1], arguments.pictures / f"fidelity_{name}.png")
-        say(f"{position}/{len(items)} {name}: {time.perf_counter() - begun:.0f} s")
     if rows:
         pictures.save(pictures.sheet(rows), arguments.pictures / "fidelity.jpg")
     return results
+
+
+def embedded_caption(parts: Parts, item: MediaItem) -> Tensor | None:
+    """Return the embedded caption of a clip, for a Stage II that was trained with prompts."""
+    return parts.stage_one.encode_prompt(item.caption).prompt if parts.stage_two.uses_prompt else None
 
 
 def means(results: dict[str, dict[str, Any]]) -> dict[str, Any]:
@@ -274,9 +311,8 @@ def checks(results: dict[str, dict[str, Any]], reference: str) -> list[Check]:
     ]
 
 
-def main() -> None:
-    """Read the command line, measure, print, write."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def add_clip_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add what `known_clips` reads."""
     parser.add_argument("--model", default="mini", help="name or folder of a checkpoint")
     parser.add_argument("--clips", type=Path, required=True, help="folder with INDEX.csv")
     parser.add_argument("--size", default="1280x704")
@@ -284,6 +320,12 @@ def main() -> None:
     parser.add_argument("--steps", type=int, help="of Stage II; default: the checkpoint's")
     parser.add_argument("--reference", choices=("transport", "replace"), default="transport")
     parser.add_argument("--max-clips", type=int, help="only the first clips, for a quick look")
+
+
+def main() -> None:
+    """Read the command line, measure, print, write."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_clip_arguments(parser)
     add_result_arguments(parser)
     arguments = parser.parse_args()
     with torch.no_grad():
@@ -298,11 +340,6 @@ def main() -> None:
 
 def _on(device: torch.device, chunks: Iterable[Tensor]) -> Iterator[Tensor]:
     return (chunk.to(device) for chunk in chunks)
-
-
-def _embeds(parts: Parts, item: MediaItem) -> Tensor | None:
-    """Return the embedded caption of a clip, for a Stage II that was trained with prompts."""
-    return parts.stage_one.encode_prompt(item.caption).prompt if parts.stage_two.uses_prompt else None
 
 
 if __name__ == "__main__":

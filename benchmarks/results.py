@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
 
 RESULTS = Path(__file__).parent / "results"
-PACKAGES = ("torch", "diffusers", "opencv-python-headless", "numpy", "av")
+PACKAGES = ("torch", "diffusers", "opencv-python-headless", "numpy", "av", "vmaf-torch")
 
 
 @dataclass(frozen=True)

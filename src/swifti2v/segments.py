@@ -2,6 +2,7 @@
 
 T latent frames; frame 0 is the anchor. Segment s targets ``[1 + s*M, min(1 + (s+1)*M, T))`` and sees, besides its
 targets, the anchor, the `before` frames ahead of them (finished) and the `after` frames behind them (not yet refined).
+For ablations: without the anchor, frame 0 is a finished frame like any other, seen where it is one of the `before`.
 """
 
 from __future__ import annotations
@@ -29,24 +30,25 @@ class FrameKind(IntEnum):
 class Segment:
     """One segment: the latent frames it makes and those it sees.
 
-    The window is ordered in time: anchor, neighbours before, targets, neighbours after.
+    The window is ordered in time: the anchor if the segment sees it, neighbours before, targets, neighbours after.
     """
 
     index: int
     targets: range
     before: range
     after: range
+    anchor: bool = True
 
     @property
     def window(self) -> tuple[int, ...]:
-        """Latent frame indices of the window, in time order, the anchor first."""
-        return (0, *self.before, *self.targets, *self.after)
+        """Latent frame indices of the window, in time order."""
+        return (*self._anchors, *self.before, *self.targets, *self.after)
 
     @property
     def kinds(self) -> tuple[FrameKind, ...]:
         """Kind of each frame of `window`."""
         return (
-            FrameKind.ANCHOR,
+            *(FrameKind.ANCHOR for _ in self._anchors),
             *(FrameKind.FINISHED for _ in self.before),
             *(FrameKind.TARGET for _ in self.targets),
             *(FrameKind.UNREFINED for _ in self.after),
@@ -55,8 +57,12 @@ class Segment:
     @property
     def target_slice(self) -> slice:
         """Where the targets stand in `window`."""
-        start = 1 + len(self.before)
+        start = len(self._anchors) + len(self.before)
         return slice(start, start + len(self.targets))
+
+    @property
+    def _anchors(self) -> range:
+        return range(int(self.anchor))
 
     def positions(self, mode: PositionMode = "absolute") -> tuple[int, ...]:
         """RoPE positions in time: the latent index (`absolute`), or the place in the window (`compact`)."""
@@ -67,7 +73,12 @@ class Segment:
 
 
 def plan_segments(
-    num_latent_frames: int, *, segment_size: int = 3, neighbors_before: int = 1, neighbors_after: int = 0
+    num_latent_frames: int,
+    *,
+    segment_size: int = 3,
+    neighbors_before: int = 1,
+    neighbors_after: int = 0,
+    anchor: bool = True,
 ) -> tuple[Segment, ...]:
     """Cut a clip into segments; every latent frame >= 1 is a target exactly once, in order.
 
@@ -76,6 +87,8 @@ def plan_segments(
         segment_size: M >= 1 targets a segment; the last segment may be shorter.
         neighbors_before: N >= 0 finished frames seen ahead of the targets.
         neighbors_after: N >= 0 unrefined frames seen behind the targets.
+        anchor: whether every segment sees frame 0, which then is no neighbour. Without neighbours too, a segment with
+            the anchor is independent of the others, and one without it is alone with its targets.
 
     Raises:
         InvalidInputError: a number is out of its range.
@@ -89,10 +102,16 @@ def plan_segments(
         if value < least:
             msg = f"{name} is {value}; it must be at least {least}"
             raise InvalidInputError(msg)
-    starts = range(1, num_latent_frames, segment_size)
+    pieces = [range(j, min(j + segment_size, num_latent_frames)) for j in range(1, num_latent_frames, segment_size)]
     return tuple(
-        _segment(index, start, num_latent_frames, segment_size, neighbors_before, neighbors_after)
-        for index, start in enumerate(starts)
+        Segment(
+            index=index,
+            targets=targets,
+            before=range(max(int(anchor), targets.start - neighbors_before), targets.start),
+            after=range(targets.stop, min(targets.stop + neighbors_after, num_latent_frames)),
+            anchor=anchor,
+        )
+        for index, targets in enumerate(pieces)
     )
 
 
@@ -128,16 +147,6 @@ def plan_windows(num_frames: int, *, window_frames: int, overlap_frames: int, te
     return tuple(windows)
 
 
-def max_window(segment_size: int, neighbors_before: int, neighbors_after: int) -> int:
+def max_window(segment_size: int, neighbors_before: int, neighbors_after: int, *, anchor: bool = True) -> int:
     """Return the most latent frames that any window of such a plan holds, whatever the length of the clip."""
-    return 1 + neighbors_before + segment_size + neighbors_after
-
-
-def _segment(index: int, start: int, total: int, size: int, before: int, after: int) -> Segment:
-    stop = min(start + size, total)
-    return Segment(
-        index=index,
-        targets=range(start, stop),
-        before=range(max(1, start - before), start),
-        after=range(stop, min(stop + after, total)),
-    )
+    return int(anchor) + neighbors_before + segment_size + neighbors_after

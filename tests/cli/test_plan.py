@@ -89,3 +89,42 @@ def test_refusals_are_one_line(arguments: tuple[str, ...], words: str) -> None:
     assert words in result.stderr
     assert result.stderr.startswith("error: ")
     assert result.stderr.count("\n") == 1
+
+
+def test_a_memory_plan_fits_its_budget_and_says_that_seconds_are_predicted() -> None:
+    result = run("--memory", "16GiB")
+    assert result.exit_code == 0
+    assert "predicted for rtx4090, not measured" in result.stdout
+    assert "given up - refinement: weights stream by block" in result.stdout
+    plan = json.loads(run("--json", "--memory", "16GiB", "--gpu", "h200").stdout)["memory"]
+    assert plan["peak_bytes"] <= 16 * 2**30
+    assert plan["gpu"] == "h200"
+    assert plan["predicted_seconds"] == pytest.approx(sum(phase["seconds"] for phase in plan["phases"]))
+    assert "memory" not in json.loads(run("--json").stdout)
+
+
+def test_a_memory_plan_fits_a_terminal_of_eighty_columns() -> None:
+    result = CliRunner().invoke(app, ["plan", "--memory", "8GiB"], env={"COLUMNS": "80"})
+    assert "…" not in result.stdout
+    assert max(map(len, result.stdout.splitlines())) <= 80
+
+
+def test_a_small_model_needs_little() -> None:
+    plan = json.loads(run("--json", "--model", "mini", "--memory", "auto").stdout)["memory"]
+    assert {phase["placement"] for phase in plan["phases"]} == {"resident"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("--memory", "2GiB"), "no plan fits into 2.0 GiB"),
+        (("--memory", "much"), "write for instance 24GiB"),
+        (("--memory", "24GiB", "--host-memory", "4GiB"), "host memory"),
+        (("--memory", "24GiB", "--gpu", "abacus"), "rtx4090"),
+    ],
+)
+def test_memory_refusals_are_one_line(arguments: tuple[str, ...], words: str) -> None:
+    result = run(*arguments)
+    assert result.exit_code == 2
+    assert words in result.stderr
+    assert result.stderr.count("\n") == 1

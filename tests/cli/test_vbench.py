@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 
 from swifti2v.cli.main import EXIT_ERROR, ReportingGroup
 from swifti2v.cli.vbench import app as vbench
+from swifti2v.evaluation.vbench.makers import StillMaker
 from swifti2v.media.video_reader import VideoReader
 from tests.evaluation.vbench_checkout import MAGI_ONE, make_checkout
 
@@ -95,6 +96,17 @@ def test_options(run: Run, suite: Path, tmp_path: Path) -> None:
         result = run("generate", suite, "--output", tmp_path / "other", *given)
         assert result.exit_code == EXIT_ERROR
         assert "sets size or seed" in result.stderr
+
+
+def test_the_end_of_memory_is_one_line(run: Run, suite: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def frames(_maker: StillMaker, _clip: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(StillMaker, "frames", frames)
+    result = run("generate", suite, "--output", tmp_path / "run", *STILL)
+    assert result.exit_code == EXIT_ERROR
+    assert result.stderr.count("\n") == 1
+    assert result.stderr.startswith("error: there is not enough memory to make ")
 
 
 def test_total_of_plain_scores(run: Run, tmp_path: Path) -> None:

@@ -6,7 +6,8 @@ import re
 import sys
 from html.parser import HTMLParser
 from itertools import pairwise
-from typing import TYPE_CHECKING
+from pathlib import Path
+from urllib.parse import unquote
 
 import numpy as np
 import pytest
@@ -19,9 +20,6 @@ from swifti2v.evaluation.report_figures import NUM_COLOURS
 from swifti2v.evaluation.results import Better, Curve, Evaluation, Metric, VideoResult, read_evaluation
 from swifti2v.geometry import Size
 from swifti2v.media.video_writer import VideoWriter
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 HEIGHT, WIDTH, FRAMES = 64, 96, 5
 NAN = math.nan
@@ -126,15 +124,55 @@ def test_videos_are_held_in_the_page_byte_by_byte(tmp_path: Path) -> None:
     assert base64.b64decode(data) == (tmp_path / "b.mp4").read_bytes()
 
 
-def test_large_videos_are_linked_with_a_note(tmp_path: Path) -> None:
+def test_large_videos_are_copied_beside_the_page_which_can_then_be_moved(tmp_path: Path) -> None:
     (tmp_path / "my videos").mkdir()
-    one = video("a", write_video(tmp_path / "my videos" / "a #1.mp4"))
+    (tmp_path / "others").mkdir()
     folder = tmp_path / "reports" / "today"
-    written = write_report(Evaluation((one,), ()), folder, embed_limit_bytes=100)
-    (player,) = Page(written).all("video")
-    assert player["src"] == "../../my%20videos/a%20%231.mp4"
-    assert (folder / "../../my videos/a #1.mp4").is_file()
-    assert "too large to be held in this page" in written.read_text(encoding="utf-8")
+    folder.mkdir(parents=True)
+    videos = (
+        video("a", write_video(tmp_path / "my videos" / "a #1.mp4")),
+        video("b", write_video(tmp_path / "others" / "a #1.mp4", 30)),
+        video("c", write_video(folder / "c.mp4", 50)),
+    )
+    originals = [Path(each.path or "").read_bytes() for each in videos]
+    written = write_report(Evaluation(videos, ()), folder, embed_limit_bytes=100)
+    moved = folder.rename(tmp_path / "moved")
+    addresses = [player["src"] for player in Page(moved / written.name).all("video")]
+    assert addresses == ["media/a%20%231.mp4", "media/a%20%231_2.mp4", "c.mp4"]
+    assert [(moved / unquote(address)).read_bytes() for address in addresses] == originals
+    assert sorted(path.name for path in (moved / "media").iterdir()) == ["a #1.mp4", "a #1_2.mp4"]
+    page = (moved / written.name).read_text(encoding="utf-8")
+    assert "too large to be held in this page" in page
+    assert "keep the page and its folder together" in page
+
+
+def test_a_report_made_again_replaces_its_copies(tmp_path: Path) -> None:
+    one = video("a", write_video(tmp_path / "a.mp4"))
+    for shade in (0, 40):
+        write_video(tmp_path / "a.mp4", shade)
+        write_report(Evaluation((one,), ()), tmp_path / "out", embed_limit_bytes=100)
+    assert (tmp_path / "out" / "media" / "a.mp4").read_bytes() == (tmp_path / "a.mp4").read_bytes()
+    assert len(list((tmp_path / "out" / "media").iterdir())) == 1
+
+
+def test_a_copy_of_an_older_report_that_is_judged_itself_is_not_overwritten(tmp_path: Path) -> None:
+    (tmp_path / "out" / "media").mkdir(parents=True)
+    old = video("old", write_video(tmp_path / "out" / "media" / "a.mp4"))
+    new = video("new", write_video(tmp_path / "a.mp4", 40))
+    before = (tmp_path / "out" / "media" / "a.mp4").read_bytes()
+    written = write_report(Evaluation((new, old), ()), tmp_path / "out", embed_limit_bytes=100)
+    assert [player["src"] for player in Page(written).all("video")] == ["media/a_2.mp4", "media/a.mp4"]
+    assert (tmp_path / "out" / "media" / "a.mp4").read_bytes() == before
+
+
+def test_a_copy_that_cannot_be_written_is_told_in_one_line(tmp_path: Path) -> None:
+    one = video("a", write_video(tmp_path / "a.mp4"))
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "media").write_text("a file in the way")
+    with pytest.raises(OutputError, match=r"cannot be copied to .*media.*; make room") as caught:
+        write_report(Evaluation((one,), ()), tmp_path / "out", embed_limit_bytes=100)
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "out" / "report.html").exists()
 
 
 def test_a_format_that_browsers_do_not_play_is_said_so(tmp_path: Path) -> None:

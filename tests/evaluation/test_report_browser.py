@@ -8,21 +8,19 @@ import shutil
 import subprocess
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from queue import Queue
 from threading import Thread
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from swifti2v.evaluation.report import write_report
+from swifti2v.evaluation.report import EMBED_LIMIT_BYTES, write_report
 from swifti2v.evaluation.results import Curve, Evaluation, Metric, VideoResult
 from swifti2v.geometry import Size
 from swifti2v.media.video_writer import VideoWriter
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
 BROWSER = next((found for name in BROWSERS if (found := shutil.which(name))), None)
@@ -129,6 +127,22 @@ class Listener(ThreadingHTTPServer):
 class Handler(SimpleHTTPRequestHandler):
     server: Listener
 
+    def do_GET(self) -> None:
+        """Give parts of files, as the file system does: a browser cannot seek in a video without."""
+        path, asked = Path(self.translate_path(self.path)), self.headers.get("Range")
+        if asked is None or not path.is_file():
+            super().do_GET()
+            return
+        content = path.read_bytes()
+        start, _, last = asked.removeprefix("bytes=").partition("-")
+        part = content[int(start) : int(last) + 1 if last else None]
+        self.send_response(206)
+        self.send_header("Content-Type", self.guess_type(path))
+        self.send_header("Content-Length", str(len(part)))
+        self.send_header("Content-Range", f"bytes {start}-{int(start) + len(part) - 1}/{len(content)}")
+        self.end_headers()
+        self.wfile.write(part)
+
     def do_POST(self) -> None:
         body = self.rfile.read(int(self.headers["Content-Length"]))
         self.send_response(204)
@@ -139,9 +153,12 @@ class Handler(SimpleHTTPRequestHandler):
         """Requests are of no interest."""
 
 
-@pytest.fixture(scope="module")
-def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("report")
+@pytest.fixture(scope="module", params=[EMBED_LIMIT_BYTES, 0], ids=["embedded", "linked"])
+def report(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A report whose folder was moved and whose videos are gone: what it shows, it holds."""
+    root = tmp_path_factory.mktemp("report")
+    folder = root / "originals"
+    folder.mkdir()
     Image.new("RGB", (160, 96), (90, 120, 200)).save(folder / "image.png")
     videos = []
     for index, label in enumerate(("first", LONG_LABEL)):
@@ -155,7 +172,9 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
         videos.append(VideoResult(label, str(path), 160, 96, FRAMES, FPS, {"m": float(index)}, (curve,), ("A note.",)))
     metric = Metric("m", "A number", "higher", ">= 0", "a sum / " * 20, "a paper")
     evaluation = Evaluation(tuple(videos), (metric,), str(folder / "image.png"), settings={"prompt": "x" * 300})
-    return write_report(evaluation, folder)
+    written = write_report(evaluation, root / "made", embed_limit_bytes=request.param)
+    shutil.rmtree(folder)
+    return written.parent.rename(root / "moved") / written.name
 
 
 @pytest.fixture(scope="module")

@@ -11,8 +11,15 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
+import torch
 
-from swifti2v.errors import ConfigurationError, InvalidInputError, OutputError, WorkDirectoryError
+from swifti2v.errors import (
+    ConfigurationError,
+    InvalidInputError,
+    MemoryBudgetError,
+    OutputError,
+    WorkDirectoryError,
+)
 from swifti2v.evaluation.vbench.clips import Clip, Shard, clip_seed, clips_of
 from swifti2v.evaluation.vbench.generation import ClipRecord, VideoRun, append_record, make_videos, open_run
 from swifti2v.evaluation.vbench.makers import ClipShape, MakerSettings, StillMaker
@@ -92,6 +99,42 @@ def test_shards_are_read() -> None:
     for text in ("0/4", "5/4", "1", "1/0", "-1/2", "a/b", "1/4/2"):
         with pytest.raises(InvalidInputError, match="of the form i/n"):
             Shard.parse(text)
+
+
+@pytest.mark.parametrize("error", [MemoryError(), torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate")])
+def test_the_end_of_memory_is_one_line_and_leaves_no_video(
+    suite: Suite, run: VideoRun, error: Exception, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def frames(_maker: StillMaker, _clip: Clip) -> Iterator[np.ndarray]:
+        yield np.zeros((1, 96, 96, 3), np.uint8)
+        raise error
+
+    first, second = clips_of(suite)[:2]
+    run.make(first, StillMaker(SHAPE))
+    monkeypatch.setattr(StillMaker, "frames", frames)
+    with pytest.raises(MemoryBudgetError, match=r"not enough memory to make .*; use fewer --frames") as caught:
+        run.make(second, StillMaker(SHAPE))
+    assert "\n" not in str(caught.value)
+    assert second.file_name in str(caught.value)
+    assert [path.name for path in run.videos.iterdir()] == [first.file_name]
+
+
+def test_a_model_too_large_is_said_and_other_errors_stay_what_they_are(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def too_large(_settings: MakerSettings) -> StillMaker:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    def broken(_settings: MakerSettings) -> StillMaker:
+        raise RuntimeError("a bug")
+
+    monkeypatch.setattr(MakerSettings, "open", too_large)
+    with pytest.raises(MemoryBudgetError, match="not enough memory to load 'still'"):
+        open_run(tmp_path / "run", STILL, seed=0)
+    monkeypatch.setattr(MakerSettings, "open", broken)
+    with pytest.raises(RuntimeError, match="a bug"):
+        open_run(tmp_path / "run", STILL, seed=0)
+    assert not (tmp_path / "run").exists()
 
 
 def test_the_control_repeats_the_picture(suite: Suite, run: VideoRun) -> None:

@@ -154,6 +154,9 @@ def test_the_whole_run() -> None:
     assert by_name["stage two"].num_tokens == 17_600
     assert by_name["stage two"].num_forwards == 7 * 4
     assert by_name["stage two"].tflop == close(7009)
+    # Wan's codec runs lean: counted on the meta device, 17.1 and 6.55 GiB (diffusers: 36 and 12.8).
+    assert by_name["decode"].activation_bytes / GIB == pytest.approx(17.1, rel=0.02)
+    assert by_name["reference encode"].activation_bytes / GIB == pytest.approx(6.55, rel=0.02)
     # The account's fixed part is 9,525 with a single-frame encode in Stage I; diffusers encodes the whole window.
     assert run.tflop == close(9525 + (92.1 - 1.5) + 7009)
     assert run.peak_bytes == max(phase.peak_bytes for phase in run.phases)

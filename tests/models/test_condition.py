@@ -121,6 +121,17 @@ class TestWhatTheNetworkSees:
         predict_targets(network, **window, position_mode="compact")
         assert network.seen["frame_positions"].tolist() == [0, 1, 2, 3, 4]
 
+    def test_a_window_without_anchor(self, window: dict[str, Any]) -> None:
+        """Frames 2 3 | 4 5 | 6: the targets stand in the same places, but place 0 is a finished frame."""
+        segment = Segment(index=1, targets=range(4, 6), before=range(2, 4), after=range(6, 7), anchor=False)
+        network = RecordingNetwork(2 * CHANNELS)
+        predict_targets(network, **window | {"segment": segment})
+        assert network.seen["timestep"].tolist() == [[0, 0, 625, 625, 0]] * 2
+        assert network.seen["frame_positions"].tolist() == [2, 3, 4, 5, 6]
+        assert network.seen["frame_kinds"].tolist() == [2, 2, 0, 0, 3]
+        assert torch.equal(network.seen["hidden_states"][:, :CHANNELS, 2:4], window["targets"])
+        assert torch.equal(network.seen["hidden_states"][:, :CHANNELS, :2], window["slots"][:, :, :2])
+
 
 class TestPrediction:
     @pytest.mark.parametrize("sigma", [0.0, 0.625, 1, torch.tensor([0.25, 1.0])])

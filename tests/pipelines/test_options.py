@@ -30,6 +30,7 @@ OTHERS = {
     "segment_size": 2,
     "neighbors_before": 2,
     "neighbors_after": 1,
+    "anchor": False,
     "positions": "compact",
     "few_step": False,
     "stage_one_steps": 8,
@@ -52,8 +53,8 @@ def test_none_leaves_a_choice_to_the_checkpoint() -> None:
 
 def test_zero_and_empty_are_choices() -> None:
     base = replace(SETTINGS, seed=5, neighbors_before=2, negative_prompt="blurry")
-    settled = base.settled(GenerationOptions(seed=0, neighbors_before=0, negative_prompt=""))
-    assert (settled.seed, settled.neighbors_before, settled.negative_prompt) == (0, 0, "")
+    settled = base.settled(GenerationOptions(seed=0, neighbors_before=0, negative_prompt="", anchor=False))
+    assert (settled.seed, settled.neighbors_before, settled.negative_prompt, settled.anchor) == (0, 0, "", False)
 
 
 @pytest.mark.parametrize("name", sorted(OTHERS))

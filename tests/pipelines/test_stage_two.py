@@ -105,6 +105,26 @@ def test_segments_see_what_was_finished_before_them(concat: StageTwo) -> None:
     assert not torch.equal(alone[:, :, 2:], chained[:, :, 2:])
 
 
+def test_without_the_anchor_the_network_is_called_on_the_targets_alone(concat: StageTwo) -> None:
+    """Each segment of one step by hand; frame 0 is still given back, and still none of ours."""
+    settings = replace(SETTINGS, segment_size=2, neighbors_before=0, num_inference_steps=1, anchor=False)
+    reference = torch.cat(list(concat.codec.encode_stream(chunks())), dim=2)
+    expected = [reference[:, :, :1]]
+    with torch.no_grad():
+        for frames in ([1, 2], [3]):
+            noise = torch.cat([frame_noise(4, j, (1, 48, 1, 2, 4)) for j in frames], dim=2)
+            velocity = concat.transformer(
+                torch.cat([noise, reference[:, :, frames]], dim=1),
+                torch.full((1, len(frames)), 1000.0),
+                text(),
+                frame_positions=torch.tensor(frames),
+                frame_kinds=torch.zeros(len(frames), dtype=torch.long),
+            ).sample
+            expected.append(noise - velocity)
+    torch.testing.assert_close(whole(concat, settings), torch.cat(expected, dim=2), rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(whole(concat, replace(settings, anchor=True))[:, :, 1:], torch.cat(expected[1:], dim=2))
+
+
 def test_guidance_weighs_two_predictions(concat: StageTwo) -> None:
     settings = replace(SETTINGS, num_inference_steps=1, neighbors_before=0)
     calls = count_calls(concat)

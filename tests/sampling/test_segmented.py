@@ -71,9 +71,10 @@ def test_without_neighbours_or_mixing_the_cut_does_not_matter():
         assert torch.equal(result, results[0])
 
 
-def test_windows_hold_finished_neighbours_before_and_the_reference_after():
+@pytest.mark.parametrize("anchor", [True, False])
+def test_windows_hold_finished_neighbours_before_and_the_reference_after(anchor):
     reference = make_reference(9)
-    plan = plan_segments(9, segment_size=2, neighbors_before=2, neighbors_after=2)
+    plan = plan_segments(9, segment_size=2, neighbors_before=2, neighbors_after=2, anchor=anchor)
     windows: dict[int, Window] = {}
 
     def watch(window, x, sigma):
@@ -107,8 +108,23 @@ def test_the_start_is_the_reference_noised_to_the_first_sigma():
     torch.testing.assert_close(x, 0.6 * torch.cat(reference[1:], dim=2) + 0.4 * noise)
 
 
+def test_segments_that_see_no_other_can_be_made_in_any_order():
+    """Without anchor and neighbours, changing one frame of the reference changes its own segment only."""
+    plan = plan_segments(10, segment_size=3, neighbors_before=0, anchor=False)
+    reference = make_reference(10)
+    before = generate(reference, plan)
+    for changed in (0, 5):
+        other = list(reference)
+        other[changed] = other[changed] + 1
+        after = generate(other, plan)
+        same = [torch.equal(before[:, :, j - 1], after[:, :, j - 1]) for j in range(1, 10)]
+        own = next((segment.targets for segment in plan if changed in segment.targets), range(0))
+        assert same == [j not in own for j in range(1, 10)]
+
+
+@pytest.mark.parametrize("anchor", [True, False])
 @pytest.mark.parametrize(("size", "before", "after"), [(3, 1, 0), (2, 1, 1), (1, 0, 3), (5, 3, 2)])
-def test_only_the_window_of_the_reference_is_alive(size, before, after):
+def test_only_the_window_of_the_reference_is_alive(size, before, after, anchor):
     alive: list[weakref.ref[torch.Tensor]] = []
     peaks = []
 
@@ -123,10 +139,10 @@ def test_only_the_window_of_the_reference_is_alive(size, before, after):
         peaks.append(sum(ref() is not None for ref in alive))
         return x
 
-    plan = plan_segments(60, segment_size=size, neighbors_before=before, neighbors_after=after)
+    plan = plan_segments(60, segment_size=size, neighbors_before=before, neighbors_after=after, anchor=anchor)
     for _ in sample_segments(source(), plan, denoise=watch, sigmas=(1.0, 0.0), seed=0):
         pass
-    assert max(peaks) <= max_window(size, before, after) + 1
+    assert max(peaks) <= max_window(size, before, after, anchor=anchor) + 1
     assert len(peaks) == len(plan)
 
 
@@ -149,7 +165,8 @@ class Counted(torch.Tensor):
             return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
 
-def test_memory_does_not_grow_with_the_length():
+@pytest.mark.parametrize("anchor", [True, False])
+def test_memory_does_not_grow_with_the_length(anchor):
     frame_bytes = torch.zeros(SHAPE).nbytes
 
     def peak(num_latent_frames: int) -> float:
@@ -160,7 +177,7 @@ def test_memory_does_not_grow_with_the_length():
             return x + 1
 
         source = ((torch.zeros(SHAPE) + j).as_subclass(Counted) for j in range(num_latent_frames))
-        plan = plan_segments(num_latent_frames, segment_size=3, neighbors_before=1)
+        plan = plan_segments(num_latent_frames, segment_size=3, neighbors_before=1, anchor=anchor)
         for _ in sample_segments(source, plan, denoise=watch, sigmas=SIGMAS, seed=0):
             pass
         return max(peaks)
@@ -169,7 +186,7 @@ def test_memory_does_not_grow_with_the_length():
     assert short > 0
     assert long == short
     # the frames held, a window of them; the piece yielded last, the noisy targets, their next state
-    assert long <= 2 * max_window(3, 1, 0) + 3 * 3
+    assert long <= 2 * max_window(3, 1, 0, anchor=anchor) + 3 * 3
 
 
 def test_the_reference_is_read_no_further_than_the_window():
@@ -186,10 +203,10 @@ def test_the_reference_is_read_no_further_than_the_window():
 
 
 @pytest.mark.parametrize("num_finished", [0, 1, 2, 4])
-@pytest.mark.parametrize("solver", [euler, renoise])
-def test_a_resumed_run_ends_in_the_same_bytes(num_finished, solver):
+@pytest.mark.parametrize(("solver", "anchor"), [(euler, True), (renoise, True), (euler, False)])
+def test_a_resumed_run_ends_in_the_same_bytes(num_finished, solver, anchor):
     reference = make_reference(12)
-    plan = plan_segments(12, segment_size=3, neighbors_before=2, neighbors_after=1)
+    plan = plan_segments(12, segment_size=3, neighbors_before=2, neighbors_after=1, anchor=anchor)
     settings = {"denoise": denoise, "sigmas": SIGMAS, "seed": 7, "solver": solver}
     stored = {segment.index: targets for segment, targets in sample_segments(reference, plan, **settings)}
     made = []

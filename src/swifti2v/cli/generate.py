@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from swifti2v.cli.progress import progress_bars
-from swifti2v.errors import MemoryBudgetError
+from swifti2v.errors import InvalidInputError, MemoryBudgetError
 from swifti2v.geometry import Size
 from swifti2v.pipelines.options import GenerationOptions
 
@@ -67,6 +67,8 @@ def generate(  # noqa: PLR0913 - typer makes an option of each parameter
     stage_one_steps: Annotated[int | None, typer.Option(help="Steps of Stage I.")] = None,
     stage_one_guidance: Annotated[float | None, typer.Option(help="Guidance scale of Stage I.")] = None,
     many_step: Annotated[bool, typer.Option(help="Stage I without its few-step adapters.")] = False,
+    memory: Annotated[str | None, typer.Option(help="Device memory to plan for: auto, or 24GiB; see `plan`.")] = None,
+    host_memory: Annotated[str | None, typer.Option(help="Host memory to plan for, with --memory.")] = None,
     work_dir: WorkDirOption = None,
     device: DeviceOption = None,
     as_json: JsonOption = False,
@@ -92,7 +94,10 @@ def generate(  # noqa: PLR0913 - typer makes an option of each parameter
         stage_one_guidance_scale=stage_one_guidance,
     )
     job = _Job(image, prompt, output, options, work_dir, as_json)
-    job.run(model, device=device, few_step=not many_step)
+    if host_memory is not None and memory is None:
+        msg = "--host-memory belongs to --memory; give both, --memory auto for instance"
+        raise InvalidInputError(msg)
+    job.run(model, device=device, few_step=not many_step, memory=None if memory is None else (memory, host_memory))
 
 
 def preview(  # noqa: PLR0913 - typer makes an option of each parameter
@@ -130,14 +135,24 @@ class _Job:
     notes: list[str] = field(default_factory=list)
     started: float = field(default_factory=time.monotonic)
 
-    def run(self, model: str, *, device: str | None, few_step: bool, stage_one_only: bool = False) -> None:
-        """Load, generate, write, and say what was done."""
+    def run(
+        self,
+        model: str,
+        *,
+        device: str | None,
+        few_step: bool,
+        stage_one_only: bool = False,
+        memory: tuple[str, str | None] | None = None,
+    ) -> None:
+        """Load, generate, write, and say what was done; `memory` is that of the device and of the host."""
         self._check(model, few_step=few_step)
         from swifti2v.memory.heap import map_large_blocks
+        from swifti2v.pipelines.fitting import MemoryLimits
         from swifti2v.pipelines.two_stage import TwoStagePipeline
 
         map_large_blocks()
-        pipeline = TwoStagePipeline.from_pretrained(model, device=device, few_step=few_step)
+        limits = MemoryLimits.parse(*memory) if memory is not None else None
+        pipeline = TwoStagePipeline.from_pretrained(model, device=device, few_step=few_step, memory=limits)
         loaded = time.monotonic()
         request = pipeline.request(self.image, self.prompt, options=self.options)
         for note in (*request.notes, *pipeline.prompt_notes(request)):
@@ -168,7 +183,7 @@ class _Job:
 
         check_output_path(self.output)
         load_image(self.image)
-        _quiet_libraries()
+        quiet_libraries()
 
         from swifti2v.pipelines.loading import settings_of
         from swifti2v.pipelines.run_store import RunStore
@@ -218,7 +233,7 @@ class _Job:
             typer.echo(f"note: {note}", err=True)
 
 
-def _quiet_libraries() -> None:
+def quiet_libraries() -> None:
     """Keep the progress bars and remarks of the libraries beneath out of sight: they are not about the user's run."""
     import diffusers
     import transformers

@@ -17,6 +17,8 @@ from swifti2v.errors import CheckpointError, InvalidInputError
 from swifti2v.geometry import Size
 from swifti2v.memory.budget import BITS_PER_WEIGHT, WAN22, RunSettings, plan_run
 from swifti2v.memory.checkpoint_dimensions import read_pipeline_dimensions
+from swifti2v.memory.devices import DEVICES, device_rates
+from swifti2v.memory.plan import MemoryPlan, parse_bytes, plan_memory
 from swifti2v.models.checkpoint_index import INDEX_NAME, is_hub_id, read_index
 
 if TYPE_CHECKING:
@@ -43,9 +45,14 @@ def plan(  # noqa: PLR0913 - typer makes an option of each parameter
         int, typer.Option(help="Unrefined latent frames that a segment sees.")
     ] = RunSettings.neighbors_after,
     dtype: Annotated[str, typer.Option(help="Storage of weights: float32, bfloat16, float8 or int4.")] = "bfloat16",
+    memory: Annotated[
+        str | None, typer.Option(help="Plan for so much device memory: auto (no limit), 24GiB, 16GiB, ...")
+    ] = None,
+    host_memory: Annotated[str | None, typer.Option(help="Host memory for weights and parked features.")] = None,
+    gpu: Annotated[str, typer.Option(help=f"Card whose seconds are predicted: {', '.join(DEVICES)}.")] = "rtx4090",
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")] = False,
 ) -> None:
-    """Print tokens, TFLOP and bytes of a run without loading anything."""
+    """Print tokens, TFLOP and bytes of a run without loading anything, and how it fits into --memory."""
     planned = planned_model(model)
     settings = RunSettings(
         size=Size.parse(size),
@@ -62,8 +69,10 @@ def plan(  # noqa: PLR0913 - typer makes an option of each parameter
         msg = f"dtype {dtype!r} is not known; use one of {', '.join(BITS_PER_WEIGHT)}"
         raise InvalidInputError(msg)
     run = plan_run(planned.dimensions, settings, weight_dtype=weight_dtype)
+    fitted = _fitted(planned.dimensions, settings, gpu, memory, host_memory) if memory is not None else None
     if as_json:
-        typer.echo(json.dumps(plan_as_mapping(model, settings, run), indent=2))
+        mapping = plan_as_mapping(model, settings, run) | memory_as_mapping(gpu, fitted)
+        typer.echo(json.dumps(mapping, indent=2))
         return
     title = f"{model}, {settings.size}, {settings.num_frames} frames, {weight_dtype} weights"
     console = Console()
@@ -73,6 +82,56 @@ def plan(  # noqa: PLR0913 - typer makes an option of each parameter
         f"{gibibytes(run.resident_bytes)} GiB with all of them ({gibibytes(run.weight_bytes)} GiB of weights)",
         highlight=False,
     )
+    if fitted is not None:
+        _print_memory(console, gpu, fitted)
+
+
+def _fitted(
+    dimensions: PipelineDimensions, settings: RunSettings, gpu: str, memory: str | None, host_memory: str | None
+) -> MemoryPlan:
+    budget = None if memory in {None, "auto"} else parse_bytes(str(memory))
+    host = None if host_memory is None else parse_bytes(host_memory)
+    return plan_memory(dimensions, settings, device_rates(gpu), budget_bytes=budget, host_bytes=host)
+
+
+def _print_memory(console: Console, gpu: str, fitted: MemoryPlan) -> None:
+    title = f"plan for {gibibytes(fitted.budget_bytes)} GiB" if fitted.budget_bytes is not None else "plan, no limit"
+    table = Table(
+        title=title, caption=f"GiB; seconds are predicted for {gpu}, not measured", box=SIMPLE_HEAD, padding=0
+    )
+    table.add_column("phase", no_wrap=True)
+    for name in ("weights", "working", "peak", "moved", "seconds"):
+        table.add_column(name, justify="right")
+    table.add_column("placement", no_wrap=True)
+    for way in fitted.ways:
+        sizes = map(gibibytes, (way.weight_bytes, way.working_bytes, way.peak_bytes, way.transfer_bytes))
+        table.add_row(way.phase, *sizes, f"{way.seconds:,.1f}", way.placement)
+    console.print(table)
+    lines = (
+        f"{fitted.codec}; {fitted.weight_dtype} weights",
+        f"peak {gibibytes(fitted.peak_bytes)} GiB on the device, {gibibytes(fitted.host_bytes)} GiB in host memory, "
+        f"{fitted.seconds:,.0f} s predicted",
+        *(f"given up - {note}" for note in fitted.given_up),
+    )
+    for line in lines:
+        console.print(line, highlight=False)
+
+
+def memory_as_mapping(gpu: str, fitted: MemoryPlan | None) -> dict[str, Any]:
+    """Return what ``--json`` prints of a memory plan; nothing where none was asked for."""
+    if fitted is None:
+        return {}
+    plan_of_memory = {
+        "gpu": gpu,
+        "budget_bytes": fitted.budget_bytes,
+        "weight_dtype": fitted.weight_dtype,
+        "phases": [asdict(way) | {"peak_bytes": way.peak_bytes} for way in fitted.ways],
+        "peak_bytes": fitted.peak_bytes,
+        "host_bytes": fitted.host_bytes,
+        "predicted_seconds": fitted.seconds,
+        "given_up": fitted.given_up,
+    }
+    return {"memory": plan_of_memory}
 
 
 class PlannedModel(NamedTuple):

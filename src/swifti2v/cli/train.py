@@ -2,42 +2,180 @@
 
 from __future__ import annotations
 
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from swifti2v.config import load_yaml
+from swifti2v.errors import InvalidInputError
 
-RecipeArgument = Annotated[Path, typer.Argument(help="A recipe of recipes/mini.")]
-DataOption = Annotated[Path, typer.Option(help="Index of clips and photographs: a CSV with file, kind, caption, ...")]
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from swifti2v.cli.progress import OnBar
+
+RecipeArgument = Annotated[Path, typer.Argument(help="A recipe, for instance of recipes/mini or recipes/wan2.2.")]
+IndexOption = Annotated[
+    Path | None,
+    typer.Option("--data", help="For the embedded model: index of clips and photographs, a CSV with file, kind, ..."),
+]
+VideosOption = Annotated[
+    Path, typer.Option("--data", help="Folder of videos with captions; see `swifti2v data check`.")
+]
+CacheOption = Annotated[Path, typer.Option(help="Latent cache, made by `train transition`.")]
+StageCacheOption = Annotated[Path | None, typer.Option("--cache", help="For a checkpoint: a latent cache.")]
 OutputOption = Annotated[Path, typer.Option("--output", "-o", help="Folder of the run; an interrupted run continues.")]
 InitialOption = Annotated[
     str | None, typer.Option("--init", help="Checkpoint whose weights and codec to start from: mini, or a folder.")
 ]
 
-app = typer.Typer(help="Train the embedded model by its recipes.", no_args_is_help=True)
+app = typer.Typer(help="Train both stages by their recipes.", no_args_is_help=True)
+
+
+@app.command("low-res-cache")
+def low_res_cache(recipe: RecipeArgument, *, data: VideosOption, output: OutputOption) -> None:
+    """Encode videos at Stage I's size, for its Low-Res LoRA."""
+    from swifti2v.training.low_res_run import LowResCacheRun, build_low_res_cache
+
+    _encode(build_low_res_cache, load_yaml(LowResCacheRun, recipe), data, output)
 
 
 @app.command("stage-one")
-def stage_one(recipe: RecipeArgument, *, data: DataOption, output: OutputOption, initial: InitialOption = None) -> None:
-    """Train Stage I: image and prompt to motion."""
-    from swifti2v.training.mini import StageOneRun, train_stage_one
+def stage_one(
+    recipe: RecipeArgument,
+    *,
+    output: OutputOption,
+    cache: StageCacheOption = None,
+    data: IndexOption = None,
+    initial: InitialOption = None,
+) -> None:
+    """Train Stage I: the Low-Res LoRA of a checkpoint (--cache), or that of the embedded model whole (--data)."""
+    _check_one_source(cache, data, "train low-res-cache")
+    with _training() as on_step:
+        if data is not None:
+            from swifti2v.training.mini import StageOneRun, train_stage_one
 
-    train_stage_one(load_yaml(StageOneRun, recipe), index=data, output=output, initial=initial)
+            run = load_yaml(StageOneRun, recipe)
+            train_stage_one(run, index=data, output=output, initial=initial, on_step=on_step)
+        elif cache is not None:
+            _train_low_res_lora(recipe, cache, output, initial, on_step)
+
+
+@app.command()
+def transition(recipe: RecipeArgument, *, data: VideosOption, output: OutputOption) -> None:
+    """Make what Stage II learns from: clips, and references that Stage I has lightly denoised (stage-transition)."""
+    from swifti2v.training.refiner import TransitionRun, build_references
+
+    _encode(build_references, load_yaml(TransitionRun, recipe), data, output)
 
 
 @app.command("stage-two")
-def stage_two(recipe: RecipeArgument, *, data: DataOption, output: OutputOption, initial: InitialOption = None) -> None:
-    """Train Stage II: the refiner; after Stage I of the same --output."""
-    from swifti2v.training.mini import StageTwoRun, train_stage_two
+def stage_two(
+    recipe: RecipeArgument,
+    *,
+    output: OutputOption,
+    cache: StageCacheOption = None,
+    data: IndexOption = None,
+    initial: InitialOption = None,
+) -> None:
+    """Train Stage II: the refiner of a checkpoint (--cache), or that of the embedded model (--data)."""
+    _check_one_source(cache, data, "train transition")
+    with _training() as on_step:
+        if data is not None:
+            from swifti2v.training.mini import StageTwoRun, train_stage_two
 
-    train_stage_two(load_yaml(StageTwoRun, recipe), index=data, output=output, initial=initial)
+            run = load_yaml(StageTwoRun, recipe)
+            train_stage_two(run, index=data, output=output, initial=initial, on_step=on_step)
+        elif cache is not None:
+            from swifti2v.training.refiner import RefinerRun, train_refiner
+
+            refiner = _from_checkpoint(load_yaml(RefinerRun, recipe), initial)
+            _tell(train_refiner(refiner, cache=cache, output=output, on_step=on_step))
+
+
+@app.command()
+def distill(recipe: RecipeArgument, *, cache: CacheOption, output: OutputOption, initial: InitialOption = None) -> None:
+    """Bring Stage II to few steps without guidance: the student follows its teacher's trajectory."""
+    from swifti2v.training.refiner import DistillationRun, distill_refiner
+
+    run = _from_checkpoint(load_yaml(DistillationRun, recipe), initial)
+    with _training() as on_step:
+        checkpoint = distill_refiner(run, cache=cache, output=output, on_step=on_step)
+    _tell(checkpoint)
 
 
 @app.command()
 def export(run: Annotated[Path, typer.Argument(help="Folder of a run.")], *, output: OutputOption) -> None:
-    """Put the trained parts together as a checkpoint folder."""
+    """Put the trained parts of the embedded model together as a checkpoint folder."""
     from swifti2v.training.mini import export_mini
 
     export_mini(run, output)
+
+
+def _check_one_source(cache: Path | None, data: Path | None, maker: str) -> None:
+    if (cache is None) == (data is None):
+        msg = f"give --cache (of `{maker}`) for a checkpoint, or --data (an index) for the embedded model"
+        raise InvalidInputError(msg)
+
+
+def _encode(build: Callable[..., Any], run: Any, data: Path, output: Path) -> None:
+    from swifti2v.cli.progress import progress_bars
+
+    with progress_bars(quiet=False) as on_bar:
+        cache = build(
+            run,
+            data=data,
+            output=output,
+            on_video=None if on_bar is None else lambda done, total: on_bar("videos", done, total),
+            on_clip=None if on_bar is None else lambda clip: on_bar("clips", clip.done + clip.skipped, clip.total),
+        )
+    typer.echo(f"{len(cache)} clips in {output}, {len(cache.skipped)} skipped")
+
+
+def _train_low_res_lora(
+    recipe: Path, cache: Path, output: Path, initial: str | None, on_step: Callable[[Any], None] | None
+) -> None:
+    from swifti2v.data.latent_cache import LatentCache
+    from swifti2v.training.distributed import joined_processes
+    from swifti2v.training.low_res_run import LowResLoraRun, train_low_res_lora
+
+    run = _from_checkpoint(load_yaml(LowResLoraRun, recipe), initial)
+    with joined_processes() as processes:
+        train_low_res_lora(
+            run,
+            cache=LatentCache.open(cache),
+            output=output,
+            processes=processes,
+            on_step=None if on_step is None else lambda _expert, report: on_step(report),
+        )
+    typer.echo(f"LoRA files, for diffusers and for ComfyUI: {output}")
+
+
+@contextmanager
+def _training() -> Iterator[Callable[[Any], None] | None]:
+    """Yield what shows the steps of a run in a terminal."""
+    from swifti2v.cli.progress import progress_bars
+
+    with progress_bars(quiet=False) as on_bar:
+        yield None if on_bar is None else _shown_on(on_bar)
+
+
+def _shown_on(on_bar: OnBar) -> Callable[[Any], None]:
+    def show(report: Any) -> None:
+        loss = report.numbers["loss"]
+        on_bar("steps", report.step, report.num_steps, label=f"loss {loss:.4g}")
+
+    return show
+
+
+def _from_checkpoint(run: Any, initial: str | None) -> Any:
+    """Return a recipe that starts from `initial` in place of its own checkpoint."""
+    from dataclasses import replace
+
+    return run if initial is None else replace(run, checkpoint=initial)
+
+
+def _tell(checkpoint: Path) -> None:
+    typer.echo(f"generate with: swifti2v generate IMAGE --model {checkpoint}")

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,9 @@ from swifti2v.evaluation.registry import FLOW, FLOW_LONG_SIDE, metrics_of
 from swifti2v.evaluation.results import Evaluation, VideoResult
 from swifti2v.evaluation.sources import FrameSource, first_frame, open_truth, open_video, still_video
 from swifti2v.evaluation.video import Standard, judge_video
+from swifti2v.evaluation.vmaf import MISSING as VMAF_MISSING
+from swifti2v.evaluation.vmaf import PACKAGE as VMAF_PACKAGE
+from swifti2v.evaluation.vmaf import open_vmaf
 from swifti2v.geometry import Size
 from swifti2v.media.images import fit_image, fit_notes, load_image
 
@@ -25,7 +29,7 @@ OnProgress = Callable[[str, int, int | None], None]
 
 STILL_LABEL = "still image"
 DEFAULT_SEGMENT_SIZE = 3
-PACKAGES = ("av", "numpy", "opencv-python-headless")
+PACKAGES = ("av", "numpy", "opencv-python-headless", VMAF_PACKAGE)
 
 
 @dataclass(frozen=True)
@@ -71,14 +75,15 @@ def evaluate_videos(request: EvaluationRequest, *, on_progress: OnProgress | Non
     first = sources[0]
     standard = Standard(segment_size=request.segment_size)
     if request.truth is not None:
-        standard = replace(standard, truth=open_truth(request.truth, size=first.size, fps=first.fps))
+        truth = open_truth(request.truth, size=first.size, fps=first.fps)
+        standard = replace(standard, truth=truth, vmaf=open_vmaf(first.size))
     image_notes: tuple[str, ...] = ()
     if image is not None:
         standard = replace(standard, image=np.asarray(fit_image(image.image, first.size)))
         image_notes = _image_notes(image.image.size, first.size, (*image.notes, *fit_notes(image.image, first.size)))
 
     results = [_judge(source, standard, on_progress) for source in sources]
-    results[0] = replace(results[0], notes=(*results[0].notes, *image_notes, *_truth_notes(standard.truth)))
+    results[0] = replace(results[0], notes=(*results[0].notes, *image_notes, *_truth_notes(standard)))
     still = _still_control(first, standard, num_frames=results[0].num_frames)
     results.append(_judge(still, standard, on_progress))
     return Evaluation(
@@ -138,8 +143,11 @@ def _image_notes(own: tuple[int, int], size: Size, notes: Sequence[str]) -> tupl
     return tuple(f"image: {note}" for note in (*fitting, *notes))
 
 
-def _truth_notes(truth: FrameSource | None) -> tuple[str, ...]:
-    return () if truth is None else tuple(f"truth: {note}" for note in truth.notes)
+def _truth_notes(standard: Standard) -> tuple[str, ...]:
+    if standard.truth is None:
+        return ()
+    missing = () if standard.vmaf is not None else (VMAF_MISSING,)
+    return (*(f"truth: {note}" for note in standard.truth.notes), *missing)
 
 
 def _settings(request: EvaluationRequest, first: FrameSource) -> dict[str, Any]:
@@ -148,5 +156,11 @@ def _settings(request: EvaluationRequest, first: FrameSource) -> dict[str, Any]:
         "segment_size": "auto" if request.segment_size is None else request.segment_size,
         "optical_flow": f"{FLOW}, long side at most {FLOW_LONG_SIDE} px between neighbouring frames",
         "against": [path.name for path in request.against],
-        "versions": {"swifti2v": __version__} | {package: version(package) for package in PACKAGES},
+        "versions": {"swifti2v": __version__} | dict(_versions()),
     }
+
+
+def _versions() -> Iterator[tuple[str, str]]:
+    for package in PACKAGES:
+        with suppress(PackageNotFoundError):
+            yield package, version(package)

@@ -5,16 +5,15 @@ from __future__ import annotations
 import base64
 import json
 import math
-import os
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from urllib.parse import quote
 
 from swifti2v.errors import OutputError
+from swifti2v.evaluation.media_files import place_media
 from swifti2v.evaluation.report_figures import make_plots, series_number
 from swifti2v.evaluation.report_pictures import make_pictures, video_sources
 
@@ -60,7 +59,7 @@ class Cell:
 
 @dataclass(frozen=True)
 class Player:
-    """A video to be played: `uri` is a data URI, a relative address, or None where browsers cannot play the format."""
+    """A video to be played: `uri` is a data URI, an address in its folder, or None if browsers cannot play it."""
 
     label: str
     uri: str | None
@@ -70,17 +69,19 @@ def write_report(evaluation: Evaluation, folder: Path, *, embed_limit_bytes: int
     """Write ``report.html`` into `folder` (made if missing) and return its path.
 
     Every video is read once. Videos of up to `embed_limit_bytes` together are put into the page; larger ones are
-    linked by their path relative to `folder`, and the page says so. An older report of that name is replaced only when
-    the new one is whole.
+    copied into `folder`/media unless they stand in `folder` already, and the page says so: the folder can be moved. An
+    older report of that name is replaced only when the new one is whole.
 
     Raises:
         VideoInputError: a video is missing, truncated or damaged.
         ImageInputError: the image is missing or unreadable.
-        OutputError: matplotlib or jinja2 is not installed, or the file cannot be written.
+        OutputError: matplotlib or jinja2 is not installed, or a file cannot be written.
     """
     template = _template()
     sources = video_sources(evaluation)
     embedded = sum(_path(source).stat().st_size for source in sources) <= embed_limit_bytes
+    playable = [_path(source) for source in sources if _media_type(source) is not None]
+    addresses = {} if embedded else place_media(playable, folder)
     page = template.render(
         evaluation=evaluation,
         series={video.label: series_number(index) for index, video in enumerate(evaluation.videos)},
@@ -91,7 +92,7 @@ def write_report(evaluation: Evaluation, folder: Path, *, embed_limit_bytes: int
         better=BETTER,
         plots=[(_metric(evaluation, plot.metric), plot) for plot in make_plots(evaluation)],
         pictures=make_pictures(evaluation),
-        players=[_player(source, folder, embedded=embedded) for source in sources],
+        players=[_player(source, addresses) for source in sources],
         embedded=embedded,
         first=sources[0] if sources else None,
         settings=[(str(name), setting_text(value)) for name, value in evaluation.settings.items()],
@@ -154,19 +155,16 @@ def _path(source: FrameSource) -> Path:
     return Path(source.path or "")
 
 
-def _player(source: FrameSource, folder: Path, *, embedded: bool) -> Player:
-    path = _path(source)
-    media_type = _MEDIA_TYPES.get(path.suffix.lower())
-    if media_type is None:
-        return Player(source.label, None)
-    if embedded:
-        data = base64.b64encode(path.read_bytes()).decode()
-        return Player(source.label, f"data:{media_type};base64,{data}")
-    target, start = path.resolve(), folder.resolve()
-    try:
-        return Player(source.label, quote(Path(os.path.relpath(target, start)).as_posix()))
-    except ValueError:  # another drive of Windows
-        return Player(source.label, target.as_uri())
+def _media_type(source: FrameSource) -> str | None:
+    return _MEDIA_TYPES.get(_path(source).suffix.lower())
+
+
+def _player(source: FrameSource, addresses: Mapping[Path, str]) -> Player:
+    path, media_type = _path(source), _media_type(source)
+    if media_type is None or path in addresses:
+        return Player(source.label, addresses.get(path))
+    data = base64.b64encode(path.read_bytes()).decode()
+    return Player(source.label, f"data:{media_type};base64,{data}")
 
 
 def _template() -> Any:

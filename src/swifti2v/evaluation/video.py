@@ -34,6 +34,7 @@ from swifti2v.evaluation.seams import FrameChange, SeamRatio, frame_change, seam
 
 if TYPE_CHECKING:
     from swifti2v.evaluation.sources import FrameSource
+    from swifti2v.evaluation.vmaf import VmafFeatures, VmafMeter
     from swifti2v.geometry import Size
 
 Array = np.ndarray[Any, Any]
@@ -60,11 +61,13 @@ class Standard:
         image: uint8 RGB [H, W, 3], or None.
         truth: or None.
         segment_size: latent frames in a segment; None finds the likeliest of 2 .. 8.
+        vmaf: of frames with their truth, or None.
     """
 
     image: Array | None = None
     truth: FrameSource | None = None
     segment_size: int | None = 3
+    vmaf: VmafMeter | None = None
 
 
 class PairMeasures(NamedTuple):
@@ -114,7 +117,7 @@ def judge_video(source: FrameSource, standard: Standard, *, on_frame: OnFrame | 
         _say_still(findings)
     _say_seams(findings, judge, standard.segment_size)
     _say_image(findings, judge)
-    _say_truth(findings, judge, standard.truth)
+    _say_truth(findings, judge, standard)
     num_frames = len(judge.looks)
     values, curves, notes = findings.values, tuple(findings.curves), tuple(findings.notes)
     return VideoResult(
@@ -159,6 +162,7 @@ class _Moment:
     look: Future[Look]
     pair: Future[PairMeasures] | None
     fidelity: Future[Fidelity] | None
+    vmaf: Future[VmafFeatures] | None
 
 
 class _Judge:
@@ -169,12 +173,14 @@ class _Judge:
         self.pairs: list[PairMeasures] = []
         self.details: dict[int, float] = {}
         self.fidelities: list[Fidelity] = []
+        self.vmafs: list[VmafFeatures] = []
         self.first: Fidelity | None = None
         self.truth_goes_on = False
         self.scale = scale
         self._executor = executor
         self._standard = standard
         self._frame: Array | None = None
+        self._truth: Array | None = None
         self._reduced: Array | None = None
         self._detailed: Array | None = None
         self._last: _Moment | None = None
@@ -190,7 +196,7 @@ class _Judge:
             for index, frame in enumerate(frames):
                 if index == 0 and self._standard.image is not None:
                     self.first = measure_fidelity(frame, self._standard.image)
-                waiting.append(self._start(frame, next(truths, None)))
+                waiting.append(self._start(index, frame, next(truths, None)))
                 if index % DETAIL_EVERY == 0:
                     self._start_detail(index, details)
                 if len(waiting) == FRAMES_IN_FLIGHT:
@@ -204,7 +210,7 @@ class _Judge:
             self._start_detail(len(self.looks) - 1, details)
         self.details = {index: detail.result() for index, detail in details.items()}
 
-    def _start(self, frame: Array, truth: Array | None) -> _Moment:
+    def _start(self, index: int, frame: Array, truth: Array | None) -> _Moment:
         """Queue the measures of a frame; one that repeats the last frame's array takes its measures over."""
         submit = self._executor.submit
         pair: Future[PairMeasures] | None
@@ -216,7 +222,11 @@ class _Judge:
             pair = None if self._reduced is None else submit(measure_pair, self._reduced, reduced)
             self._frame, self._reduced = frame, reduced
         fidelity = None if truth is None else submit(measure_fidelity, frame, truth)
-        self._last = _Moment(shown, pair, fidelity)
+        meter, vmaf = self._standard.vmaf, None
+        if meter is not None and truth is not None:
+            vmaf = submit(meter.measure, index, frame, truth, self._truth)
+            self._truth = truth
+        self._last = _Moment(shown, pair, fidelity, vmaf)
         return self._last
 
     def _start_detail(self, index: int, details: dict[int, Future[float]]) -> None:
@@ -236,6 +246,8 @@ class _Judge:
             self.pairs.append(moment.pair.result())
         if moment.fidelity is not None:
             self.fidelities.append(moment.fidelity.result())
+        if moment.vmaf is not None:
+            self.vmafs.append(moment.vmaf.result())
 
 
 @dataclass
@@ -317,12 +329,15 @@ def _say_image(findings: _Findings, judge: _Judge) -> None:
     findings.add_curve("detail_retention", list(judge.details.values()), frames=list(judge.details))
 
 
-def _say_truth(findings: _Findings, judge: _Judge, truth: FrameSource | None) -> None:
-    if truth is None:
+def _say_truth(findings: _Findings, judge: _Judge, standard: Standard) -> None:
+    if standard.truth is None:
         return
     compared, shown = len(judge.fidelities), len(judge.looks)
     for name in Fidelity._fields:
         findings.add_curve(name, [getattr(each, name) for each in judge.fidelities], frames=range(compared))
+    if standard.vmaf is not None:
+        scores = standard.vmaf.scores(judge.vmafs)
+        findings.add_curve("vmaf", list(scores.values()), frames=list(scores))
     if compared < shown:
         findings.notes.append(f"the truth ends after {compared} of {shown} frames: compared on those")
     elif judge.truth_goes_on:

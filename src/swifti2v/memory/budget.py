@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Literal
 
 from swifti2v.errors import InvalidInputError
 from swifti2v.geometry import CodecGeometry, Size, reduced_size
-from swifti2v.memory.codec_cost import WAN21_VAE, WAN22_VAE
+from swifti2v.memory.codec_cost import WAN21_VAE, WAN22_VAE, WanCodecDimensions
+from swifti2v.memory.lean_cost import lean_decode_bytes, lean_encode_bytes
 from swifti2v.memory.transformer_cost import (
     NO_COST,
     STAGE_TWO_5B,
@@ -23,7 +24,7 @@ from swifti2v.memory.transformer_cost import (
 from swifti2v.segments import plan_segments, plan_windows
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from swifti2v.memory.codec_cost import CodecCost
     from swifti2v.memory.transformer_cost import TextEncoderDimensions, TransformerDimensions
@@ -275,7 +276,7 @@ def _encode_phase(dimensions: PipelineDimensions, settings: RunSettings, dtype: 
         num_forwards=0,
         tflop=codec.encode_tflop(settings.size, settings.num_frames),
         weight_bytes=weight_bytes(codec.num_parameters, dtype),
-        activation_bytes=codec.encode_bytes(settings.size),
+        activation_bytes=_coding_bytes(codec, settings.size, lean_encode_bytes, codec.encode_bytes),
     )
 
 
@@ -287,5 +288,15 @@ def _decode_phase(dimensions: PipelineDimensions, settings: RunSettings, dtype: 
         num_forwards=0,
         tflop=codec.decode_tflop(settings.size, settings.num_frames),
         weight_bytes=weight_bytes(codec.num_parameters, dtype),
-        activation_bytes=codec.decode_bytes(settings.size),
+        activation_bytes=_coding_bytes(codec, settings.size, lean_decode_bytes, codec.decode_bytes),
     )
+
+
+def _coding_bytes(
+    codec: CodecCost,
+    size: Size,
+    lean: Callable[[WanCodecDimensions, Size], int],
+    otherwise: Callable[[Size], int],
+) -> int:
+    """Bytes of a stream through Stage II's codec, untiled: Wan's runs lean (`models/lean_vae.py`)."""
+    return lean(codec, size) if isinstance(codec, WanCodecDimensions) else otherwise(size)

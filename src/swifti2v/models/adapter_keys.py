@@ -174,7 +174,7 @@ class ModuleNames:
             module, _, leaf = name.rpartition(".")
             target = module if leaf in ("weight", "bias") else name
             self._dotted[target] = target
-            self._dotted.setdefault(_native(target), target)
+            self._dotted.setdefault(native_name(target), target)
         self._underscored = {alias.replace(".", "_"): target for alias, target in self._dotted.items()}
 
     def find(self, stem: str) -> str | None:
@@ -351,7 +351,8 @@ def _some_of(keys: list[str]) -> str:
     return shown if len(keys) <= 3 else f"{shown}, ..."
 
 
-def _native(name: str) -> str:
+def native_name(name: str) -> str:
+    """Return the name that Wan's own code gives to a module of diffusers (`blocks.0.attn1.to_q`)."""
     for pattern, replacement in _TO_NATIVE:
         name = re.sub(pattern, replacement, name)
     return name

@@ -87,7 +87,7 @@ class MotionTransformer(WanTransformer3DModel):
 
 
 def _positions(hidden_states: Tensor) -> Tensor:
-    """Return x, y in half widths from the centre, time in trained lengths, then their sines and cosines: [B,25,F,h,w]."""
+    """Return x, y in half widths from the centre, time in trained lengths, then sines and cosines: [B,25,F,h,w]."""
     batch, _, frames, height, width = hidden_states.shape
     device = hidden_states.device
     columns = (torch.arange(width, device=device) + 0.5) * 2 / width - 1

@@ -18,12 +18,12 @@ from diffusers import ModelMixin, WanTransformer3DModel
 from diffusers.configuration_utils import register_to_config
 from diffusers.models._modeling_parallel import ContextParallelInput, ContextParallelOutput
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
-from diffusers.models.transformers.transformer_wan import WanRotaryPosEmbed, WanTransformerBlock
 from diffusers.utils import apply_lora_scale
 from torch import Tensor, nn
 
 from swifti2v.errors import CheckpointError, InvalidInputError
 from swifti2v.models.local_detail import LocalDetail
+from swifti2v.models.transformer_block import FramePositionRope, StageTwoBlock, modulate
 from swifti2v.models.transformer_configuration import PredictionType, check_configuration, check_frame_numbers
 from swifti2v.segments import FrameKind
 
@@ -32,82 +32,6 @@ __all__ = ["ModelMixin", "PredictionType", "StageTwoBlock", "StageTwoTransformer
 
 
 _KIND_TABLE = "frame_kind_table"
-
-
-def _modulate(tokens_BLD: Tensor, scale_BMD: Tensor, shift_BMD: Tensor, token_frames_L: Tensor | None) -> Tensor:
-    """Return ``tokens * (1 + scale) + shift``, each token with the row of its frame."""
-    if token_frames_L is not None:
-        scale_BMD, shift_BMD = scale_BMD[:, token_frames_L], shift_BMD[:, token_frames_L]
-    by_frame = torch.unflatten(tokens_BLD, 1, (scale_BMD.shape[1], -1))
-    return torch.addcmul(shift_BMD.unsqueeze(2), by_frame, 1 + scale_BMD.unsqueeze(2)).flatten(1, 2)
-
-
-def _add_gated(tokens_BLD: Tensor, update_BLD: Tensor, gate_BMD: Tensor, token_frames_L: Tensor | None) -> Tensor:
-    """Return ``tokens + update * gate``, summed in the gate's float32, in the dtype of `tokens`."""
-    if token_frames_L is not None:
-        gate_BMD = gate_BMD[:, token_frames_L]
-    tokens, update = (torch.unflatten(each, 1, (gate_BMD.shape[1], -1)) for each in (tokens_BLD, update_BLD))
-    total = torch.addcmul(tokens, update, gate_BMD.unsqueeze(2))
-    return total.flatten(1, 2).type_as(tokens_BLD)
-
-
-class FramePositionRope(WanRotaryPosEmbed):
-    """Wan's rotary tables, looked up at the positions in time that the caller names."""
-
-    def forward(self, hidden_states: Tensor, frame_positions: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-        """Return cosines and sines ``[1, L, 1, head]`` and the frame of each token ``[1, L]``.
-
-        The third one lies beside the tables so that context parallelism splits it along with them.
-        """
-        _, patch_height, patch_width = self.patch_size
-        _, _, frames, height, width = hidden_states.shape
-        grid = (frames, height // patch_height, width // patch_width)
-        device = self.freqs_cos.device
-        frames_L, rows_L, columns_L = torch.cartesian_prod(*(torch.arange(n, device=device) for n in grid)).unbind(1)
-        times_L = frames_L if frame_positions is None else frame_positions.to(device)[frames_L]
-
-        def look_up(table: Tensor) -> Tensor:
-            time, row, column = table.split_with_sizes((self.t_dim, self.h_dim, self.w_dim), dim=1)
-            return torch.cat([time[times_L], row[rows_L], column[columns_L]], dim=1)[None, :, None]
-
-        return look_up(self.freqs_cos), look_up(self.freqs_sin), frames_L.unsqueeze(0)
-
-
-class StageTwoBlock(WanTransformerBlock):
-    """Wan's block with modulation per latent frame; parameters and numbers are the parent's.
-
-    The parent's ``[B, L, 6, D]`` in float32 takes 1.6 GB in every block at 21,000 tokens of TI2V-5B. The tokens of a
-    frame share its timestep, so ``[B, F, 6, D]`` broadcast over them gives the same result.
-    """
-
-    def forward(
-        self,
-        hidden_states: Tensor,
-        encoder_hidden_states: Tensor,
-        temb: Tensor,
-        rotary_emb: tuple[Tensor, Tensor],
-        token_frames: Tensor | None = None,
-    ) -> Tensor:
-        """Run the block.
-
-        Args:
-            hidden_states: tokens ``[B, L, D]``.
-            encoder_hidden_states: text ``[B, T, D]``.
-            temb: ``[B, M, 6, D]``; tokens fall into M equal runs unless `token_frames` says otherwise.
-            rotary_emb: cosines and sines ``[1, L, 1, head]``.
-            token_frames: ``[L]``, the row of `temb` of each token, where the tokens are a part of the sequence.
-        """
-        shift, scale, gate, ffn_shift, ffn_scale, ffn_gate = (self.scale_shift_table + temb.float()).unbind(2)
-
-        normed = _modulate(self.norm1(hidden_states.float()), scale, shift, token_frames).type_as(hidden_states)
-        attended = self.attn1(normed, None, None, rotary_emb)
-        hidden_states = _add_gated(hidden_states, attended, gate, token_frames)
-
-        # norm2 computes in float32 and returns its input's dtype by itself.
-        hidden_states = hidden_states + self.attn2(self.norm2(hidden_states), encoder_hidden_states, None, None)
-
-        normed = _modulate(self.norm3(hidden_states.float()), ffn_scale, ffn_shift, token_frames)
-        return _add_gated(hidden_states, self.ffn(normed.type_as(hidden_states)), ffn_gate, token_frames)
 
 
 class StageTwoTransformer(WanTransformer3DModel):
@@ -355,7 +279,7 @@ class StageTwoTransformer(WanTransformer3DModel):
         # The parameter and the tokens may lie on different devices of a device map.
         table = self.scale_shift_table.to(tokens_BLD.device)
         shift, scale = (table + temb_BMD.to(tokens_BLD.device).unsqueeze(2)).unbind(2)
-        normed = _modulate(self.norm_out(tokens_BLD.float()), scale, shift, token_frames_L)
+        normed = modulate(self.norm_out(tokens_BLD.float()), scale, shift, token_frames_L)
         return self.proj_out(normed.type_as(tokens_BLD))
 
     def _unpatchify(self, patches: Tensor) -> Tensor:

@@ -3,20 +3,24 @@
 The codec is causal (latent frame j depends on pixel frames 0..4j only), so a clip of any length passes through a
 constant amount of memory, the first latent frame is the encoding of the image alone, and a prefix of the latents
 decodes to a prefix of the video. Diffusers' own ``encode`` and ``decode`` compute the same numbers but keep the whole
-clip on the device; here each stream owns its feature caches and drops them when it ends, however it ends.
+clip on the device; here each stream owns its feature caches and drops them when it ends, however it ends. What one step
+costs beside the caches is the matter of `lean_vae.py`.
 """
 
 from __future__ import annotations
 
 import math
 from contextlib import closing
-from typing import TYPE_CHECKING, Protocol, runtime_checkable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import torch
 from diffusers import AutoencoderKLWan
 from diffusers.models.autoencoders.autoencoder_kl_wan import WanCausalConv3d, patchify, unpatchify
 
 from swifti2v.errors import CheckpointError, InvalidInputError
+from swifti2v.models.lean_vae import LeanWanNetwork, is_lean_capable
+from swifti2v.models.parked_features import visit
 from swifti2v.models.tiling import TileGrid, Tiling
 from swifti2v.pixels import to_uint8
 
@@ -25,7 +29,32 @@ if TYPE_CHECKING:
 
     from torch import Tensor, nn
 
-__all__ = ["StreamingCodec", "Tiling", "WanStreamingCodec", "open_codec", "to_uint8"]
+__all__ = ["CodecSettings", "StreamingCodec", "Tiling", "WanStreamingCodec", "open_codec", "to_uint8"]
+
+
+@dataclass(frozen=True)
+class CodecSettings:
+    """How a Wan VAE is run; none of it changes the result beyond rounding, except tiling.
+
+    Args:
+        tiling: see `WanStreamingCodec`.
+        lean: run the weights through `LeanWanNetwork`, where that can be; False: through diffusers' own modules.
+        frames_per_step: frames at full resolution that the lean network takes at once; None: two on a CPU, else one.
+        park_features: keep the caches of tiles in host memory, and bring in those of the tile at work.
+
+    Raises:
+        InvalidInputError: `frames_per_step` is less than 1.
+    """
+
+    tiling: Tiling | None = None
+    lean: bool = True
+    frames_per_step: int | None = None
+    park_features: bool = False
+
+    def __post_init__(self) -> None:
+        if self.frames_per_step is not None and self.frames_per_step < 1:
+            msg = f"frames_per_step is {self.frames_per_step}; use 1 for the least memory, or 2 or 4"
+            raise InvalidInputError(msg)
 
 
 @runtime_checkable
@@ -65,15 +94,15 @@ class StreamingCodec(Protocol):
         """
 
 
-def open_codec(vae: object, *, tiling: Tiling | None = None) -> StreamingCodec:
+def open_codec(vae: object, *, tiling: Tiling | None = None, settings: CodecSettings | None = None) -> StreamingCodec:
     """Return the streaming codec of a loaded `vae`: a Wan VAE is wrapped, an object that streams by itself is returned.
 
     Raises:
         CheckpointError: `vae` is of no class that can be streamed.
-        InvalidInputError: `tiling` was given for an object that streams by itself.
+        InvalidInputError: `tiling` was given for an object that streams by itself (`settings` are for a Wan VAE).
     """
     if isinstance(vae, AutoencoderKLWan):
-        return WanStreamingCodec(vae, tiling=tiling)
+        return WanStreamingCodec(vae, tiling=tiling, settings=settings)
     if isinstance(vae, StreamingCodec):
         if tiling is not None:
             msg = f"{type(vae).__name__} is already a streaming codec and takes no tiling; leave the tiling out"
@@ -86,11 +115,12 @@ def open_codec(vae: object, *, tiling: Tiling | None = None) -> StreamingCodec:
 class _Stream:
     """What one stream remembers: its frame size and, per tile, the last inputs of every causal convolution."""
 
-    def __init__(self, height: int, width: int, grid: TileGrid, num_slots: int) -> None:
+    def __init__(self, height: int, width: int, grid: TileGrid, *, lean: LeanWanNetwork | None, num_slots: int) -> None:
         self.size = (height, width)
         self.grid = grid
-        # Diffusers stores tensors, None and a marker string in these lists; they belong to its modules.
-        self.caches: list[list[object]] = [[None] * num_slots for _ in range(len(grid))]
+        self.lean = lean
+        # Diffusers stores tensors, None and a marker string in its lists; they belong to its modules.
+        self.caches: list[Any] = [{} if lean is not None else [None] * num_slots for _ in range(len(grid))]
         self.num_done = 0
 
     def clear(self) -> None:
@@ -101,29 +131,35 @@ class _Stream:
 class WanStreamingCodec:
     """Streams an `AutoencoderKLWan`: Wan2.1's (16 channels, 8x8x4) or Wan2.2's (48 channels, 16x16x4).
 
-    Without tiling, latents and pixels are bit-equal to those of ``vae.encode(...).latent_dist.mode()`` and
-    ``vae.decode(...)`` (before rounding to uint8). The network runs in the dtype of `vae`; normalisation by the
+    Without tiling, latents and pixels are those of ``vae.encode(...).latent_dist.mode()`` and ``vae.decode()`` before
+    rounding to uint8: bit by bit with diffusers' own modules (`CodecSettings.lean` False), to the rounding of its
+    convolutions with the lean network. The network runs in the dtype of `vae`; normalisation by the
     checkpoint's ``latents_mean`` and ``latents_std`` is float32. Any number of streams may be open at once: each has
     its own caches, and the ones inside `vae` are never touched. ``vae.enable_tiling()`` has no effect here.
 
     Offloading hooks of accelerate and diffusers work: they are called before every latent frame, so that another model
-    may take the device between two of them.
+    may take the device between two of them. Hooks on parts of the codec make it run diffusers' own modules.
 
     Args:
         vae: the codec's weights; not copied, not moved.
-        tiling: cut frames into tiles; every tile is advanced by one latent frame before the next is taken, so that
-            memory still does not depend on the length. Blended in pixels by decode, in latents by encode.
+        tiling: cut frames into tiles; every tile is advanced by one latent frame (with parked features: by one item of
+            the latents) before the next is taken, so that memory still does not depend on the length. Blended in pixels
+            by decode, in latents by encode.
+        settings: how the weights are run; its tiling counts where `tiling` is None.
 
     Raises:
         CheckpointError: the configuration of `vae` contradicts itself.
         InvalidInputError: tile or overlap are not multiples of the spatial factor.
     """
 
-    def __init__(self, vae: AutoencoderKLWan, *, tiling: Tiling | None = None) -> None:
+    def __init__(
+        self, vae: AutoencoderKLWan, *, tiling: Tiling | None = None, settings: CodecSettings | None = None
+    ) -> None:
         config = vae.config
         _check_config(config)
         self.vae = vae
-        self.tiling = tiling
+        self.settings = settings or CodecSettings()
+        self.tiling = tiling = tiling or self.settings.tiling
         self.num_channels: int = config.z_dim
         self.spatial_factor: int = config.scale_factor_spatial
         self.temporal_factor: int = config.scale_factor_temporal
@@ -178,10 +214,11 @@ class WanStreamingCodec:
                 self._check_latents(item, stream)
                 if stream is None:
                     stream = self._open(self.vae.decoder, item.shape[-2], item.shape[-1])
-                for index in range(item.shape[2]):
-                    pixels = self._decode_frame(item[:, :, index : index + 1], stream)
-                    yield pixels
-                    del pixels
+                for group in torch.split(item, item.shape[2] if self.settings.park_features else 1, dim=2):
+                    pieces = self._decode_group(group, stream)
+                    while pieces:
+                        yield pieces.pop(0)
+                    del group
                 del item
         finally:
             if stream is not None:
@@ -191,7 +228,9 @@ class WanStreamingCodec:
         """Start a stream of `height` x `width` latent cells through the encoder or the decoder."""
         grid = TileGrid.plan(height, width, tiling=self.tiling, spatial_factor=self.spatial_factor)
         num_slots = sum(isinstance(module, WanCausalConv3d) for module in network.modules())
-        return _Stream(height, width, grid, num_slots)
+        is_lean = self.settings.lean and is_lean_capable(self.vae)
+        lean = LeanWanNetwork(self.vae, frames_per_step=self.settings.frames_per_step) if is_lean else None
+        return _Stream(height, width, grid, lean=lean, num_slots=num_slots)
 
     # Gradients are switched off per step and not around the streams: a generator that is suspended inside such a
     # context would switch them off for its consumer too. Not inference_mode, whose tensors cannot be trained on.
@@ -202,39 +241,56 @@ class WanStreamingCodec:
         _check_finite(chunk, f"pixel chunk {stream.num_done}")
         pixels = chunk.to(device=device, dtype=self.vae.dtype)
         tiles = stream.grid.cut(pixels, scale=self.spatial_factor)
-        encoded = (self._encode_tile(tile, cache) for tile, cache in zip(tiles, stream.caches, strict=True))
+        encoded = (self._encode_tile(tile, cache, stream) for tile, cache in zip(tiles, stream.caches, strict=True))
         latent = stream.grid.blend(encoded)
         self._check_result(latent, "pixels", stream.num_done)
         stream.num_done += 1
         return (latent - self._mean.to(latent.device)) / self._std.to(latent.device)
 
     @torch.no_grad()
-    def _decode_frame(self, latent: Tensor, stream: _Stream) -> Tensor:
-        """Decode one normalised latent frame to float32 pixels ``[1, 3, f, H, W]`` and advance the caches."""
+    def _decode_group(self, latents: Tensor, stream: _Stream) -> list[Tensor]:
+        """Decode normalised latent frames, tile after tile; return float32 pixels ``[1, 3, f, H, W]`` of each frame."""
         device = self._claim_device()
-        _check_finite(latent, f"latent frame {stream.num_done}")
-        latent = latent.to(device=device, dtype=torch.float32)
-        latent = (latent * self._std.to(device) + self._mean.to(device)).to(self.vae.dtype)
-        first = stream.num_done == 0
-        tiles = zip(stream.grid.cut(latent), stream.caches, strict=True)
-        decoded = (self._decode_tile(tile, cache, first_chunk=first) for tile, cache in tiles)
+        _check_finite(latents, f"latent frame {stream.num_done}")
+        latents = latents.to(device=device, dtype=torch.float32)
+        latents = (latents * self._std.to(device) + self._mean.to(device)).to(self.vae.dtype)
+        tiles = zip(stream.grid.cut(latents), stream.caches, strict=True)
+        decoded = (self._decode_tile(tile, cache, stream) for tile, cache in tiles)
         pixels = stream.grid.blend(decoded, scale=self.spatial_factor)
         self._check_result(pixels, "latents", stream.num_done)
-        stream.num_done += 1
-        return pixels.clamp_(-1.0, 1.0)
+        first = stream.num_done == 0
+        stream.num_done += latents.shape[2]
+        pixels.clamp_(-1.0, 1.0)
+        count = self.temporal_factor
+        head = 1 if first else count
+        return [pixels[:, :, :head], *torch.split(pixels[:, :, head:], count, dim=2)][: latents.shape[2]]
 
-    def _encode_tile(self, pixels: Tensor, cache: list[object]) -> Tensor:
+    def _encode_tile(self, pixels: Tensor, cache: Any, stream: _Stream) -> Tensor:
         """Return the posterior's mode of one tile of one chunk, not normalised."""
         if self._patch_size > 1:
             pixels = patchify(pixels.contiguous(), patch_size=self._patch_size)
-        moments: Tensor = self.vae.quant_conv(self.vae.encoder(pixels, feat_cache=cache, feat_idx=[0]))
+        with visit(cache, pixels.device, parked=self.settings.park_features):
+            if stream.lean is not None:
+                hidden = stream.lean.encode(pixels, cache)
+            else:
+                hidden = self.vae.encoder(pixels, feat_cache=cache, feat_idx=[0])
+        moments: Tensor = self.vae.quant_conv(hidden)
         return moments[:, : self.num_channels]
 
-    def _decode_tile(self, latent: Tensor, cache: list[object], *, first_chunk: bool) -> Tensor:
-        """Return the pixels of one tile of one latent frame, not clamped."""
-        hidden = self.vae.post_quant_conv(latent)
-        pixels: Tensor = self.vae.decoder(hidden, feat_cache=cache, feat_idx=[0], first_chunk=first_chunk)
-        return unpatchify(pixels, patch_size=self._patch_size) if self._patch_size > 1 else pixels
+    def _decode_tile(self, latents: Tensor, cache: Any, stream: _Stream) -> Tensor:
+        """Return the pixels of one tile of some latent frames, not clamped."""
+        pieces = []
+        with visit(cache, latents.device, parked=self.settings.park_features):
+            for index, latent in enumerate(torch.split(latents, 1, dim=2)):
+                first = stream.num_done + index == 0
+                hidden = self.vae.post_quant_conv(latent)
+                if stream.lean is not None:
+                    pixels = stream.lean.decode(hidden, cache, first_chunk=first)
+                else:
+                    pixels = self.vae.decoder(hidden, feat_cache=cache, feat_idx=[0], first_chunk=first)
+                pieces.append(unpatchify(pixels, patch_size=self._patch_size) if self._patch_size > 1 else pixels)
+                del hidden, pixels
+        return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=2)
 
     def _claim_device(self) -> torch.device:
         """Let an offloading hook bring the weights in, and return the device on which the network runs.
@@ -291,7 +347,7 @@ class WanStreamingCodec:
 
     def _check_result(self, values: Tensor, source: str, index: int) -> None:
         """Raise `CheckpointError` if the network produced NaN or infinity from finite input."""
-        if not torch.isfinite(values).all():
+        if not _is_finite(values):
             msg = (
                 f"the codec in {self.vae.dtype} made values that are not finite from the {source} of latent frame "
                 f"{index}; load it in bfloat16 or float32, or replace its weights"
@@ -317,8 +373,13 @@ def _check_config(config: AutoencoderKLWan) -> None:
         raise CheckpointError(msg)
 
 
+def _is_finite(values: Tensor) -> bool:
+    # On the meta device, where costs are counted, there are no values.
+    return values.is_meta or bool(torch.isfinite(values).all())
+
+
 def _check_finite(values: Tensor, name: str) -> None:
-    if not torch.isfinite(values).all():
+    if not _is_finite(values):
         msg = f"{name} holds NaN or infinity; it comes from the step before, run that in bfloat16 or float32"
         raise InvalidInputError(msg)
 

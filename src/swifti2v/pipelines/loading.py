@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
     from swifti2v.models.checkpoint_index import CheckpointIndex, Refiner, StageOneEntry
     from swifti2v.models.checkpoints import ResolvedCheckpoint
+    from swifti2v.pipelines.fitting import MemoryLimits
     from swifti2v.pipelines.options import GenerationOptions
 
 
@@ -47,6 +48,7 @@ class Parts:
             are in the weights or were left out of them, and both, where the checkpoint has none.
         many_step_flow_shift: time shift of Stage I's many-step schedule.
         device: where hybrid reference and Stage II work.
+        memory: what a run may take; None: everything is on `device`.
     """
 
     name: str
@@ -58,6 +60,7 @@ class Parts:
     few_step_ways: tuple[bool, ...] = (True, False)
     many_step_flow_shift: float = 5.0
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    memory: MemoryLimits | None = None
 
     def motion_size(self, size: Size) -> Size:
         """Return the size of the motion reference of an output of `size` (640x352 of 2560x1408 for Wan2.2)."""
@@ -84,6 +87,7 @@ def load_parts(
     revision: str | None = None,
     local_files_only: bool = False,
     few_step: bool = True,
+    memory: MemoryLimits | None = None,
 ) -> Parts:
     """Load both stages; arguments as in `TwoStagePipeline.from_pretrained`.
 
@@ -92,27 +96,28 @@ def load_parts(
         InvalidInputError: there is no such device.
     """
     place = open_device(device)
+    # With limits, networks come to the device when a run needs them (`fitting.py`).
+    home = place if memory is None else torch.device("cpu")
     dtype = dtype or (torch.float32 if place.type == "cpu" else torch.bfloat16)
     checkpoint = resolve(name_or_path, revision=revision, local_files_only=local_files_only)
     one, two = checkpoint.index.stage_one, checkpoint.index.stage_two
-    transformer = load_stage_two_transformer(checkpoint, dtype=dtype, refiner=_trained_refiner(checkpoint))
+    transformer = load_stage_two_transformer(checkpoint, dtype=dtype, refiner=trained_refiner(checkpoint))
     codec = load_stage_two_vae(checkpoint, dtype=dtype)
     roles = {adapter.role for adapter in one.adapters}
     applied = roles if few_step else roles - {FEW_STEP_ADAPTER}
-    pipeline = load_stage_one_pipeline(checkpoint, dtype=dtype, roles=applied).to(place)
+    pipeline = load_stage_one_pipeline(checkpoint, dtype=dtype, roles=applied).to(home)
     pipeline.scheduler = _few_step_scheduler(pipeline.scheduler, one)
     return Parts(
         name=_identity(checkpoint.index),
         stage_one=StageOne(pipeline, window_frames=one.window_frames, max_sequence_length=one.max_sequence_length),
-        stage_two=StageTwo(
-            transformer.to(place).eval(), open_codec(codec.to(place).eval()), uses_prompt=two.uses_prompt
-        ),
+        stage_two=StageTwo(transformer.to(home).eval(), open_codec(codec.to(home).eval()), uses_prompt=two.uses_prompt),
         defaults=default_settings(checkpoint.index, few_step=few_step),
         motion_reduction=one.reference_reduction,
         motion_max_area=one.max_area,
         few_step_ways=(few_step,) if FEW_STEP_ADAPTER in roles else (True, False),
         many_step_flow_shift=one.flow_shift,
         device=place,
+        memory=memory,
     )
 
 
@@ -180,7 +185,7 @@ def _stage_one_sampling(entry: StageOneEntry, *, few_step: bool) -> tuple[int, f
     return entry.num_inference_steps, entry.guidance_scale
 
 
-def _trained_refiner(checkpoint: ResolvedCheckpoint) -> Refiner:
+def trained_refiner(checkpoint: ResolvedCheckpoint) -> Refiner:
     """Return how the network can run; an index whose default is to run none says nothing about it."""
     entry = checkpoint.index.stage_two
     if entry.refiner != "none":

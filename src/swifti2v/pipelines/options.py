@@ -36,6 +36,7 @@ class GenerationOptions:
     segment_size: int | None = None
     neighbors_before: int | None = None
     neighbors_after: int | None = None
+    anchor: bool | None = None
     positions: PositionMode | None = None
     few_step: bool | None = None
     stage_one_steps: int | None = None
@@ -64,6 +65,7 @@ class GenerationSettings:
         segment_size: latent frames that a segment makes (M of the paper).
         neighbors_before: finished latent frames that it sees (N).
         neighbors_after: unrefined latent frames that it sees behind it.
+        anchor: whether it sees the anchor, latent frame 0 (the image); False is for ablations.
         positions: RoPE positions of a window, `absolute` or `compact`.
         few_step: Stage I with the few-step schedule and adapters, or the many-step way of the base model.
         stage_one_steps: steps of Stage I.
@@ -89,6 +91,7 @@ class GenerationSettings:
     segment_size: int = 3
     neighbors_before: int = 1
     neighbors_after: int = 0
+    anchor: bool = True
     positions: PositionMode = "absolute"
     few_step: bool = True
     stage_one_steps: int = 4

@@ -68,6 +68,7 @@ class StageTwo:
             segment_size=settings.segment_size,
             neighbors_before=settings.neighbors_before,
             neighbors_after=settings.neighbors_after,
+            anchor=settings.anchor,
         )
 
     def refine(

@@ -17,6 +17,7 @@ from swifti2v.errors import InvalidInputError
 from swifti2v.geometry import Size
 from swifti2v.media.images import LoadedImage, fit_image, fit_notes, image_to_tensor, load_image
 from swifti2v.media.video_writer import VideoWriter
+from swifti2v.pipelines.fitting import frames_within_limits
 from swifti2v.pipelines.loading import load_parts
 from swifti2v.pipelines.run_store import RunStore
 from swifti2v.pipelines.stage_one import PromptEmbeds, StageOneOptions
@@ -27,6 +28,7 @@ from swifti2v.reference.options import ReferenceOptions
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
+    from swifti2v.pipelines.fitting import MemoryLimits
     from swifti2v.pipelines.loading import Parts
     from swifti2v.pipelines.options import GenerationOptions, GenerationSettings
     from swifti2v.segments import Segment
@@ -120,6 +122,7 @@ class TwoStagePipeline:
         revision: str | None = None,
         local_files_only: bool = False,
         few_step: bool = True,
+        memory: MemoryLimits | None = None,
     ) -> TwoStagePipeline:
         """Load a checkpoint: a name (`mini`, `wan2.2`), a folder, or a Hugging Face repository.
 
@@ -130,6 +133,7 @@ class TwoStagePipeline:
             revision: of a repository.
             local_files_only: never download.
             few_step: with the few-step adapters of Stage I; False for the many-step way of the base model.
+            memory: limits, for which every run is planned (`MemoryLimits.parse("24GiB")`); None: all on the device.
 
         Raises:
             CheckpointError: it cannot be found, downloaded or read.
@@ -141,6 +145,7 @@ class TwoStagePipeline:
             revision=revision,
             local_files_only=local_files_only,
             few_step=few_step,
+            memory=memory,
         )
         return cls(parts)
 
@@ -222,22 +227,29 @@ class TwoStagePipeline:
             WorkDirectoryError: while iterating, if `work_dir` belongs to another run or is damaged.
             OutputError: while iterating, if `work_dir` cannot be written.
         """
-        settings = request.settings
         report = on_progress or _ignore
         with RunStore.open(Path(work_dir) if work_dir is not None else None) as store:
-            embeds = self._encode_prompt(request)
-            self._make_motion_reference(request, embeds, store, report)
-            reference = self._hybrid_reference(request, store)
-            pieces: Iterator[Tensor]
-            if settings.refiner == "none":
-                pieces = map(to_uint8, reference)
-            else:
-                pieces = self._refine(reference, request, embeds, store, report)
+
+            def attempt(parts: Parts) -> Iterator[Tensor]:
+                self.parts = parts
+                return self._frames(request, store, report)
+
             done = 0
-            for frames in pieces:
-                yield FinishedFrames(done, frames)
-                done += len(frames)
-                report(Progress("frames", done, settings.num_frames))
+            with closing(frames_within_limits(self.parts, request.settings, attempt)) as pieces:
+                for frames in pieces:
+                    yield FinishedFrames(done, frames)
+                    done += len(frames)
+                    report(Progress("frames", done, request.settings.num_frames))
+
+    def _frames(self, request: GenerationRequest, store: RunStore, report: OnProgress) -> Iterator[Tensor]:
+        """Yield the frames of a run, uint8 [f,H,W,3], a latent frame at a time."""
+        embeds = self._encode_prompt(request)
+        self._make_motion_reference(request, embeds, store, report)
+        reference = self._hybrid_reference(request, store)
+        if request.settings.refiner == "none":
+            yield from map(to_uint8, reference)
+        else:
+            yield from self._refine(reference, request, embeds, store, report)
 
     def preview(
         self,
@@ -257,15 +269,22 @@ class TwoStagePipeline:
     def prompt_notes(self, request: GenerationRequest) -> tuple[str, ...]:
         """Return what there is to say of the prompt: that it is empty, or cut at the encoder's limit."""
         empty = () if request.prompt.strip() else ("the prompt is empty: what moves is left to the model",)
+        if self.parts.memory is not None:  # the text encoder has its place only while a run goes on
+            texts = zip(("prompt", "negative prompt"), self._texts(request), strict=True)
+            cut = (self.parts.stage_one._cut_note(name, text or "") for name, text in texts)
+            return (*empty, *(note for note in cut if note is not None))
         return (*empty, *self._encode_prompt(request).notes)
 
     def _encode_prompt(self, request: GenerationRequest) -> PromptEmbeds:
-        settings = request.settings
-        guided = max(settings.guidance_scale, settings.stage_one_guidance_scale) > 1
-        texts = (request.prompt, settings.negative_prompt if guided else None)
+        texts = self._texts(request)
         if self._encoded is None or self._encoded[0] != texts:  # the notes of a prompt are asked for before the run
             self._encoded = (texts, self.parts.stage_one.encode_prompt(*texts))
         return self._encoded[1]
+
+    def _texts(self, request: GenerationRequest) -> tuple[str, str | None]:
+        settings = request.settings
+        guided = max(settings.guidance_scale, settings.stage_one_guidance_scale) > 1
+        return request.prompt, settings.negative_prompt if guided else None
 
     def _make_motion_reference(
         self, request: GenerationRequest, embeds: PromptEmbeds, store: RunStore, report: OnProgress

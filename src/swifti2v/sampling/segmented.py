@@ -1,6 +1,7 @@
 """Conditional segment-wise generation (paper, figure CSG): denoise a window at a time, write the result back.
 
-Memory holds the anchor and the frames that the current and later windows still need, whatever the length of the clip.
+Memory holds the frames that the current and later windows still need, the anchor if they see it, whatever the length
+of the clip.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from swifti2v.segments import Segment
 
 @dataclass(frozen=True)
 class Window:
-    """What a segment sees; W = ``len(segment.window)`` latent frames in time order, the anchor first.
+    """What a segment sees; W = ``len(segment.window)`` latent frames in time order.
 
     Args:
         segment: which frames these are.
@@ -125,13 +126,13 @@ def sample_segments(
 def _sample(
     frames: _ReferenceWindow,
     plan: Sequence[Segment],
-    make: Callable[[Window, Tensor], Tensor],
+    make: Callable[[Window], Tensor],
     finished: Callable[[Segment], Tensor | None],
 ) -> Iterator[tuple[Segment, Tensor]]:
     for segment in plan:
         frames.advance(segment)
         stored = finished(segment)
-        targets = frames.accept(segment, stored) if stored is not None else make(frames.window(segment), frames.anchor)
+        targets = frames.accept(segment, stored) if stored is not None else make(frames.window(segment))
         frames.write_back(segment, targets)
         yield segment, targets
         del targets  # or they would live on while the next segment is made, 130 MB at 2560x1408
@@ -146,13 +147,12 @@ def _denoise(
     solver: Solver,
     on_step: OnSegmentStep | None,
     window: Window,
-    anchor: Tensor,
 ) -> Tensor:
-    segment = window.segment
+    segment, device = window.segment, window.reference.device
+    shape = window.reference[:, :, :1].shape
 
     def noise(step: int) -> Tensor:
-        frames = [frame_noise(seed, j, anchor.shape, step=step, device=anchor.device) for j in segment.targets]
-        return torch.cat(frames, dim=2)
+        return torch.cat([frame_noise(seed, j, shape, step=step, device=device) for j in segment.targets], dim=2)
 
     with torch.no_grad():
         start = torch.lerp(window.reference[:, :, segment.target_slice], noise(0), sigmas[0])
@@ -166,25 +166,23 @@ def _denoise(
 
 
 class _ReferenceWindow:
-    """The frames of z_ref that are alive: the anchor and those that the current or a later window needs."""
+    """The frames of z_ref that are alive: those that the current or a later window needs."""
 
     def __init__(self, reference: Iterable[Tensor], plan: Sequence[Segment]) -> None:
         self._source = iter(reference)
         self._frames: dict[int, Tensor] = {}
+        self._shape: tuple[int, ...] = ()
         self._num_read = 0
+        self._keeps_anchor = any(segment.anchor for segment in plan)
         self._total = max((segment.targets.stop for segment in plan), default=0)
         first = [min((*segment.before, *segment.targets)) for segment in plan]
         earliest = reversed(list(itertools.accumulate(reversed(first), min)))
         self._first_needed = {segment.index: start for segment, start in zip(plan, earliest, strict=True)}
 
-    @property
-    def anchor(self) -> Tensor:
-        return self._frames[0]
-
     def advance(self, segment: Segment) -> None:
         """Forget the frames that no window needs any more, and read up to the end of this one."""
         first_needed = self._first_needed[segment.index]
-        for index in [index for index in self._frames if 0 < index < first_needed]:
+        for index in [index for index in self._frames if not self._is_needed(index, first_needed)]:
             del self._frames[index]
         while self._num_read <= segment.window[-1]:
             frame = next(self._source, None)
@@ -195,7 +193,7 @@ class _ReferenceWindow:
                 )
                 raise InvalidInputError(msg)
             self._check_frame(frame)
-            if self._num_read == 0 or self._num_read >= first_needed:
+            if self._is_needed(self._num_read, first_needed):
                 self._frames[self._num_read] = frame
             self._num_read += 1
 
@@ -208,14 +206,14 @@ class _ReferenceWindow:
 
     def accept(self, segment: Segment, stored: Tensor) -> Tensor:
         """Return a stored result on the device of the reference; raise if it is not one of this segment."""
-        expected = (*self.anchor.shape[:2], len(segment.targets), *self.anchor.shape[3:])
+        expected = (*self._shape[:2], len(segment.targets), *self._shape[3:])
         if tuple(stored.shape) != expected:
             msg = (
                 f"the stored result of segment {segment.index} has shape {tuple(stored.shape)}, not {expected}; "
                 f"remove it or start in an empty work directory"
             )
             raise InvalidInputError(msg)
-        return stored.to(device=self.anchor.device, dtype=self.anchor.dtype)
+        return stored.to(self._frames[segment.targets.start])
 
     def write_back(self, segment: Segment, targets: Tensor) -> None:
         # Copies, because the caller gets `targets` and may change it, and because a view would keep all M frames alive.
@@ -227,8 +225,11 @@ class _ReferenceWindow:
             msg = f"the reference has more than the {self._total} latent frames of the plan; plan the whole clip"
             raise InvalidInputError(msg)
 
+    def _is_needed(self, index: int, first_needed: int) -> bool:
+        return index >= first_needed or (index == 0 and self._keeps_anchor)
+
     def _check_frame(self, frame: Tensor) -> None:
-        shape = tuple(self._frames[0].shape if self._frames else frame.shape)
+        shape = self._shape = self._shape or tuple(frame.shape)
         if len(shape) != 5 or shape[2] != 1 or tuple(frame.shape) != shape:
             msg = (
                 f"latent frame {self._num_read} of the reference has shape {tuple(frame.shape)}; "

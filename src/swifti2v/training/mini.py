@@ -50,12 +50,14 @@ from swifti2v.training.stage_two import StageTwoObjective, StageTwoRecipe, fit_b
 from swifti2v.training.text import make_text_encoder, train_tokenizer
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from pathlib import Path
 
     import numpy as np
     from torch import Tensor
 
     from swifti2v.data.sources import MediaItem
+    from swifti2v.training.loop import StepReport
 
 
 @dataclass(frozen=True)
@@ -108,7 +110,14 @@ class StageTwoRun:
     pairs: PairOptions = field(default_factory=PairOptions)
 
 
-def train_stage_one(run: StageOneRun, *, index: Path, output: Path, initial: str | None = None) -> None:
+def train_stage_one(
+    run: StageOneRun,
+    *,
+    index: Path,
+    output: Path,
+    initial: str | None = None,
+    on_step: Callable[[StepReport], None] | None = None,
+) -> None:
     """Fit the motion codec, train transformer and text encoder, and save the parts to ``output/stage_one``.
 
     With `initial`, a checkpoint's name or folder, its codec is kept and its weights are trained on.
@@ -146,10 +155,17 @@ def train_stage_one(run: StageOneRun, *, index: Path, output: Path, initial: str
         transformer.save_pretrained(folder / "transformer")
         text_encoder.save_pretrained(folder / "text_encoder")
 
-    TrainingLoop(objective, folder, run.loop).run(on_checkpoint=save)
+    TrainingLoop(objective, folder, run.loop).run(on_step=on_step, on_checkpoint=save)
 
 
-def train_stage_two(run: StageTwoRun, *, index: Path, output: Path, initial: str | None = None) -> None:
+def train_stage_two(
+    run: StageTwoRun,
+    *,
+    index: Path,
+    output: Path,
+    initial: str | None = None,
+    on_step: Callable[[StepReport], None] | None = None,
+) -> None:
     """Fit the block codec, make the pairs, train the transformer; needs the motion codec of ``output/stage_one``.
 
     With `initial`, a checkpoint's name or folder, its codec is kept and its weights are trained on.
@@ -183,7 +199,7 @@ def train_stage_two(run: StageTwoRun, *, index: Path, output: Path, initial: str
         transformer.load_state_dict(StageTwoTransformer.from_pretrained(start / "transformer").state_dict())
     objective = StageTwoObjective(run.model, codec=codec, transformer=transformer, pairs=pairs)
     loop = TrainingLoop(objective, folder, run.loop)
-    loop.run(on_checkpoint=lambda _step: transformer.save_pretrained(folder / "transformer"))
+    loop.run(on_step=on_step, on_checkpoint=lambda _step: transformer.save_pretrained(folder / "transformer"))
 
 
 def export_mini(run: Path, output: Path) -> None:

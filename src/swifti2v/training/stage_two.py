@@ -16,13 +16,14 @@ from torch import Tensor, nn
 from swifti2v.models.condition import predict_targets
 from swifti2v.models.transform_codec import BLOCK_NUMBERS, TEMPORAL, BlockTransformCodec
 from swifti2v.models.transformer import StageTwoTransformer
-from swifti2v.segments import FrameKind, Segment
 from swifti2v.training.codec import BandStatistics
 from swifti2v.training.loop import Prefetcher
+from swifti2v.training.windows import WindowOptions, context_slots, with_finished
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from swifti2v.segments import Segment
     from swifti2v.training.reference_pairs import ReferencePair
 
 
@@ -122,6 +123,7 @@ class StageTwoObjective:
         self.module: nn.Module = transformer
         self._transformer = transformer
         self._pairs = pairs
+        self._windows = WindowOptions(segment_size=recipe.segment_size)
         # The transform is orthonormal: with this weight, squared errors of latents are those of pixels.
         self._weight = codec.scale.square().view(1, -1, 1, 1, 1) * (codec.num_channels / NUMBERS_OF_A_CELL)
         self._batches = Prefetcher(self._batch)
@@ -143,7 +145,13 @@ class StageTwoObjective:
         predicted = predict_targets(
             self._transformer,
             segment=batch.segment,
-            slots=self._slots(batch, generator),
+            slots=context_slots(
+                batch.truth,
+                batch.reference,
+                batch.segment,
+                noise_deviation=self.recipe.context_noise,
+                generator=generator,
+            ),
             reference=batch.reference,
             targets=noisy,
             sigma=sigma,
@@ -159,38 +167,13 @@ class StageTwoObjective:
         squared = ((latents - truth).square() * self._weight).mean(dim=(1, 2, 3, 4)) / 4
         return 10 * torch.log10(squared + ERROR_FLOOR)
 
-    def _slots(self, batch: SegmentBatch, generator: torch.Generator) -> Tensor:
-        slots = batch.truth.clone()
-        strength = self.recipe.context_noise * torch.rand(len(slots), generator=generator).view(-1, 1, 1, 1, 1)
-        noise = torch.randn(slots.shape, generator=generator) * strength
-        for place, kind in enumerate(batch.segment.kinds):
-            if kind is FrameKind.UNREFINED:
-                slots[:, :, place] = batch.reference[:, :, place]
-            elif kind is FrameKind.FINISHED:
-                slots[:, :, place] += noise[:, :, place]
-        return slots
-
     def _batch(self, step: int) -> SegmentBatch:
         rng = np.random.default_rng([self.recipe.seed, step])
-        length = self._pairs[0].truth.shape[1]
-        targets = int(rng.choice([self.recipe.segment_size] * 3 + list(range(1, self.recipe.segment_size))))
-        targets = min(targets, length - 1)
-        start = int(rng.integers(1, length - targets + 1))
-        before, after = int(rng.random() < 0.75), int(rng.random() < 0.3)
-        segment = Segment(
-            index=0,
-            targets=range(start, start + targets),
-            before=range(max(1, start - before), start),
-            after=range(start + targets, min(length, start + targets + after)),
-        )
+        segment = self._windows.draw(rng, self._pairs[0].truth.shape[1])
         crop = self.recipe.crops[int(rng.integers(len(self.recipe.crops)))]
         samples = [self._crop(segment, crop, rng) for _ in range(self.recipe.batch_size)]
         truth, reference = (torch.stack(part) for part in zip(*samples, strict=True))
-        # What is finished has been written back into the reference (paper, "Update").
-        for place, kind in enumerate(segment.kinds):
-            if kind in {FrameKind.ANCHOR, FrameKind.FINISHED}:
-                reference[:, :, place] = truth[:, :, place]
-        return SegmentBatch(segment, truth, reference)
+        return SegmentBatch(segment, truth, with_finished(reference, truth, segment))
 
     def _crop(self, segment: Segment, crop: tuple[int, int], rng: np.random.Generator) -> tuple[Tensor, Tensor]:
         """Cut one sample [C,W,h,w] out of a clip that is large enough."""

@@ -17,15 +17,21 @@ import resource
 import sys
 import time
 from collections.abc import Callable
-from contextlib import closing
+from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from swifti2v.errors import InvalidInputError, OutputError, VideoInputError, WorkDirectoryError
+from swifti2v.errors import (
+    InvalidInputError,
+    MemoryBudgetError,
+    OutputError,
+    VideoInputError,
+    WorkDirectoryError,
+)
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
 
     from swifti2v.evaluation.vbench.clips import Clip
     from swifti2v.evaluation.vbench.makers import ClipMaker, ClipShape, MakerSettings
@@ -127,12 +133,14 @@ class VideoRun:
 
         Raises:
             InvalidInputError: the maker's, or if it makes another number of frames than it says.
+            MemoryBudgetError: memory, the machine's or the card's, does not suffice.
             OutputError: it cannot be written.
         """
         from swifti2v.media.video_writer import VideoWriter
 
         shape, path = maker.shape, self.videos / clip.file_name
         with (
+            memory_errors(f"to make {clip.file_name!r}; finished videos are kept"),
             _Meter() as meter,
             VideoWriter(path, size=shape.size, fps=shape.fps, crf=CRF, keep_partial=False) as writer,
         ):
@@ -184,8 +192,10 @@ def open_run(folder: Path, settings: MakerSettings, *, seed: int) -> tuple[Video
     Raises:
         WorkDirectoryError: the folder holds another run.
         CheckpointError: the model cannot be loaded.
+        MemoryBudgetError: memory does not suffice for the model.
     """
-    maker = settings.open()
+    with memory_errors(f"to load {settings.model!r}"):
+        maker = settings.open()
     return VideoRun(folder, {**maker.identity(), "base_seed": str(seed)}), maker
 
 
@@ -229,6 +239,22 @@ def append_record(path: Path, record: ClipRecord) -> None:
     except OSError as error:
         msg = f"{str(path)!r} cannot be written ({error.strerror}); free space and run again"
         raise OutputError(msg) from error
+
+
+@contextmanager
+def memory_errors(purpose: str) -> Iterator[None]:
+    """Turn the end of memory, the machine's or the card's, into a `MemoryBudgetError` of one line."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        torch = sys.modules.get("torch")
+        if not isinstance(error, MemoryError) and not (torch and isinstance(error, torch.OutOfMemoryError)):
+            raise
+        msg = (
+            f"there is not enough memory {purpose}; use fewer --frames, a suite of a smaller size, or a smaller "
+            "segment_size in --options"
+        )
+        raise MemoryBudgetError(msg) from error
 
 
 class _Meter:

@@ -1,0 +1,353 @@
+"""Cost of 2560x1408 at full size, without trained weights: compute and memory do not depend on their values.
+
+Commands:
+    python -m benchmarks.full_size                   on a GPU: the real pipeline, seconds, GiB, TFLOP/s a phase
+    python -m benchmarks.full_size --cap 24GiB       the same while PyTorch may take no more than that, planned for it
+    python -m benchmarks.full_size --baseline        diffusers' own classes on the same shapes as well
+    python -m benchmarks.full_size --device meta     anywhere: exact FLOPs and peak live bytes of each phase
+
+Without a GPU ``meta`` is the default. Live bytes leave out weights, workspaces of kernels and fragmentation.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from functools import wraps
+from typing import TYPE_CHECKING, Any
+
+from benchmarks import full_size_networks as networks
+from benchmarks.results import Check, add_result_arguments, checks_table, markdown_table, number, say, settings_of
+from benchmarks.results import write_results as write
+
+if TYPE_CHECKING:
+    import torch
+    from diffusers import AutoencoderKLWan
+
+    from swifti2v.geometry import Size
+    from swifti2v.models.vae import CodecSettings
+
+GIB = 2**30
+BF16_TFLOP_PER_SECOND = {"H200": 989.0, "H100": 989.0, "H800": 989.0, "RTX 4090": 165.0}
+"""Dense bfloat16 peaks of the makers' data sheets; the roofline that shares refer to."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One phase: what it computes and holds, and on a GPU how long it took."""
+
+    name: str
+    tflop: float
+    peak_gib: float
+    calls: int = 1
+    seconds: float | None = None
+    tflop_per_second: float | None = None
+    roofline_share: float | None = None
+
+
+# ---- the account, on the meta device ----
+
+
+def accounts(size: Size, *, baseline: bool) -> list[Row]:
+    """Count each phase of a run on the meta device."""
+    codec = networks.codec(networks.VAE22, "meta")
+    rows = [_stage_one_row(size), *(_stage_two_row(size, frames) for frames in (4, 5))]
+    for tiling in (None, (2, 2)):
+        rows += _codec_rows(codec, size, tiling, num_chunks=3)
+    if baseline:
+        rows += [_diffusers_stage_two_row(size, 5), *_diffusers_codec_rows(codec, size)]
+    return rows
+
+
+def _stage_one_row(size: Size) -> Row:
+    import torch
+
+    from swifti2v.memory.budget import WAN22
+
+    small = WAN22.reference_size(size)
+    network = networks.expert("meta")
+    with torch.device("meta"):
+        latents = torch.empty(1, 36, 21, small.height // 8, small.width // 8, dtype=torch.bfloat16)
+        text = torch.empty(1, 512, 4096, dtype=torch.bfloat16)
+        timestep = torch.empty(1)
+    return _counted("Stage I, one forward", lambda: network(latents, timestep, text, return_dict=False))
+
+
+def _window(size: Size, frames: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    import torch
+
+    with torch.device("meta"):
+        latents = torch.empty(1, 96, frames, size.height // 16, size.width // 16, dtype=torch.bfloat16)
+        return latents, torch.empty(1, frames), torch.empty(1, 512, 4096, dtype=torch.bfloat16)
+
+
+def _stage_two_row(size: Size, frames: int) -> Row:
+    network = networks.stage_two("meta")
+    latents, timestep, text = _window(size, frames)
+    return _counted(
+        f"Stage II, one forward of {frames} frames", lambda: network(latents, timestep, text, return_dict=False)
+    )
+
+
+def _diffusers_stage_two_row(size: Size, frames: int) -> Row:
+    network = networks.stage_two_of_diffusers("meta")
+    latents, timestep, text = _window(size, frames)
+    per_token = timestep.repeat_interleave((size.height // 32) * (size.width // 32), dim=1)
+    return _counted(
+        f"diffusers: Stage II per token, {frames} frames", lambda: network(latents, per_token, text, return_dict=False)
+    )
+
+
+def _counted(name: str, run: Callable[[], object]) -> Row:
+    import torch
+
+    from swifti2v.memory.live_bytes import accounted
+
+    with torch.no_grad(), accounted() as account:
+        run()
+    return Row(name, account.tflop, account.peak_bytes / GIB)
+
+
+def _codec_rows(codec: AutoencoderKLWan, size: Size, tiles: tuple[int, int] | None, num_chunks: int) -> list[Row]:
+    """Encode and decode a few chunks; what a chunk costs does not depend on how many went before."""
+    import torch
+
+    from swifti2v.models.vae import WanStreamingCodec
+
+    settings = _codec_settings(size, tiles)
+    words = "untiled" if tiles is None else f"{tiles[0]}x{tiles[1]} tiles, parked"
+
+    def decode() -> None:
+        shape = (1, 48, 1, size.height // 16, size.width // 16)
+        latents = (torch.empty(shape, device="meta") for _ in range(num_chunks))
+        for frames in WanStreamingCodec(codec, settings=settings).decode_pixel_stream(latents):
+            del frames
+
+    def encode() -> None:
+        lengths = (1, *(4 for _ in range(num_chunks - 1)))
+        chunks = (torch.empty(1, 3, length, size.height, size.width, device="meta") for length in lengths)
+        for latent in WanStreamingCodec(codec, settings=settings).encode_stream(chunks):
+            del latent
+
+    return [_counted(f"encode, {num_chunks} latent frames, {words}", encode),
+            _counted(f"decode, {num_chunks} latent frames, {words}", decode)]  # fmt: skip
+
+
+def _codec_settings(size: Size, tiles: tuple[int, int] | None) -> CodecSettings:
+    from swifti2v.memory.ways import tile_size
+    from swifti2v.models.tiling import Tiling
+    from swifti2v.models.vae import CodecSettings
+
+    if tiles is None:
+        return CodecSettings()
+    return CodecSettings(Tiling(tile_size(size, *tiles, multiple=16)), park_features=True)
+
+
+def _diffusers_codec_rows(codec: AutoencoderKLWan, size: Size) -> list[Row]:
+    import torch
+
+    latents = torch.empty(1, 48, 3, size.height // 16, size.width // 16, device="meta", dtype=torch.bfloat16)
+    clip = torch.empty(1, 3, 9, size.height, size.width, device="meta", dtype=torch.bfloat16)
+    return [
+        _counted("diffusers: encode, 3 latent frames", lambda: codec.encode(clip)),
+        _counted("diffusers: decode, 3 latent frames", lambda: codec.decode(latents)),
+    ]
+
+
+def account_checks(rows: list[Row]) -> list[Check]:
+    """Compare with what is required at 2560x1408."""
+    limits = (
+        ("Stage II, one forward of 5 frames", 1.4),
+        ("decode, 3 latent frames, untiled", 18.0),
+        ("decode, 3 latent frames, 2x2 tiles, parked", 6.0),
+        ("encode, 3 latent frames, untiled", 10.2),
+        ("encode, 3 latent frames, 2x2 tiles, parked", 3.3),
+    )
+    peaks = {row.name: row.peak_gib for row in rows}
+    return [
+        Check(f"{name}: <= {limit} GiB beyond weights", f"{peaks[name]:.2f} GiB", peaks[name] <= limit)
+        for name, limit in limits
+    ]
+
+
+# ---- the run, on a GPU ----
+
+
+class PhaseClock:
+    """Seconds, calls and peak bytes of wrapped methods, with the device waited for around each call."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self.calls: dict[str, int] = {}
+        self.peaks: dict[str, int] = {}
+
+    def wrap(self, owner: Any, method: str, phase: str) -> None:
+        """Time every call of ``owner.method`` as part of `phase`."""
+        import torch
+
+        call = getattr(owner, method)
+
+        @wraps(call)
+        def timed(*arguments: Any, **options: Any) -> Any:
+            torch.cuda.synchronize()
+            torch.cuda.reset_peak_memory_stats()
+            started = time.perf_counter()
+            result = call(*arguments, **options)
+            torch.cuda.synchronize()
+            self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - started
+            self.calls[phase] = self.calls.get(phase, 0) + 1
+            self.peaks[phase] = max(self.peaks.get(phase, 0), torch.cuda.max_memory_allocated())
+            return result
+
+        setattr(owner, method, timed)
+
+
+def measured(arguments: argparse.Namespace, size: Size) -> tuple[list[Row], dict[str, Any]]:
+    """Run the real pipeline with random weights on the device."""
+    import torch
+    from PIL import Image
+
+    from swifti2v.memory.budget import WAN22, RunSettings, plan_run
+    from swifti2v.models.vae import WanStreamingCodec
+    from swifti2v.pipelines.fitting import MemoryLimits
+    from swifti2v.pipelines.options import GenerationOptions
+    from swifti2v.pipelines.two_stage import TwoStagePipeline
+
+    limits = MemoryLimits.parse(arguments.cap) if arguments.cap else None
+    parts = networks.parts(arguments.device, limits)
+    torch.cuda.empty_cache()
+    # From here on: the networks were made on the device one by one, each larger than some caps.
+    if limits is not None and limits.device_bytes is not None:
+        total = torch.cuda.get_device_properties(0).total_memory
+        torch.cuda.set_per_process_memory_fraction(min(1.0, limits.device_bytes / total))
+    clock = PhaseClock()
+    clock.wrap(parts.stage_one, "encode_prompt", "text encoding")
+    clock.wrap(parts.stage_one, "_run", "stage one")
+    clock.wrap(parts.stage_two.transformer, "forward", "stage two")
+    clock.wrap(WanStreamingCodec, "_encode_chunk", "reference encode")
+    clock.wrap(WanStreamingCodec, "_decode_group", "decode")
+    pipeline = TwoStagePipeline(parts)
+    options = GenerationOptions(size=size, num_frames=arguments.frames, num_inference_steps=arguments.steps)
+    request = pipeline.request(Image.linear_gradient("L").convert("RGB").resize(size), "a wave", options=options)
+    started = time.perf_counter()
+    first_seconds = 0.0
+    for piece in pipeline.stream(request):
+        first_seconds = first_seconds or time.perf_counter() - started
+        del piece
+    whole = {"seconds": time.perf_counter() - started, "first_frames_seconds": first_seconds}
+    costs = {
+        p.name: p
+        for p in plan_run(WAN22, RunSettings(size, arguments.frames, num_inference_steps=arguments.steps)).phases
+    }
+    roofline = next(
+        (rate for name, rate in BF16_TFLOP_PER_SECOND.items() if name in torch.cuda.get_device_name()), None
+    )
+    rows = []
+    for phase, seconds in clock.seconds.items():
+        rate = costs[phase].tflop / seconds
+        share = rate / roofline if roofline else None
+        rows.append(Row(phase, costs[phase].tflop, clock.peaks[phase] / GIB, clock.calls[phase], seconds, rate, share))
+    return rows, whole
+
+
+def measured_baseline(size: Size, device: str) -> list[Row]:
+    """Time diffusers' own classes on the same shapes: Stage II per token, and the whole decode of three latents."""
+    import torch
+
+    def timed(name: str, run: Callable[[], object], tflop: float) -> Row:
+        run()
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        started = time.perf_counter()
+        run()
+        torch.cuda.synchronize()
+        seconds = time.perf_counter() - started
+        return Row(name, tflop, torch.cuda.max_memory_allocated() / GIB, 1, seconds, tflop / seconds)
+
+    from swifti2v.memory.codec_cost import WAN22_VAE
+    from swifti2v.memory.transformer_cost import STAGE_TWO_5B
+
+    rows = []
+    tokens = (size.height // 32) * (size.width // 32)
+    random = {"device": device, "dtype": torch.bfloat16}
+    latents = torch.randn(1, 96, 5, size.height // 16, size.width // 16, **random)
+    text, timestep = torch.randn(1, 512, 4096, **random), torch.full((1, 5), 500.0, device=device)
+    tflop = STAGE_TWO_5B.forward_cost(5 * tokens, num_timesteps=5).tflop
+    with torch.no_grad():
+        for name, make, times in (
+            ("Stage II, 5 frames", networks.stage_two, timestep),
+            ("diffusers: Stage II per token, 5 frames", networks.stage_two_of_diffusers,
+             timestep.repeat_interleave(tokens, dim=1)),
+        ):  # fmt: skip
+            network = make(device)
+            rows.append(timed(name, lambda network=network, times=times: network(latents, times, text), tflop))
+            del network
+        codec = networks.codec(networks.VAE22, device)
+        clip = torch.randn(1, 48, 3, size.height // 16, size.width // 16, **random)
+        decode_tflop = WAN22_VAE.decode_tflop(size, 9)
+        rows.append(timed("diffusers: decode, 3 latent frames", lambda: codec.decode(clip), decode_tflop))
+        from swifti2v.models.vae import WanStreamingCodec
+
+        streaming = WanStreamingCodec(codec)
+        rows.append(timed("decode, 3 latent frames", lambda: list(streaming.decode_pixel_stream([clip])), decode_tflop))
+    return rows
+
+
+def table(rows: list[Row]) -> str:
+    """Return the Markdown table."""
+    header = ("phase", "calls", "TFLOP", "peak GiB", "s", "TFLOP/s", "of roofline")
+    return markdown_table(
+        header,
+        [
+            (
+                row.name,
+                str(row.calls),
+                number(row.tflop, 1),
+                number(row.peak_gib),
+                number(row.seconds),
+                number(row.tflop_per_second, 0),
+                "-" if row.roofline_share is None else f"{row.roofline_share:.0%}",
+            )
+            for row in rows
+        ],
+    )
+
+
+def main() -> None:
+    """Read the command line, count or measure, print, write."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", help="cuda or meta; default: cuda if there is one")
+    parser.add_argument("--size", default="2560x1408")
+    parser.add_argument("--frames", type=int, default=81)
+    parser.add_argument("--steps", type=int, default=4, help="of Stage II")
+    parser.add_argument("--cap", help="device memory that the run may take, for instance 24GiB")
+    parser.add_argument("--baseline", action="store_true", help="diffusers' own classes on the same shapes as well")
+    add_result_arguments(parser, pictures=False)
+    arguments = parser.parse_args()
+    import torch
+
+    from swifti2v.geometry import Size
+
+    size = Size.parse(arguments.size)
+    arguments.device = arguments.device or ("cuda" if torch.cuda.is_available() else "meta")
+    whole: dict[str, Any] = {}
+    checks: list[Check] = []
+    if arguments.device == "meta":
+        rows = accounts(size, baseline=arguments.baseline)
+        checks = account_checks(rows) if arguments.size == "2560x1408" else []
+    else:
+        rows, whole = measured(arguments, size)
+        torch.cuda.empty_cache()
+        rows += measured_baseline(size, arguments.device) if arguments.baseline else []
+        whole["device"] = torch.cuda.get_device_name()
+    print(table(rows), checks_table(checks), whole or "", sep="\n\n")
+    content = {"settings": settings_of(arguments), "rows": [asdict(row) for row in rows], "whole": whole}
+    content["checks"] = [vars(check) for check in checks]
+    theme = "full_size_account" if arguments.device == "meta" else "full_size"
+    say(f"written to {write(theme, content, arguments.output)}")
+
+
+if __name__ == "__main__":
+    main()

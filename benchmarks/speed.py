@@ -1,0 +1,247 @@
+"""Speed as ratios within one run, on any machine: Stage II against diffusers, segments against the full sequence, ...
+
+Command: ``python -m benchmarks.speed``. Seconds are processor time of one thread, the best of a few runs, so that other
+work on the machine disturbs little; ratios are what counts.
+"""
+
+from __future__ import annotations
+
+import argparse
+import resource
+import subprocess
+import sys
+import time
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+from unittest import mock
+
+from benchmarks.results import (
+    Check,
+    add_result_arguments,
+    checks_table,
+    judged,
+    markdown_table,
+    number,
+    say,
+    settings_of,
+    write_results,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+TINY: dict[str, Any] = {
+    "num_attention_heads": 2,
+    "attention_head_dim": 64,
+    "ffn_dim": 600,  # 4.67 times the width, as in the 5B
+    "num_layers": 4,
+    "text_dim": 64,
+    "freq_dim": 256,
+}
+"""With 132 tokens a frame attention and linear layers share the work of a window as in the 5B at 2560x1408."""
+ROWS, COLUMNS = 11 * 2, 12 * 2
+TOKENS_PER_FRAME = (ROWS // 2) * (COLUMNS // 2)
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """Seconds of the way that is compared with, and of ours."""
+
+    name: str
+    other_seconds: float
+    seconds: float
+    goal: float
+
+    @property
+    def ratio(self) -> float:
+        """How many times faster ours is."""
+        return self.other_seconds / self.seconds
+
+
+def best_seconds(run: Callable[[], object], *, repeats: int) -> float:
+    """Return the least processor time of a few runs."""
+    found = []
+    for _ in range(repeats):
+        started = time.thread_time()
+        run()
+        found.append(time.thread_time() - started)
+    return min(found)
+
+
+def stage_two_forward(repeats: int) -> Ratio:
+    """Compare one five-frame forward with diffusers' class, timesteps per token, the same weights, equal output."""
+    import torch
+    from diffusers import WanTransformer3DModel
+
+    from swifti2v.models.transformer import StageTwoTransformer
+
+    torch.manual_seed(0)
+    stock = WanTransformer3DModel(in_channels=48, out_channels=48, **TINY).eval()
+    ours = StageTwoTransformer.from_wan(stock)
+    latents, text = torch.randn(1, 48, 5, ROWS, COLUMNS), torch.randn(1, 16, 64)
+    per_frame = torch.tensor([[0.0, 0.0, 500.0, 500.0, 500.0]])
+    per_token = per_frame.repeat_interleave(TOKENS_PER_FRAME, dim=1)
+    with torch.no_grad():
+        mine, theirs = ours(latents, per_frame, text).sample, stock(latents, per_token, text).sample
+        torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5)
+        return Ratio(
+            "Stage II forward, 5 frames, against diffusers per token",
+            best_seconds(lambda: stock(latents, per_token, text), repeats=repeats),
+            best_seconds(lambda: ours(latents, per_frame, text), repeats=repeats),
+            goal=1.3,
+        )
+
+
+def segments_against_full_sequence(num_latent_frames: int, goal: float, *, repeats: int) -> Ratio:
+    """Compare one step over all segments with one step over the whole clip, with one tiny transformer."""
+    import torch
+
+    from swifti2v.models.transformer import StageTwoTransformer
+    from swifti2v.segments import plan_segments
+
+    torch.manual_seed(0)
+    network = StageTwoTransformer(in_channels=96, reference_channels=48, out_channels=48, **TINY).eval()
+    clip, text = torch.randn(1, 96, num_latent_frames, ROWS, COLUMNS), torch.randn(1, 16, 64)
+
+    def forward(frames: torch.Tensor) -> None:
+        network(frames, torch.full((1, frames.shape[2]), 500.0), text)
+
+    def by_segment() -> None:
+        for segment in plan_segments(num_latent_frames):
+            forward(clip[:, :, list(segment.window)])
+
+    with torch.no_grad():
+        forward(clip[:, :, :5])
+        ours = best_seconds(by_segment, repeats=repeats)
+        full = best_seconds(lambda: forward(clip), repeats=repeats)
+    return Ratio(f"segments against the full sequence, {num_latent_frames} latent frames", full, ours, goal)
+
+
+def streaming_decode(repeats: int) -> Ratio:
+    """Compare the streaming decode with ``vae.decode``, on a Wan2.2 codec an eighth as wide."""
+    import torch
+    from diffusers import AutoencoderKLWan
+
+    from benchmarks.full_size_networks import VAE22
+    from swifti2v.models.vae import WanStreamingCodec
+
+    torch.manual_seed(0)
+    vae = AutoencoderKLWan(**(VAE22 | {"base_dim": 20, "decoder_base_dim": 32})).eval()
+    codec = WanStreamingCodec(vae)
+    latents = torch.randn(1, 48, 3, 6, 8)
+    with torch.no_grad():
+        ours = torch.cat(list(codec.decode_pixel_stream([latents])), dim=2)
+        torch.testing.assert_close(ours, vae.decode(latents).sample, rtol=1e-3, atol=1e-4)
+        return Ratio(
+            "streaming decode against vae.decode",
+            best_seconds(lambda: vae.decode(latents), repeats=repeats),
+            best_seconds(lambda: list(codec.decode_pixel_stream([latents])), repeats=repeats),
+            goal=1.0,
+        )
+
+
+def sampler_overhead() -> float:
+    """Return what share of refining 49 frames with `mini` its sampler takes: neither network, nor codec, nor noise."""
+    import torch
+
+    from swifti2v.models.condition import predict_targets
+    from swifti2v.pipelines.loading import load_parts
+    from swifti2v.sampling import segmented
+    from swifti2v.sampling.schedules import shifted_sigmas
+    from swifti2v.sampling.segmented import sample_segments
+    from swifti2v.segments import plan_segments
+
+    parts = load_parts("mini", device="cpu")
+    transformer, settings = parts.stage_two.transformer, parts.defaults
+    text = torch.zeros(1, 1, transformer.config.text_dim)
+    geometry = parts.stage_two.geometry
+    cells = (settings.size.height // geometry.spatial, settings.size.width // geometry.spatial)
+    reference = [torch.randn(1, parts.stage_two.codec.num_channels, 1, *cells) for _ in range(13)]
+    inside = 0.0
+    draw = segmented.frame_noise
+
+    def timed_noise(*arguments: Any, **options: Any) -> torch.Tensor:
+        nonlocal inside
+        started = time.thread_time()
+        noise = draw(*arguments, **options)
+        inside += time.thread_time() - started
+        return noise
+
+    def denoise(window: Any, targets: torch.Tensor, sigma: float) -> torch.Tensor:
+        nonlocal inside
+        started = time.thread_time()
+        predicted = predict_targets(
+            transformer,
+            segment=window.segment,
+            slots=window.reference,
+            reference=window.reference,
+            targets=targets,
+            sigma=sigma,
+            prompt_embeds=text,
+            position_mode=settings.positions,
+        )
+        inside += time.thread_time() - started
+        return predicted
+
+    sigmas = shifted_sigmas(settings.num_inference_steps, shift=settings.flow_shift, start=settings.sigma_start)
+    with mock.patch.object(segmented, "frame_noise", timed_noise):
+        started = time.thread_time()
+        refined = [
+            latents
+            for _, latents in sample_segments(reference, plan_segments(13), denoise=denoise, sigmas=sigmas, seed=0)
+        ]
+        sampling = time.thread_time() - started
+    chunks = [torch.zeros(1, 3, count, settings.size.height, settings.size.width) for count in (1, *[4] * 12)]
+    coding = best_seconds(lambda: list(parts.stage_two.codec.encode_stream(chunks)), repeats=1)
+    coding += best_seconds(lambda: list(parts.stage_two.codec.decode_stream([reference[0], *refined])), repeats=1)
+    return (sampling - inside) / (sampling + coding)
+
+
+def help_seconds(repeats: int) -> float:
+    """Return the least processor time of ``swifti2v --help``, its children's included."""
+    found = []
+    for _ in range(repeats):
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        subprocess.run([sys.executable, "-m", "swifti2v.cli.main", "--help"], check=True, stdout=subprocess.DEVNULL)
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        found.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
+    return min(found)
+
+
+def checks(ratios: list[Ratio], overhead: float, help_time: float) -> list[Check]:
+    """Compare with what is required."""
+    found = [Check(f"{r.name} >= {r.goal:g}x", f"{r.ratio:.2f}x", judged(r.ratio, at_least=r.goal)) for r in ratios]
+    found.append(Check("sampler overhead < 2%", f"{overhead:.2%}", judged(overhead, at_most=0.02)))
+    found.append(Check("swifti2v --help < 0.5 s", f"{help_time:.2f} s", judged(help_time, at_most=0.5)))
+    return found
+
+
+def main() -> None:
+    """Read the command line, measure, print, write."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--longest", type=int, default=161, help="latent frames of the longest clip")
+    add_result_arguments(parser, pictures=False)
+    arguments = parser.parse_args()
+    import torch
+
+    torch.set_num_threads(1)
+    ratios = []
+    for measure in (
+        lambda: stage_two_forward(arguments.repeats),
+        lambda: segments_against_full_sequence(41, 2.0, repeats=max(2, arguments.repeats // 2)),
+        lambda: segments_against_full_sequence(arguments.longest, 6.0, repeats=1),
+        lambda: streaming_decode(arguments.repeats),
+    ):
+        ratios.append(measure())
+        say(f"{ratios[-1].name}: {ratios[-1].ratio:.2f}x")
+    judgements = checks(ratios, sampler_overhead(), help_seconds(arguments.repeats))
+    rows = [(r.name, number(r.other_seconds, 3), number(r.seconds, 3), f"{r.ratio:.2f}") for r in ratios]
+    print(markdown_table(("what", "other s", "ours s", "ratio"), rows), checks_table(judgements), sep="\n\n")
+    content = {"settings": settings_of(arguments), "ratios": [asdict(r) | {"ratio": r.ratio} for r in ratios]}
+    content["checks"] = [vars(check) for check in judgements]
+    say(f"written to {write_results('speed', content, arguments.output)}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,200 @@
+"""`swifti2v serve`: the HTTP service, with worker processes beside it."""
+
+from __future__ import annotations
+
+import ipaddress
+import signal
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from swifti2v.cli.jobs import DEFAULT_DATA, DatabaseOption, DataOption
+from swifti2v.errors import ConfigurationError, InvalidInputError
+
+if TYPE_CHECKING:
+    import threading
+
+    from swifti2v.serving.settings import ServiceSettings
+
+KEY_FILE = "keys.json"
+
+KeysOption = Annotated[Path | None, typer.Option(help="File of the API keys; default: keys.json in the data folder.")]
+NameArgument = Annotated[str, typer.Argument(help="Who holds the key; a key sees the videos of its name only.")]
+
+app = typer.Typer(help="Serve /v1/videos over HTTP; keys of its users.", invoke_without_command=True)
+
+
+@app.callback()
+def serve(  # noqa: PLR0913 - typer makes an option of each parameter
+    context: typer.Context,
+    *,
+    model: Annotated[list[str] | None, typer.Option(help="Checkpoint to serve; may be given several times.")] = None,
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port; 0 for any that is free.")] = 8000,
+    workers: Annotated[int, typer.Option(min=0, help="Worker processes; 0 if they run elsewhere.")] = 1,
+    device: Annotated[str | None, typer.Option(help="Of the workers: cpu, cuda, cuda:1, ...")] = None,
+    keys: KeysOption = None,
+    without_keys: Annotated[bool, typer.Option("--open", help="Serve without keys, to everybody.")] = False,
+    max_jobs: Annotated[int, typer.Option(min=1, help="Videos that may wait or run.")] = 1000,
+    max_upload_mebibytes: Annotated[float, typer.Option(min=0.01, help="Of a request's body.")] = 32.0,
+    allow_image_host: Annotated[
+        list[str] | None, typer.Option(help="Host from which pictures may be fetched by https; default: none.")
+    ] = None,
+    keep_hours: Annotated[float, typer.Option(min=0, help="Remove finished videos after so long.")] = 168.0,
+    keep_gigabytes: Annotated[float | None, typer.Option(min=0, help="Keep the newest up to so much.")] = None,
+    grace: Annotated[float, typer.Option(min=0, help="Seconds that a video may still run after SIGTERM.")] = 0.0,
+    lease: Annotated[float, typer.Option(min=0.5, help="Seconds after which a silent worker counts as dead.")] = 30.0,
+    data: DataOption = DEFAULT_DATA,
+    database: DatabaseOption = None,
+) -> None:
+    """Serve until stopped; SIGTERM or Ctrl-C drains: jobs at work are given back, to be continued."""
+    if context.invoked_subcommand is not None:
+        return
+    _check_packages()
+    from swifti2v.jobs.retention import RetentionPolicy
+    from swifti2v.serving.settings import ServiceLimits, ServiceSettings
+
+    models = model or ["wan2.2"]
+    settings = ServiceSettings(
+        data=data,
+        models=_served_models(models),
+        database_url=database,
+        keys=_key_file(keys or data / KEY_FILE, host=host, without_keys=without_keys),
+        limits=ServiceLimits(
+            max_upload_bytes=int(max_upload_mebibytes * (1 << 20)),
+            max_active_jobs=max_jobs,
+            image_hosts=tuple(allow_image_host or ()),
+        ),
+        retention=RetentionPolicy(keep_hours * 3600, None if keep_gigabytes is None else int(keep_gigabytes * 1e9)),
+    )
+    options = ["--data", str(data), "--lease", str(lease), "--grace", str(grace)]
+    options += [] if database is None else ["--database", database]
+    options += [] if device is None else ["--device", device]
+    command = _worker_command(models, options)
+    _run(settings, (host, port), command=command, num_workers=workers, stop_seconds=grace + 60)
+
+
+@app.command("add-key")
+def add_key(
+    name: NameArgument,
+    *,
+    max_active_jobs: Annotated[int, typer.Option(min=1, help="Videos that may wait or run at once.")] = 100,
+    requests_per_minute: Annotated[int, typer.Option(min=1, help="Of any kind.")] = 600,
+    keys: KeysOption = None,
+    data: DataOption = DEFAULT_DATA,
+) -> None:
+    """Make an API key and print it; only its hash is kept."""
+    _check_packages()
+    from swifti2v.serving import keys as key_files
+
+    path = keys or data / KEY_FILE
+    path.parent.mkdir(parents=True, exist_ok=True)
+    limits = {"max_active_jobs": max_active_jobs, "requests_per_minute": requests_per_minute}
+    typer.echo(key_files.add_key(path, name, **limits))
+
+
+@app.command("remove-key")
+def remove_key(name: NameArgument, *, keys: KeysOption = None, data: DataOption = DEFAULT_DATA) -> None:
+    """Take a key away; a running service forgets it at once."""
+    _check_packages()
+    from swifti2v.serving import keys as key_files
+
+    key_files.remove_key(keys or data / KEY_FILE, name)
+    typer.echo(f"{name}: removed")
+
+
+def _check_packages() -> None:
+    try:
+        import fastapi  # noqa: F401 - whether it is there
+        import prometheus_client  # noqa: F401 - the same
+        import sqlalchemy  # noqa: F401 - the same
+        import uvicorn  # noqa: F401 - the same
+    except ModuleNotFoundError as error:
+        msg = f"the service needs {error.name}; install it with: pip install 'swifti2v[serve]'"
+        raise ConfigurationError(msg) from error
+
+
+def _served_models(names: list[str]) -> Any:
+    from swifti2v.pipelines.loading import settings_of
+    from swifti2v.serving.settings import ServedModel
+
+    return tuple(ServedModel(name, settings_of(name)) for name in names)
+
+
+def _key_file(path: Path, *, host: str, without_keys: bool) -> Path | None:
+    """Return the file of keys; none only where nobody else can reach the service, or where that is wished."""
+    if without_keys:
+        return None
+    if path.exists():
+        return path
+    if _is_loopback(host):
+        typer.echo("note: no keys; who reaches this machine's loopback may do everything", err=True)
+        return None
+    msg = f"{path} holds no keys, and {host} can be reached by others; make one with: swifti2v serve add-key NAME"
+    raise InvalidInputError(msg)
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def _worker_command(models: list[str], options: list[str]) -> list[str]:
+    program = "from swifti2v.cli.main import main; main()"
+    named = [argument for name in models for argument in ("--model", name)]
+    return [sys.executable, "-c", program, "jobs", "work", "--stop-with-stdin", *named, *options]
+
+
+def _run(
+    settings: ServiceSettings, address: tuple[str, int], *, command: list[str], num_workers: int, stop_seconds: float
+) -> None:
+    import threading
+
+    from swifti2v.serving.application import create_app
+    from swifti2v.serving.workers import WorkerProcesses
+
+    draining = threading.Event()
+    server = _server(create_app(settings, draining=draining), address, draining)
+    processes = WorkerProcesses(command, num_workers)
+    # The server raises the signal again when it has shut down, and the workers have still to be ended then.
+    signal.signal(signal.SIGTERM, lambda _number, _frame: None)
+    processes.start()
+    try:
+        server.run()
+    finally:
+        processes.stop(grace_seconds=stop_seconds)
+
+
+def _server(application: Any, address: tuple[str, int], draining: threading.Event) -> Any:
+    """Return the HTTP server, which says that it drains as soon as it is told to stop."""
+    import logging
+
+    import uvicorn
+
+    from swifti2v.serving.frame import JsonFormatter
+
+    handler = logging.StreamHandler()
+    handler.setFormatter(JsonFormatter())
+    logging.basicConfig(level=logging.INFO, handlers=[handler], force=True)
+    logging.getLogger("swifti2v").setLevel(logging.INFO)
+
+    class Server(uvicorn.Server):
+        def handle_exit(self, sig: int, frame: Any) -> None:
+            draining.set()
+            super().handle_exit(sig, frame)
+
+    configuration = uvicorn.Config(
+        application,
+        host=address[0],
+        port=address[1],
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        timeout_keep_alive=15,
+        timeout_graceful_shutdown=15,
+    )
+    return Server(configuration)

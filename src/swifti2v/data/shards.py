@@ -1,0 +1,139 @@
+"""Shards of a latent cache: safetensors files that say themselves what they hold.
+
+A shard's header carries the recipe (the fingerprint without sources) and a record of each sample; tensors are named
+``<place in the shard>/<name>``. So shards need no journal: whoever lists the folder knows what is done. A shard's name
+is a hash of its samples' names, hence processes that share the work never write to one file.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING
+
+import safetensors.torch
+from safetensors import SafetensorError, safe_open
+
+from swifti2v.data.atomic_files import write_atomically
+from swifti2v.errors import LatentCacheError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
+
+    from torch import Tensor
+
+SHARD_FOLDER = "shards"
+FORMAT = "swifti2v-latents-1"
+
+
+@dataclass(frozen=True)
+class SampleRecord:
+    """Where a sample lies, and what it is.
+
+    Args:
+        name: unique in a cache.
+        prompt: its caption.
+        bucket: samples of one bucket have tensors of the same names and shapes.
+        stamp: hash of its place, prompt and source file (`fingerprint.clip_stamps`).
+        shapes: of its tensors, by name.
+        shard: file name of its shard.
+        place: in the shard.
+    """
+
+    name: str
+    prompt: str
+    bucket: str
+    stamp: str
+    shapes: dict[str, list[int]]
+    shard: str
+    place: int
+
+
+@dataclass(frozen=True)
+class FreshSample:
+    """A sample that has just been encoded and is not yet on the disk; `tensors` lie on the CPU."""
+
+    name: str
+    prompt: str
+    bucket: str
+    stamp: str
+    tensors: dict[str, Tensor]
+
+    @property
+    def num_bytes(self) -> int:
+        """Size of its tensors."""
+        return sum(tensor.nbytes for tensor in self.tensors.values())
+
+
+def write_shard(folder: Path, samples: Sequence[FreshSample], *, recipe: str, writer: str) -> None:
+    """Write samples as one shard, whole or not at all.
+
+    Raises:
+        OutputError: it cannot be written; a full disk, for instance.
+    """
+    names = "\n".join(sample.name for sample in samples)
+    path = folder / SHARD_FOLDER / f"{hashlib.sha256(names.encode()).hexdigest()[:20]}.safetensors"
+    records = [
+        SampleRecord(
+            name=sample.name,
+            prompt=sample.prompt,
+            bucket=sample.bucket,
+            stamp=sample.stamp,
+            shapes={name: list(tensor.shape) for name, tensor in sample.tensors.items()},
+            shard=path.name,
+            place=place,
+        )
+        for place, sample in enumerate(samples)
+    ]
+    metadata = {"format": FORMAT, "recipe": recipe, "samples": json.dumps([asdict(record) for record in records])}
+    tensors = {
+        f"{place}/{name}": tensor for place, sample in enumerate(samples) for name, tensor in sample.tensors.items()
+    }
+    write_atomically(path, safetensors.torch.save(tensors, metadata), writer=writer)
+
+
+def shard_paths(folder: Path) -> list[Path]:
+    """Return the finished shards of a cache, by name."""
+    return sorted((folder / SHARD_FOLDER).glob("*.safetensors"))
+
+
+def read_records(path: Path) -> tuple[str, list[SampleRecord]]:
+    """Return the recipe of a shard and the records of its samples; no tensor is read.
+
+    Raises:
+        LatentCacheError: it is damaged, or no shard of such a cache.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            if metadata.get("format") != FORMAT:
+                msg = f"{str(path)!r} is no shard of a latent cache; remove it, or use another folder"
+                raise LatentCacheError(msg)
+            records = [SampleRecord(**record) for record in json.loads(metadata["samples"])]
+            return metadata["recipe"], records
+    except (SafetensorError, OSError, KeyError, ValueError, TypeError) as error:
+        if isinstance(error, LatentCacheError):
+            raise
+        raise damaged(path) from error
+
+
+def read_tensors(folder: Path, record: SampleRecord) -> dict[str, Tensor]:
+    """Read the tensors of one sample, and nothing else of its shard.
+
+    Raises:
+        LatentCacheError: the shard is missing or damaged.
+    """
+    path = folder / SHARD_FOLDER / record.shard
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(f"{record.place}/{name}") for name in record.shapes}
+    except (SafetensorError, OSError) as error:
+        raise damaged(path) from error
+
+
+def damaged(path: Path) -> LatentCacheError:
+    """Return the error for a shard that cannot be read."""
+    msg = f"the shard {str(path)!r} is missing or damaged; remove it if it is there and build the cache again"
+    return LatentCacheError(f"{msg}: only its samples are made anew")

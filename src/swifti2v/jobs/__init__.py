@@ -1,0 +1,1 @@
+"""One persistent queue of generation jobs: states, store, workers, cancel, progress, retention."""

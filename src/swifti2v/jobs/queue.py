@@ -1,0 +1,90 @@
+"""The queue as its users see it: the command line, the HTTP service, the web app."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from swifti2v.jobs.database import Database, sqlite_url
+from swifti2v.jobs.files import JobFiles
+from swifti2v.jobs.state import DEFAULT_MAX_ATTEMPTS, Job, JobRequest, JobState, new_job_id
+from swifti2v.jobs.store import DEFAULT_MAX_ACTIVE, JobStore
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    import PIL.Image
+
+    from swifti2v.jobs.files import AttemptFiles
+
+
+@dataclass(frozen=True)
+class JobQueue:
+    """Store and files of one queue."""
+
+    store: JobStore
+    files: JobFiles
+
+    @classmethod
+    def open(cls, root: Path, *, url: str | None = None, max_active: int = DEFAULT_MAX_ACTIVE) -> JobQueue:
+        """Open the queue of the data folder `root`, or make it.
+
+        Args:
+            root: of the files.
+            url: of the database; default: SQLite in ``queue.db`` in `root`.
+            max_active: jobs that wait or run at most.
+
+        Raises:
+            ConfigurationError: the URL cannot be used.
+            OutputError: folder or database cannot be made or opened.
+        """
+        files = JobFiles(root)
+        database = Database(url or sqlite_url(root / "queue.db"))
+        return cls(JobStore(database, max_active=max_active), files)
+
+    def submit(
+        self,
+        image: PIL.Image.Image,
+        request: JobRequest,
+        *,
+        owner: str = "",
+        max_attempts: int = DEFAULT_MAX_ATTEMPTS,
+        max_active_of_owner: int | None = None,
+    ) -> Job:
+        """Keep the picture (mode RGB) and queue the job.
+
+        Raises:
+            QueueFullError: as in `JobStore.submit`; nothing is kept then.
+            OutputError: the picture cannot be written.
+        """
+        job_id = new_job_id()
+        try:
+            self.files.add_input(job_id, image)
+            return self.store.submit(
+                job_id,
+                request,
+                owner=owner,
+                max_attempts=max_attempts,
+                max_active_of_owner=max_active_of_owner,
+            )
+        except BaseException:
+            self.files.remove(job_id)
+            raise
+
+    def result_files(self, job: Job) -> AttemptFiles | None:
+        """Return the files of the claim that finished a job, or that is at work on it; None while it waits."""
+        if job.claims == 0 or job.state not in (JobState.IN_PROGRESS, JobState.COMPLETED):
+            return None
+        return self.files.attempt(job.id, job.claims)
+
+    def remove(self, job_id: str, *, owner: str | None = None) -> Job:
+        """Cancel a job, hide it and remove its files: now, or when its worker has stopped, by the worker or `prune`.
+
+        Raises:
+            JobError: there is no such job (of this owner).
+        """
+        job = self.store.remove(job_id, owner=owner)
+        if job.state is not JobState.CANCELLED or job.lease_token is None:
+            self.files.remove(job_id)
+            self.store.forget(job_id)
+        return job

@@ -1,0 +1,365 @@
+"""The jobs in the database. Every change of state is one conditional UPDATE: of two who want it, one gets it."""
+
+from __future__ import annotations
+
+import json
+import secrets
+import time
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any, Literal
+
+from sqlalchemy import ColumnElement, and_, delete, func, insert, or_, select, true, update
+
+from swifti2v.errors import JobError, QueueFullError
+from swifti2v.jobs.database import JOBS, SUBMISSIONS, Database
+from swifti2v.jobs.state import (
+    ACTIVE_STATES,
+    DEFAULT_MAX_ATTEMPTS,
+    FINAL_STATES,
+    Job,
+    JobFailure,
+    JobProgress,
+    JobRequest,
+    JobResult,
+    JobState,
+    is_job_id,
+)
+
+if TYPE_CHECKING:
+    from sqlalchemy import Connection, RowMapping
+
+Order = Literal["asc", "desc"]
+
+DEFAULT_MAX_ACTIVE = 1000
+"""Jobs that wait or run at most, unless said otherwise."""
+
+MAX_PAGE = 1000
+
+_LOST = JobFailure("worker_lost", "every worker that took the job died; see the log of the workers")
+_NO_LEASE: Mapping[str, Any] = {"lease_token": None, "lease_expires_at": None}
+
+
+class JobStore:
+    """Jobs of one database; any number of processes may open it at once.
+
+    Times come from the clock of the machine: on several machines the clocks must agree to within a part of the lease.
+
+    Args:
+        database: where the jobs are.
+        max_active: jobs that wait or run at most; `submit` refuses more.
+        clock: seconds since 1970.
+    """
+
+    def __init__(
+        self, database: Database, *, max_active: int = DEFAULT_MAX_ACTIVE, clock: Callable[[], float] = time.time
+    ) -> None:
+        self.database = database
+        self.max_active = max_active
+        self._clock = clock
+
+    def submit(
+        self,
+        job_id: str,
+        request: JobRequest,
+        *,
+        owner: str = "",
+        max_attempts: int = DEFAULT_MAX_ATTEMPTS,
+        max_active_of_owner: int | None = None,
+    ) -> Job:
+        """Put a job at the end of the queue, under a name made by `new_job_id`.
+
+        Raises:
+            QueueFullError: as many jobs as allowed wait or run, in all or of this owner.
+        """
+        now = self._clock()
+        values = {
+            "id": job_id,
+            "owner": owner,
+            "model": request.model,
+            "prompt": request.prompt,
+            "options": json.dumps({"options": dict(request.options), "notes": request.notes}),
+            "state": JobState.QUEUED,
+            "claims": 0,
+            "releases": 0,
+            "max_attempts": max_attempts,
+            "created_at": now,
+            "available_at": now,
+            "progress": json.dumps(asdict(JobProgress())),
+            "removed": False,
+        }
+
+        def operation(connection: Connection) -> Job:
+            taken = connection.execute(  # first, for it makes submitters wait for each other
+                update(SUBMISSIONS)
+                .values(last_sequence=SUBMISSIONS.c.last_sequence + 1)
+                .returning(SUBMISSIONS.c.last_sequence)
+            ).scalar_one()
+            known = connection.execute(select(JOBS).where(JOBS.c.id == job_id)).mappings().first()
+            if known is not None:  # the answer to the first try was lost
+                return _job(known)
+            self._check_room(connection, owner, max_active_of_owner)
+            row = connection.execute(insert(JOBS).values(sequence=taken, **values).returning(JOBS)).mappings().one()
+            return _job(row)
+
+        return self.database.run(operation)
+
+    def get(self, job_id: str, *, owner: str | None = None) -> Job:
+        """Return a job; with `owner`, only if it is theirs.
+
+        Raises:
+            JobError: there is no such job (of this owner), or it has expired.
+        """
+        rows = self._select(JOBS.c.id == job_id, _owned(owner), limit=1) if is_job_id(job_id) else ()
+        if not rows:
+            msg = f"there is no job {job_id[:60]!r}; list the jobs to see which there are"
+            raise JobError(msg)
+        return rows[0]
+
+    def list(
+        self,
+        *,
+        owner: str | None = None,
+        after: str | None = None,
+        limit: int = 20,
+        order: Order = "desc",
+        states: Collection[JobState] = (),
+    ) -> tuple[Job, ...]:
+        """Return jobs in the order of submission, those after the job `after` in that order; at most `limit`.
+
+        Raises:
+            JobError: there is no job `after`.
+        """
+        conditions = [_owned(owner)]
+        if after is not None:
+            cursor = self.get(after, owner=owner).sequence
+            conditions.append(JOBS.c.sequence > cursor if order == "asc" else JOBS.c.sequence < cursor)
+        if states:
+            conditions.append(JOBS.c.state.in_([str(state) for state in states]))
+        return self._select(*conditions, limit=max(1, min(limit, MAX_PAGE)), order=order)
+
+    def counts(self) -> dict[JobState, int]:
+        """Return how many jobs are in each state."""
+
+        def operation(connection: Connection) -> dict[JobState, int]:
+            query = select(JOBS.c.state, func.count()).where(~JOBS.c.removed).group_by(JOBS.c.state)
+            found = {JobState(state): count for state, count in connection.execute(query)}
+            return {state: found.get(state, 0) for state in JobState}
+
+        return self.database.run(operation)
+
+    def claim(self, worker: str, *, lease_seconds: float, models: Collection[str] | None = None) -> Job | None:
+        """Take the oldest job that waits, or whose worker let its lease run out; None if there is none.
+
+        Args:
+            worker: name of who takes it.
+            lease_seconds: how long the claim holds without `renew`.
+            models: take only jobs of these.
+        """
+        now = self._clock()
+        self._fail_lost(now)
+        token = secrets.token_hex(16)
+        free = _claimable(now)
+        wanted = [free] if models is None else [free, JOBS.c.model.in_(list(models))]
+        oldest = select(JOBS.c.id).where(*wanted).order_by(JOBS.c.sequence).limit(1)
+        # Rows of others are passed over, not waited for; SQLite lets in one writer at a time and has no such clause.
+        oldest = oldest if self.database.is_sqlite else oldest.with_for_update(skip_locked=True)
+        taking = (
+            update(JOBS)
+            .where(JOBS.c.id == oldest.scalar_subquery(), free)
+            .values(
+                state=JobState.IN_PROGRESS,
+                claims=JOBS.c.claims + 1,
+                worker=worker,
+                lease_token=token,
+                lease_expires_at=now + lease_seconds,
+                started_at=func.coalesce(JOBS.c.started_at, now),
+            )
+            .returning(JOBS)
+        )
+
+        def operation(connection: Connection) -> Job | None:
+            row = connection.execute(taking).mappings().first()
+            return None if row is None else _job(row)
+
+        return self.database.run(operation)
+
+    def holds(self, job: Job) -> bool:
+        """Whether the claim by which `job` was taken still stands: not cancelled, not taken over."""
+        query = select(JOBS.c.id).where(_held(job))
+        return self.database.run(lambda connection: connection.execute(query).first() is not None)
+
+    def renew(self, job: Job, *, lease_seconds: float, progress: JobProgress | None = None) -> bool:
+        """Prolong the claim and record progress; tell whether the claim still stands."""
+        values: dict[str, Any] = {"lease_expires_at": self._clock() + lease_seconds}
+        if progress is not None:
+            values["progress"] = json.dumps(asdict(progress))
+        return self._change(_held(job), values)
+
+    def complete(self, job: Job, result: JobResult) -> bool:
+        """Record the result; False if the claim no longer stands, and the result is then to be thrown away."""
+        values = {
+            "state": JobState.COMPLETED,
+            "finished_at": self._clock(),
+            "result": json.dumps(asdict(result)),
+            "progress": json.dumps(asdict(JobProgress(100, "frames"))),
+            "lease_expires_at": None,
+        }
+        if self._change(_held(job), values):
+            return True
+        # The token is kept, so that a repeated call after a lost answer sees that it was this claim that completed it.
+        mine = select(JOBS.c.id).where(
+            JOBS.c.id == job.id, JOBS.c.lease_token == job.lease_token, JOBS.c.state == JobState.COMPLETED
+        )
+        return self.database.run(lambda connection: connection.execute(mine).first() is not None)
+
+    def fail(self, job: Job, failure: JobFailure, *, retry_seconds: float | None = None) -> bool:
+        """Record a failure, or with `retry_seconds` queue the job again after so long while attempts are left."""
+        now = self._clock()
+        if retry_seconds is not None and job.attempts < job.max_attempts:
+            again = {"state": JobState.QUEUED, "available_at": now + retry_seconds, **_NO_LEASE}
+            return self._change(_held(job), again)
+        return self._change(_held(job), {**_failed(now, failure), **_NO_LEASE})
+
+    def release(self, job: Job) -> bool:
+        """Give a job back in good order; the attempt does not count."""
+        now = self._clock()
+        values = {"state": JobState.QUEUED, "available_at": now, "releases": JOBS.c.releases + 1, **_NO_LEASE}
+        return self._change(_held(job), values)
+
+    def let_go(self, job: Job) -> bool:
+        """Say that the worker has stopped after a cancellation: its files may be removed from now on."""
+        cancelled = and_(JOBS.c.id == job.id, JOBS.c.lease_token == job.lease_token, JOBS.c.state.in_(FINAL_STATES))
+        return self._change(cancelled, _NO_LEASE)
+
+    def cancel(self, job_id: str, *, owner: str | None = None) -> Job:
+        """Cancel a job that waits or runs, and return it; a finished job is returned as it is.
+
+        The worker loses its claim by this, and stops at its next step.
+
+        Raises:
+            JobError: there is no such job (of this owner).
+        """
+        self.get(job_id, owner=owner)
+        active = JOBS.c.state.in_([str(state) for state in ACTIVE_STATES])
+        values = {"state": JobState.CANCELLED, "finished_at": self._clock()}
+        self._change(and_(JOBS.c.id == job_id, _owned(owner), active), values)
+        return self.get(job_id, owner=owner)
+
+    def remove(self, job_id: str, *, owner: str | None = None) -> Job:
+        """Cancel a job if it is active, hide it for good, and return what it was.
+
+        Raises:
+            JobError: there is no such job (of this owner).
+        """
+        job = self.cancel(job_id, owner=owner)
+        self._change(and_(JOBS.c.id == job_id, JOBS.c.state.in_(FINAL_STATES)), {"removed": True})
+        return job
+
+    def finished(self) -> tuple[Job, ...]:
+        """Return every finished job that no worker works on any more, removed ones too, the oldest first."""
+        stopped = or_(JOBS.c.state == JobState.COMPLETED, JOBS.c.lease_expires_at.is_(None), _expired(self._clock()))
+        query = select(JOBS).where(JOBS.c.state.in_(FINAL_STATES), stopped).order_by(JOBS.c.finished_at)
+        return self.database.run(lambda connection: tuple(map(_job, connection.execute(query).mappings())))
+
+    def removed_ids(self) -> frozenset[str]:
+        """Return the names of the jobs that `remove` hid and `forget` has not dropped yet."""
+        query = select(JOBS.c.id).where(JOBS.c.removed)
+        return self.database.run(lambda connection: frozenset(connection.execute(query).scalars()))
+
+    def forget(self, job_id: str) -> bool:
+        """Drop the record of a finished job."""
+        gone = delete(JOBS).where(JOBS.c.id == job_id, JOBS.c.state.in_(FINAL_STATES))
+        return self.database.run(lambda connection: connection.execute(gone).rowcount == 1)
+
+    def known(self, job_id: str) -> bool:
+        """Whether there is a record of the job, removed or not."""
+        query = select(JOBS.c.id).where(JOBS.c.id == job_id)
+        return self.database.run(lambda connection: connection.execute(query).first() is not None)
+
+    def _check_room(self, connection: Connection, owner: str, max_active_of_owner: int | None) -> None:
+        active = (
+            select(func.count())
+            .select_from(JOBS)
+            .where(JOBS.c.state.in_([str(state) for state in ACTIVE_STATES]), ~JOBS.c.removed)
+        )
+        if connection.execute(active).scalar_one() >= self.max_active:
+            msg = f"the queue is full ({self.max_active} jobs wait or run); try again later"
+            raise QueueFullError(msg)
+        if max_active_of_owner is None:
+            return
+        if connection.execute(active.where(JOBS.c.owner == owner)).scalar_one() >= max_active_of_owner:
+            msg = f"{max_active_of_owner} of your jobs wait or run, which is the limit; wait for one, or cancel one"
+            raise QueueFullError(msg)
+
+    def _fail_lost(self, now: float) -> None:
+        """Fail the jobs whose lease ran out after their last attempt."""
+        lost = and_(JOBS.c.state == JobState.IN_PROGRESS, _expired(now), ~_attempts_left())
+        self._change(lost, {**_failed(now, _LOST), **_NO_LEASE})
+
+    def _change(self, condition: ColumnElement[bool], values: Mapping[str, Any]) -> bool:
+        statement = update(JOBS).where(condition).values(**values)
+        return self.database.run(lambda connection: connection.execute(statement).rowcount > 0)
+
+    def _select(self, *conditions: ColumnElement[bool], limit: int, order: Order = "asc") -> tuple[Job, ...]:
+        ordering = JOBS.c.sequence.asc() if order == "asc" else JOBS.c.sequence.desc()
+        query = select(JOBS).where(~JOBS.c.removed, *conditions).order_by(ordering).limit(limit)
+        return self.database.run(lambda connection: tuple(map(_job, connection.execute(query).mappings())))
+
+
+def _owned(owner: str | None) -> ColumnElement[bool]:
+    return true() if owner is None else JOBS.c.owner == owner
+
+
+def _held(job: Job) -> ColumnElement[bool]:
+    return and_(JOBS.c.id == job.id, JOBS.c.lease_token == job.lease_token, JOBS.c.state == JobState.IN_PROGRESS)
+
+
+def _expired(now: float) -> ColumnElement[bool]:
+    return JOBS.c.lease_expires_at < now
+
+
+def _attempts_left() -> ColumnElement[bool]:
+    return JOBS.c.claims - JOBS.c.releases < JOBS.c.max_attempts
+
+
+def _claimable(now: float) -> ColumnElement[bool]:
+    waiting = and_(JOBS.c.state == JobState.QUEUED, JOBS.c.available_at <= now)
+    abandoned = and_(JOBS.c.state == JobState.IN_PROGRESS, _expired(now), _attempts_left())
+    return or_(waiting, abandoned)
+
+
+def _failed(now: float, failure: JobFailure) -> dict[str, Any]:
+    return {"state": JobState.FAILED, "finished_at": now, "failure": json.dumps(asdict(failure))}
+
+
+def _job(row: RowMapping) -> Job:
+    result, failure = row["result"], row["failure"]
+    return Job(
+        id=row["id"],
+        sequence=row["sequence"],
+        owner=row["owner"],
+        state=JobState(row["state"]),
+        request=_request(row),
+        progress=JobProgress(**json.loads(row["progress"])),
+        claims=row["claims"],
+        attempts=row["claims"] - row["releases"],
+        max_attempts=row["max_attempts"],
+        created_at=row["created_at"],
+        started_at=row["started_at"],
+        finished_at=row["finished_at"],
+        worker=row["worker"],
+        lease_token=row["lease_token"],
+        lease_expires_at=row["lease_expires_at"],
+        result=None if result is None else _result(json.loads(result)),
+        failure=None if failure is None else JobFailure(**json.loads(failure)),
+    )
+
+
+def _request(row: RowMapping) -> JobRequest:
+    kept = json.loads(row["options"])
+    return JobRequest(row["model"], row["prompt"], kept["options"], tuple(kept["notes"]))
+
+
+def _result(values: dict[str, Any]) -> JobResult:
+    return JobResult(**{**values, "notes": tuple(values["notes"])})

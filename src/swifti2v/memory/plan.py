@@ -1,0 +1,179 @@
+"""From a memory budget to a plan: where each phase's weights stand, how they are stored, how frames are cut.
+
+Every phase has a list of ways to run that does not depend on the budget; the plan takes the fastest that fits. So more
+memory is never slower, and nothing in a plan grows with the length of the clip. Arithmetic only; seconds are
+predictions: counts over assumed rates (`devices.py`), transfers that cannot hide under work added.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+from swifti2v.errors import InvalidInputError, MemoryBudgetError
+from swifti2v.memory.ways import GIB, phase_ways, resident_ways
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from swifti2v.memory.budget import PipelineDimensions, RunSettings, WeightDtype
+    from swifti2v.memory.devices import DeviceRates
+    from swifti2v.memory.ways import CodecWay, Way
+
+Placement = Literal["resident", "loaded", "streamed"]
+
+CONTEXT_BYTES = int(0.8 * GIB)
+"""Held by the driver and its libraries on every card."""
+
+STORED_DTYPES: tuple[WeightDtype, ...] = ("bfloat16", "float8")
+"""How weights can be stored without another package, the most exact first."""
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """How a run fits into memory.
+
+    Args:
+        budget_bytes: of the device; None: no limit.
+        weight_dtype: how transformers and text encoder are stored.
+        ways: one a phase, in order.
+        host_bytes: of weights and parked features in host memory.
+        given_up: what less memory costs, a sentence each.
+    """
+
+    budget_bytes: int | None
+    weight_dtype: WeightDtype
+    ways: tuple[Way, ...]
+    host_bytes: int
+    given_up: tuple[str, ...] = ()
+
+    @property
+    def peak_bytes(self) -> int:
+        """Device memory of the hungriest phase, the context of the driver included."""
+        return CONTEXT_BYTES + max(way.peak_bytes for way in self.ways)
+
+    @property
+    def seconds(self) -> float:
+        """Predicted time of the phases together."""
+        return sum(way.seconds for way in self.ways)
+
+    @property
+    def codec(self) -> CodecWay:
+        """How Stage II's codec runs."""
+        return next(way.codec for way in self.ways if way.codec is not None)
+
+    def placement_of(self, phase: str) -> Placement:
+        """Return where the weights of a phase stand."""
+        return next(way.placement for way in self.ways if way.phase == phase)
+
+
+def plan_memory(
+    dimensions: PipelineDimensions,
+    settings: RunSettings,
+    rates: DeviceRates,
+    *,
+    budget_bytes: int | None,
+    host_bytes: int | None = None,
+    dtypes: Sequence[WeightDtype] = STORED_DTYPES,
+) -> MemoryPlan:
+    """Choose the fastest plan that fits.
+
+    Args:
+        dimensions: the networks.
+        settings: the run.
+        rates: of the device.
+        budget_bytes: device memory that the run may take, None for no limit.
+        host_bytes: host memory for weights and parked features, None for no limit. It alone decides `weight_dtype`: the
+            first of `dtypes` with which all weights fit. Device memory never costs exactness, because weights can be
+            streamed at any precision.
+        dtypes: allowed, the most exact first.
+
+    Raises:
+        MemoryBudgetError: nothing fits; the message says what would.
+        InvalidInputError: size, length or a count of `settings` cannot be used.
+    """
+    dtype = _stored_dtype(dimensions, host_bytes, dtypes)
+    weights = _host_weight_bytes(dimensions, dtype)
+    spare = None if host_bytes is None else host_bytes - weights
+    candidates = phase_ways(dimensions, settings, rates, dtype)
+    allowed = [[way for way in ways if spare is None or way.parked_bytes <= spare] for ways in candidates]
+    usable = None if budget_bytes is None else budget_bytes - CONTEXT_BYTES
+    chosen = [_fastest([way for way in ways if usable is None or way.peak_bytes <= usable]) for ways in allowed]
+    if any(way is None for way in chosen):
+        _refuse(budget_bytes or 0, allowed)
+    ways = tuple(way for way in chosen if way is not None)
+    resident = resident_ways(dimensions, settings, rates, dtype)
+    if usable is None or max(way.peak_bytes for way in resident) <= usable:
+        ways = min(ways, resident, key=lambda group: sum(way.seconds for way in group))
+    parked = max(way.parked_bytes for way in ways)
+    notes = _given_up(ways, resident, dtype, dtypes)
+    return MemoryPlan(budget_bytes, dtype, ways, weights + parked, notes)
+
+
+def tighter_budget(plan: MemoryPlan) -> int:
+    """Return the budget to plan for after `plan` ran out of memory: an eighth less than what it counted on."""
+    return plan.peak_bytes * 7 // 8
+
+
+def parse_bytes(text: str) -> int:
+    """Read ``24GiB``, ``24GB`` or ``500MiB``; raise `InvalidInputError` for another form."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([GM])(i?)B\s*", text, re.IGNORECASE)
+    if match is None:
+        msg = f"memory {text!r} is not an amount; write for instance 24GiB"
+        raise InvalidInputError(msg)
+    power = 3 if match[2].upper() == "G" else 2
+    return int(float(match[1]) * (1024 if match[3] else 1000) ** power)
+
+
+def _fastest(ways: Sequence[Way]) -> Way | None:
+    # Of equally fast ones the one that needs less.
+    return min(ways, key=lambda way: (way.seconds, way.peak_bytes), default=None)
+
+
+def _host_weight_bytes(dimensions: PipelineDimensions, dtype: WeightDtype) -> int:
+    from swifti2v.memory.budget import weight_bytes
+
+    return weight_bytes(dimensions.num_parameters, dtype)
+
+
+def _stored_dtype(dimensions: PipelineDimensions, host_bytes: int | None, dtypes: Sequence[WeightDtype]) -> WeightDtype:
+    for dtype in dtypes:
+        if host_bytes is None or _host_weight_bytes(dimensions, dtype) <= host_bytes:
+            return dtype
+    least = _host_weight_bytes(dimensions, dtypes[-1])
+    msg = (
+        f"the weights take {least / GIB:.1f} GiB of host memory in {dtypes[-1]}, and {(host_bytes or 0) / GIB:.1f} GiB "
+        f"are allowed; allow {least / GIB:.1f} GiB"
+    )
+    raise MemoryBudgetError(msg)
+
+
+def _refuse(budget_bytes: int, candidates: Sequence[Sequence[Way]]) -> None:
+    """Raise `MemoryBudgetError` with the budget that the hungriest phase needs at the least."""
+    if not all(candidates):
+        msg = "host memory holds the weights but no parked features; allow more of it, or more device memory"
+        raise MemoryBudgetError(msg)
+    least = {ways[0].phase: min(way.peak_bytes for way in ways) for ways in candidates}
+    phase = max(least, key=lambda name: least[name])
+    needed = (least[phase] + CONTEXT_BYTES) / GIB
+    msg = (
+        f"no plan fits into {budget_bytes / GIB:.1f} GiB: {phase} needs {needed:.1f} GiB at the least; "
+        f"allow that, or choose a smaller size or segment"
+    )
+    raise MemoryBudgetError(msg)
+
+
+def _given_up(
+    ways: Sequence[Way], resident: Sequence[Way], dtype: WeightDtype, dtypes: Sequence[WeightDtype]
+) -> tuple[str, ...]:
+    notes = []
+    if dtype != dtypes[0]:
+        notes.append(f"weights are stored in {dtype}: in {dtypes[0]} they do not fit into host memory")
+    for way, best in zip(ways, resident, strict=True):
+        if way.placement == "resident":
+            continue
+        cost = way.seconds - best.seconds
+        price = f"{cost:.1f} s more" if cost >= 0.05 else "no time lost"
+        notes.append(f"{way.phase}: {way.description}, {price}; to hold all takes {best.peak_bytes / GIB:.1f} GiB")
+    return tuple(notes)

@@ -1,0 +1,274 @@
+"""The ways in which each phase of a run can be had, with their bytes and predicted seconds. Arithmetic only.
+
+Phases follow each other and give the device back, except the last: encoding, Stage II and decoding take turns for every
+segment, so that their weights and their features are there together.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Literal
+
+from swifti2v.geometry import CodecGeometry, Size
+from swifti2v.memory.budget import guided_passes, plan_run, segments_cost, weight_bytes
+from swifti2v.memory.codec_cost import WanCodecDimensions
+from swifti2v.memory.lean_cost import lean_decode_bytes, lean_encode_bytes
+from swifti2v.segments import plan_segments, plan_windows
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from swifti2v.memory.budget import PhaseCost, PipelineDimensions, RunSettings, WeightDtype
+    from swifti2v.memory.devices import DeviceRates
+
+GIB = 2**30
+OVERLAP_PIXELS = 128
+GRIDS = ((1, 1), (2, 1), (2, 2), (3, 2), (3, 3), (4, 4), (6, 6))
+"""Columns and rows of codec tiles that are tried."""
+BLOCKS_IN_FLIGHT = 2
+"""Blocks of a streamed network on the device: the one at work and the one that is on its way."""
+
+
+@dataclass(frozen=True)
+class CodecWay:
+    """How Stage II's codec runs.
+
+    Args:
+        columns, rows: of tiles.
+        tile: its size in pixels; that of the frame where there is one tile.
+        frames_per_step: frames at full resolution that pass together.
+        parks_features: caches lie in host memory while another tile or the transformer is at work.
+    """
+
+    columns: int
+    rows: int
+    tile: Size
+    frames_per_step: int
+    parks_features: bool
+
+    def __str__(self) -> str:
+        tiles = "untiled" if self.columns * self.rows == 1 else f"{self.columns}x{self.rows} tiles"
+        return f"codec {tiles}, {self.frames_per_step} frames a step{', features parked' * self.parks_features}"
+
+
+@dataclass(frozen=True)
+class Way:
+    """One way to run one phase.
+
+    Args:
+        phase: `text encoding`, `stage one`, `refinement` (encode, Stage II, decode).
+        placement: `resident`: all networks of the run stay on the device; `loaded`: those of the phase, each once;
+            `streamed`: two blocks at a time.
+        weight_bytes: on the device.
+        working_bytes: beyond the weights, at the peak.
+        transfer_bytes: between host and device.
+        seconds: predicted.
+        parked_bytes: of features in host memory.
+    """
+
+    phase: str
+    placement: Literal["resident", "loaded", "streamed"]
+    weight_bytes: int
+    working_bytes: int
+    transfer_bytes: int
+    seconds: float
+    codec: CodecWay | None = None
+    parked_bytes: int = 0
+
+    @property
+    def peak_bytes(self) -> int:
+        """Device memory of the phase."""
+        return self.weight_bytes + self.working_bytes
+
+    @property
+    def description(self) -> str:
+        """What this way does, in words."""
+        words = {"resident": "weights stay", "loaded": "weights come and go", "streamed": "weights stream by block"}
+        return words[self.placement] + (f", {self.codec}" if self.codec is not None else "")
+
+
+def phase_ways(
+    dimensions: PipelineDimensions, settings: RunSettings, rates: DeviceRates, dtype: WeightDtype
+) -> tuple[tuple[Way, ...], ...]:
+    """Return the ways of each phase while the networks of the others are off the device."""
+    phases = {phase.name: phase for phase in plan_run(dimensions, settings, weight_dtype=dtype).phases}
+    return (
+        tuple(_text_ways(dimensions, phases["text encoding"], rates, dtype)),
+        tuple(_stage_one_ways(dimensions, settings, phases["stage one"], rates, dtype)),
+        tuple(_refinement_ways(dimensions, settings, phases, rates, dtype)),
+    )
+
+
+def resident_ways(
+    dimensions: PipelineDimensions, settings: RunSettings, rates: DeviceRates, dtype: WeightDtype
+) -> tuple[Way, ...]:
+    """Return the way of each phase with all weights on the device throughout, and nothing cut or parked."""
+    weights = weight_bytes(dimensions.num_parameters, dtype)
+    loaded = [
+        min((way for way in ways if way.placement == "loaded"), key=lambda way: way.seconds)
+        for ways in phase_ways(dimensions, settings, replace(rates, host_bytes_per_second=float("inf")), dtype)
+    ]
+    return tuple(replace(way, placement="resident", weight_bytes=weights, transfer_bytes=0) for way in loaded)
+
+
+def _text_ways(
+    dimensions: PipelineDimensions, phase: PhaseCost, rates: DeviceRates, dtype: WeightDtype
+) -> Iterator[Way]:
+    encoder = dimensions.text_encoder
+    weights = weight_bytes(encoder.num_parameters, dtype)
+    seconds = phase.tflop / rates.matmul_tflop_per_second + weights / rates.host_bytes_per_second
+    table = weight_bytes(encoder.vocab_size * encoder.d_model, dtype)
+    block = (weights - table) // encoder.num_layers
+    yield Way(phase.name, "loaded", weights, phase.activation_bytes, weights, seconds)
+    flight = table + BLOCKS_IN_FLIGHT * block
+    yield Way(phase.name, "streamed", flight, phase.activation_bytes, weights, seconds)
+
+
+def _stage_one_ways(
+    dimensions: PipelineDimensions,
+    settings: RunSettings,
+    phase: PhaseCost,
+    rates: DeviceRates,
+    dtype: WeightDtype,
+) -> Iterator[Way]:
+    expert, codec = dimensions.stage_one, dimensions.stage_one_codec
+    weights = weight_bytes(expert.num_parameters, dtype)
+    cost = expert.forward_cost(phase.num_tokens, text_tokens=dimensions.text_tokens)
+    attention = cost.self_attention_tflop + cost.cross_attention_tflop
+    forward = cost.linear_tflop / rates.matmul_tflop_per_second + attention / rates.attention_tflop_per_second
+    windows = plan_windows(
+        settings.num_frames,
+        window_frames=dimensions.window_frames,
+        overlap_frames=dimensions.overlap_frames,
+        temporal=codec.temporal_factor,
+    )
+    size = dimensions.reference_size(settings.size)
+    tflop = sum(codec.encode_tflop(size, len(w)) + codec.decode_tflop(size, len(w)) for w in windows)
+    coding = tflop / rates.convolution_tflop_per_second
+    visits = len(windows) * dimensions.num_experts
+    loads = visits * weights
+    yield Way(
+        phase.name,
+        "loaded",
+        weights,
+        phase.activation_bytes,
+        loads,
+        coding + phase.num_forwards * forward + loads / rates.host_bytes_per_second,
+    )
+    passing = max(forward, weights / rates.host_bytes_per_second)
+    yield Way(
+        phase.name,
+        "streamed",
+        _flight_bytes(weights, expert.num_layers),
+        phase.activation_bytes,
+        phase.num_forwards * weights,
+        coding + phase.num_forwards * passing,
+    )
+
+
+def _refinement_ways(
+    dimensions: PipelineDimensions,
+    settings: RunSettings,
+    phases: dict[str, PhaseCost],
+    rates: DeviceRates,
+    dtype: WeightDtype,
+) -> Iterator[Way]:
+    transformer = dimensions.stage_two
+    weights = weight_bytes(transformer.num_parameters, dtype)
+    codec_weights = weight_bytes(dimensions.stage_two_codec.num_parameters, "bfloat16")
+    compute, num_forwards = _stage_two_seconds(dimensions, settings, rates)
+    transfer_seconds = weights / rates.host_bytes_per_second
+    activation = phases["stage two"].activation_bytes
+    placements: tuple[tuple[Literal["loaded", "streamed"], int, int, float], ...] = (
+        ("loaded", weights, weights, compute + transfer_seconds),
+        (
+            "streamed",
+            _flight_bytes(weights, transformer.num_layers),
+            num_forwards * weights,
+            max(compute, num_forwards * transfer_seconds),
+        ),
+    )
+    for way, coding_bytes, idle_bytes, parked, parking, seconds in _codec_ways(dimensions, settings, rates):
+        for placement, held, moved, passing in placements:
+            yield Way(
+                "refinement",
+                placement,
+                held + codec_weights,
+                max(coding_bytes, idle_bytes + activation),
+                moved + parking,
+                passing + seconds,
+                codec=way,
+                parked_bytes=parked,
+            )
+
+
+def _stage_two_seconds(dimensions: PipelineDimensions, settings: RunSettings, rates: DeviceRates) -> tuple[float, int]:
+    codec = dimensions.stage_two_codec
+    geometry = CodecGeometry(codec.spatial_factor, codec.temporal_factor, dimensions.stage_two.patch_size[1])
+    segments = plan_segments(
+        geometry.latent_frames(settings.num_frames),
+        segment_size=settings.segment_size,
+        neighbors_before=settings.neighbors_before,
+        neighbors_after=settings.neighbors_after,
+    )
+    passes = settings.num_inference_steps * guided_passes(settings.guidance_scale)
+    step = segments_cost(
+        dimensions.stage_two,
+        segments,
+        tokens_per_frame=geometry.tokens_per_frame(settings.size),
+        text_tokens=dimensions.text_tokens,
+    ).times(passes)
+    attention = step.self_attention_tflop + step.cross_attention_tflop
+    seconds = step.linear_tflop / rates.matmul_tflop_per_second + attention / rates.attention_tflop_per_second
+    return seconds, passes * len(segments)
+
+
+def _codec_ways(
+    dimensions: PipelineDimensions, settings: RunSettings, rates: DeviceRates
+) -> Iterator[tuple[CodecWay, int, int, int, int, float]]:
+    """Yield each way with its bytes at work, its bytes on the device otherwise, parked, parking and its seconds."""
+    codec, size = dimensions.stage_two_codec, settings.size
+    tflop = codec.encode_tflop(size, settings.num_frames) + codec.decode_tflop(size, settings.num_frames)
+    num_latent_frames = CodecGeometry(temporal=codec.temporal_factor).latent_frames(settings.num_frames)
+    picture = 3 * 4 * size.width * size.height * codec.temporal_factor
+    if not isinstance(codec, WanCodecDimensions):
+        whole = max(codec.encode_bytes(size), codec.decode_bytes(size))
+        yield CodecWay(1, 1, size, 1, False), whole, 0, 0, 0, tflop / rates.convolution_tflop_per_second
+        return
+    for columns, rows in GRIDS:
+        tile = tile_size(size, columns, rows, multiple=codec.spatial_factor)
+        share = tile.width * tile.height * columns * rows / (size.width * size.height)
+        seconds = tflop * share / rates.convolution_tflop_per_second
+        encode_cache, decode_cache = codec.encode_cache_bytes(tile), codec.decode_cache_bytes(tile)
+        caches = columns * rows * (encode_cache + decode_cache)
+        visits = (
+            2
+            * columns
+            * rows
+            * (num_latent_frames * encode_cache + -(-num_latent_frames // settings.segment_size) * decode_cache)
+        )
+        for frames in (1, 2, 4):
+            encoding = lean_encode_bytes(codec, tile, frames_per_step=frames) - encode_cache
+            decoding = lean_decode_bytes(codec, tile, frames_per_step=frames) - decode_cache
+            way = CodecWay(columns, rows, tile, frames, False)
+            yield way, caches + max(encoding, decoding) + picture, caches, 0, 0, seconds
+            # A parked codec decodes a segment at a time, and holds its pictures until they are blended.
+            parked_peak = max(encoding + encode_cache, decoding + decode_cache) + settings.segment_size * picture
+            parking = visits / rates.host_bytes_per_second
+            yield replace(way, parks_features=True), parked_peak, 0, caches, visits, seconds + parking
+
+
+def tile_size(size: Size, columns: int, rows: int, *, multiple: int, overlap: int = OVERLAP_PIXELS) -> Size:
+    """Return the smallest tile, in multiples of `multiple`, with which so many columns and rows cover a frame."""
+
+    def side(length: int, count: int) -> int:
+        if count == 1:
+            return length
+        return -(-(length + (count - 1) * overlap) // (count * multiple)) * multiple
+
+    return Size(side(size.width, columns), side(size.height, rows))
+
+
+def _flight_bytes(weights: int, num_layers: int) -> int:
+    """Bytes of a streamed transformer on the device; what is not in a block is under a block's size."""
+    return (BLOCKS_IN_FLIGHT + 1) * weights // num_layers

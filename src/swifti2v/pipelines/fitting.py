@@ -1,0 +1,183 @@
+"""A run within limits of memory: planned for its size, placed, and planned anew when the device was full after all."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Self, cast
+
+import torch
+
+from swifti2v.errors import MemoryBudgetError
+from swifti2v.memory.budget import PipelineDimensions, RunSettings
+from swifti2v.memory.checkpoint_dimensions import codec_from_config
+from swifti2v.memory.devices import DEVICES, DeviceRates
+from swifti2v.memory.placement import PlacedNetworks
+from swifti2v.memory.plan import MemoryPlan, parse_bytes, plan_memory, tighter_budget
+from swifti2v.memory.transformer_cost import TextEncoderDimensions, TransformerDimensions
+from swifti2v.models.tiling import Tiling
+from swifti2v.models.vae import CodecSettings, WanStreamingCodec
+from swifti2v.pipelines.stage_two import StageTwo
+
+if TYPE_CHECKING:
+    from collections.abc import Generator
+
+    from torch import Tensor
+
+    from swifti2v.memory.budget import WeightDtype
+    from swifti2v.memory.codec_cost import CodecCost
+    from swifti2v.pipelines.loading import Parts
+    from swifti2v.pipelines.options import GenerationSettings
+
+LOGGER = logging.getLogger("swifti2v")
+ASSUMED_RATES: DeviceRates = DEVICES["rtx4090"]
+"""Which plan is fastest hardly depends on the card; a card that can hold everything does not ask."""
+
+
+@dataclass(frozen=True)
+class MemoryLimits:
+    """What a run may take: bytes of the device and of the host, None for no limit."""
+
+    device_bytes: int | None = None
+    host_bytes: int | None = None
+
+    @classmethod
+    def parse(cls, device: str, host: str | None = None) -> Self:
+        """Read ``24GiB`` and the like; ``auto`` is what is free on the CUDA device, no limit where there is none.
+
+        Raises:
+            InvalidInputError: an amount has another form.
+        """
+        if device == "auto":
+            limit = torch.cuda.mem_get_info()[0] if torch.cuda.is_available() else None
+        else:
+            limit = parse_bytes(device)
+        return cls(limit, None if host is None else parse_bytes(host))
+
+
+def frames_within_limits(
+    parts: Parts, settings: GenerationSettings, attempt: Callable[[Parts], Iterator[Tensor]]
+) -> Generator[Tensor, None, None]:
+    """Yield the frames of a run; where the device runs out of memory, go on with the next tighter plan.
+
+    Args:
+        parts: where they have no limits, the run is attempted once, as they are.
+        settings: of the run.
+        attempt: the run from its start with placed parts, in the same pieces every time; it finds finished segments
+            in its work directory. Pieces that were handed out are made again by a later attempt, and dropped.
+
+    Raises:
+        MemoryBudgetError: no plan fits, or none that is tighter than the one that failed.
+    """
+    if parts.memory is None:
+        yield from attempt(parts)
+        return
+    plan = plan_for(parts, settings, parts.memory)
+    num_done = 0
+    while True:
+        placed, networks = place(parts, plan)
+        try:
+            with closing(cast("Generator[Tensor, None, None]", attempt(placed))) as pieces:
+                for index, frames in enumerate(pieces):
+                    if index >= num_done:
+                        num_done += 1
+                        yield frames
+            return
+        except torch.OutOfMemoryError as error:
+            plan = _tighter(parts, settings, plan, error)
+            LOGGER.warning(
+                "the device ran out of memory; going on with a plan of %.1f GiB: %s",
+                plan.peak_bytes / 2**30,
+                "; ".join(way.description for way in plan.ways),
+            )
+        finally:
+            networks.release()
+
+
+def plan_for(parts: Parts, settings: GenerationSettings, limits: MemoryLimits) -> MemoryPlan:
+    """Return the plan of a run; raise `MemoryBudgetError` if none fits.
+
+    Weights stay as they were loaded: storing them smaller is the loader's matter.
+    """
+    run = RunSettings(
+        size=settings.size,
+        num_frames=settings.num_frames,
+        stage_one_steps=settings.stage_one_steps,
+        stage_one_guidance_scale=settings.stage_one_guidance_scale,
+        num_inference_steps=settings.num_inference_steps,
+        guidance_scale=settings.guidance_scale,
+        segment_size=settings.segment_size,
+        neighbors_before=settings.neighbors_before,
+        neighbors_after=settings.neighbors_after,
+    )
+    stored: WeightDtype = "float32" if parts.stage_two.transformer.dtype == torch.float32 else "bfloat16"
+    return plan_memory(
+        dimensions_of(parts),
+        run,
+        ASSUMED_RATES,
+        budget_bytes=limits.device_bytes,
+        host_bytes=limits.host_bytes,
+        dtypes=(stored,),
+    )
+
+
+def dimensions_of(parts: Parts) -> PipelineDimensions:
+    """Return the dimensions of loaded networks; raise `ConfigurationError` for a codec whose cost is not known."""
+    one, two = parts.stage_one.pipeline, parts.stage_two
+    experts = [expert for expert in (one.transformer, one.transformer_2) if expert is not None]
+    return PipelineDimensions(
+        text_encoder=TextEncoderDimensions.from_config(one.text_encoder.config.to_dict()),
+        stage_one=TransformerDimensions.from_config(experts[0].config),
+        stage_one_codec=_codec_cost(one.vae),
+        stage_two=TransformerDimensions.from_config(two.transformer.config),
+        stage_two_codec=_codec_cost(getattr(two.codec, "vae", two.codec)),
+        num_experts=len(experts),
+        text_tokens=parts.stage_one.max_sequence_length,
+        reference_factor=parts.motion_reduction,
+        max_reference_area=parts.motion_max_area,
+        window_frames=parts.stage_one.window_frames,
+        overlap_frames=parts.stage_one.overlap_frames,
+    )
+
+
+def place(parts: Parts, plan: MemoryPlan) -> tuple[Parts, PlacedNetworks]:
+    """Put the networks where `plan` wants them; return the parts to run with, and what to release after the run."""
+    networks = PlacedNetworks(parts.device)
+    one, two = parts.stage_one.pipeline, parts.stage_two
+    networks.place(one.text_encoder, plan.placement_of("text encoding"), group="text", by_leaf=True)
+    for group, network in (("high", one.transformer), ("low", one.transformer_2)):
+        if network is not None:
+            networks.place(network, plan.placement_of("stage one"), group=group)
+    one.vae.to(parts.device)  # a quarter of a GiB
+    networks.place(two.transformer, plan.placement_of("refinement"), group="refinement")
+    codec = two.codec
+    if isinstance(codec, WanStreamingCodec):
+        resident = plan.placement_of("refinement") == "resident"
+        networks.place(codec.vae, "resident" if resident else "loaded", group="refinement")
+        codec = WanStreamingCodec(codec.vae, settings=_codec_settings(plan, codec.settings))
+    elif isinstance(codec, torch.nn.Module):
+        codec.to(parts.device)
+    placed = StageTwo(two.transformer, codec, uses_prompt=two.uses_prompt)
+    return replace(parts, stage_two=placed), networks
+
+
+def _codec_settings(plan: MemoryPlan, settings: CodecSettings) -> CodecSettings:
+    way = plan.codec
+    tiling = Tiling(way.tile) if way.columns * way.rows > 1 else None
+    return CodecSettings(tiling, settings.lean, way.frames_per_step, way.parks_features)
+
+
+def _codec_cost(codec: object) -> CodecCost:
+    config = dict(codec.config)  # type: ignore[attr-defined]
+    return codec_from_config(config | {"_class_name": type(codec).__name__})
+
+
+def _tighter(parts: Parts, settings: GenerationSettings, plan: MemoryPlan, error: BaseException) -> MemoryPlan:
+    limits = replace(parts.memory or MemoryLimits(), device_bytes=tighter_budget(plan))
+    try:
+        return plan_for(parts, settings, limits)
+    except MemoryBudgetError as refusal:
+        msg = f"the device ran out of memory with the smallest plan ({plan.peak_bytes / 2**30:.1f} GiB); {refusal}"
+        raise MemoryBudgetError(msg) from error

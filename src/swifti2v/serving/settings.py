@@ -1,0 +1,71 @@
+"""What a service is set to."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from swifti2v.jobs.retention import RetentionPolicy
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from swifti2v.pipelines.options import GenerationSettings
+
+
+@dataclass(frozen=True)
+class ServedModel:
+    """A checkpoint that requests may name, and the settings that it recommends."""
+
+    name: str
+    defaults: GenerationSettings
+
+
+@dataclass(frozen=True)
+class ServiceLimits:
+    """What a request may ask for.
+
+    Args:
+        max_upload_bytes: of a request's body.
+        upload_seconds: in which a body must have arrived.
+        max_image_pixels: of an input picture; judged from its header.
+        max_video_pixels: of one frame.
+        max_num_frames: of a video.
+        max_active_jobs: that wait or run, of all keys together.
+        concurrent_decodes: pictures decoded at once; memory is bounded by this times `max_image_pixels`.
+        image_hosts: hosts from which a picture may be fetched over https; none by default.
+    """
+
+    max_upload_bytes: int = 32 << 20
+    upload_seconds: float = 60.0
+    max_image_pixels: int = 50_000_000
+    max_video_pixels: int = 4096 * 2176
+    max_num_frames: int = 1281
+    max_active_jobs: int = 1000
+    concurrent_decodes: int = 2
+    image_hosts: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class ServiceSettings:
+    """A service.
+
+    Args:
+        data: folder of the queue and its files.
+        models: that requests may name; the first is the default.
+        database_url: of the queue; default: SQLite in `data`.
+        keys: file of the API keys; None: everybody may do everything, and sees every job.
+        limits: see `ServiceLimits`.
+        retention: what is kept of finished jobs.
+        prune_seconds: pause between two looks at it.
+        poll_seconds: pause between two looks at a job that a client follows.
+    """
+
+    data: Path
+    models: tuple[ServedModel, ...]
+    database_url: str | None = None
+    keys: Path | None = None
+    limits: ServiceLimits = field(default_factory=ServiceLimits)
+    retention: RetentionPolicy = field(default_factory=RetentionPolicy)
+    prune_seconds: float = 60.0
+    poll_seconds: float = 0.2

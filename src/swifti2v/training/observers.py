@@ -1,0 +1,112 @@
+"""Where the numbers of a run go: a file of JSON lines always, TensorBoard where it is installed, others when asked."""
+
+from __future__ import annotations
+
+import json
+from importlib import import_module
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any, Literal, Protocol
+
+from swifti2v.errors import ConfigurationError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+    from pathlib import Path
+
+Tracker = Literal["tensorboard", "wandb", "trackio"]
+LOG_NAME = "log.jsonl"
+
+
+class NumbersLog(Protocol):
+    """Takes the numbers of a step."""
+
+    def write(self, step: int, numbers: Mapping[str, float]) -> None:
+        """Record `numbers` of `step`."""
+        ...
+
+    def close(self) -> None:
+        """Finish; nothing is written afterwards."""
+        ...
+
+
+class JsonLinesLog:
+    """One JSON object per line: ``{"step": 20, "loss": 0.5, ...}``, seven digits.
+
+    What a killed run wrote after the checkpoint from which this one goes on is dropped, a torn last line included.
+    """
+
+    def __init__(self, path: Path, *, resumed_step: int) -> None:
+        self._path = path
+        if path.exists():
+            lines = path.read_text(encoding="utf-8").splitlines()
+            kept = [line for line in lines if _step_of(line) <= resumed_step]
+            if kept != lines:
+                partial = path.with_name(f".{path.name}.part")
+                partial.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+                partial.replace(path)
+
+    def write(self, step: int, numbers: Mapping[str, float]) -> None:
+        """Append a line."""
+        entry = {"step": step} | {name: float(f"{value:.7g}") for name, value in numbers.items()}
+        with self._path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(entry) + "\n")
+
+    def close(self) -> None:
+        """Nothing is held open between lines."""
+
+
+class TensorBoardLog:
+    """Event files for TensorBoard, in ``RUN/tensorboard``."""
+
+    def __init__(self, folder: Path, *, resumed_step: int) -> None:
+        writer = import_module("torch.utils.tensorboard").SummaryWriter
+        self._writer: Any = writer(str(folder), purge_step=resumed_step + 1)
+
+    def write(self, step: int, numbers: Mapping[str, float]) -> None:
+        """Add a point to each curve."""
+        for name, value in numbers.items():
+            self._writer.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        """Write what is buffered."""
+        self._writer.close()
+
+
+class HostedLog:
+    """Weights & Biases or trackio, which have the same three calls; where they send it is their configuration."""
+
+    def __init__(self, tracker: Literal["wandb", "trackio"], folder: Path) -> None:
+        self._module: Any = import_module(tracker)
+        # The folder names the run, so that a resumed one goes on with the same curves.
+        self._module.init(project="swifti2v", name=folder.name, resume="allow")
+
+    def write(self, step: int, numbers: Mapping[str, float]) -> None:
+        """Send the numbers."""
+        self._module.log(dict(numbers), step=step)
+
+    def close(self) -> None:
+        """End the run there."""
+        self._module.finish()
+
+
+def open_logs(folder: Path, trackers: Sequence[Tracker], *, resumed_step: int) -> list[NumbersLog]:
+    """Open the logs of a run; TensorBoard also without being asked, if it is installed.
+
+    Raises:
+        ConfigurationError: a tracker that was asked for is not installed.
+    """
+    logs: list[NumbersLog] = [JsonLinesLog(folder / LOG_NAME, resumed_step=resumed_step)]
+    for name in trackers:
+        if find_spec(name) is None:
+            msg = f"the recipe asks for {name}, which is not installed: pip install {name}, or leave it out"
+            raise ConfigurationError(msg)
+    if find_spec("tensorboard") is not None:
+        logs.append(TensorBoardLog(folder / "tensorboard", resumed_step=resumed_step))
+    return logs + [HostedLog(name, folder) for name in trackers if name != "tensorboard"]
+
+
+def _step_of(line: str) -> float:
+    try:
+        return float(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):
+        return float("inf")

@@ -1,0 +1,103 @@
+"""Random windows of Conditional Segment-wise Generation, as training meets them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from swifti2v.errors import ConfigurationError, InvalidInputError
+from swifti2v.segments import FrameKind, Segment
+
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
+    from torch import Tensor
+
+
+@dataclass(frozen=True)
+class WindowOptions:
+    """Which windows are drawn. All kinds are met, so that one network serves every setting of inference.
+
+    Args:
+        segment_size: most targets of a window, M.
+        full_share: share of windows with M targets; the others have fewer, as the last segment of a clip.
+        before_share: share of windows that see the finished frame before their targets.
+        after_share: share of windows that see the unrefined frame behind them.
+
+    Raises:
+        ConfigurationError: a share is outside 0..1, or there are no targets.
+    """
+
+    segment_size: int = 3
+    full_share: float = 0.6
+    before_share: float = 0.75
+    after_share: float = 0.3
+
+    def __post_init__(self) -> None:
+        if self.segment_size < 1:
+            msg = f"segment_size is {self.segment_size}; use at least 1"
+            raise ConfigurationError(msg)
+        for name in ("full_share", "before_share", "after_share"):
+            if not 0 <= getattr(self, name) <= 1:
+                msg = f"{name} is {getattr(self, name)}; it must be within 0..1"
+                raise ConfigurationError(msg)
+
+    def draw(self, rng: np.random.Generator, num_latent_frames: int, *, needs_before: bool = False) -> Segment:
+        """Draw a segment at a random place of a clip of `num_latent_frames` >= 2.
+
+        With `needs_before` it sees a finished neighbour for certain; that takes three latent frames.
+
+        Raises:
+            InvalidInputError: the clip is too short.
+        """
+        first = 2 if needs_before else 1
+        if num_latent_frames <= first:
+            msg = f"a window needs more than {first} latent frames, the clip has {num_latent_frames}; use longer clips"
+            raise InvalidInputError(msg)
+        most = min(self.segment_size, num_latent_frames - first)
+        targets = most if most == 1 or rng.random() < self.full_share else int(rng.integers(1, most))
+        start = int(rng.integers(first, num_latent_frames - targets + 1))
+        before = int(needs_before or rng.random() < self.before_share)
+        after = int(rng.random() < self.after_share)
+        return Segment(
+            index=0,
+            targets=range(start, start + targets),
+            before=range(max(1, start - before), start),
+            after=range(start + targets, min(num_latent_frames, start + targets + after)),
+        )
+
+
+def with_finished(reference: Tensor, truth: Tensor, segment: Segment) -> Tensor:
+    """Return the reference of a window [B,C,W,h,w] with what is finished written back into it (paper, "Update")."""
+    written = reference.clone()
+    for place, kind in enumerate(segment.kinds):
+        if kind in {FrameKind.ANCHOR, FrameKind.FINISHED}:
+            written[:, :, place] = truth[:, :, place]
+    return written
+
+
+def context_slots(
+    truth: Tensor, reference: Tensor, segment: Segment, *, noise_deviation: float, generator: torch.Generator
+) -> Tensor:
+    """Return the slots of a window [B,C,W,h,w]: truth where it is finished, the reference where it is unrefined.
+
+    Finished neighbours carry noise of a random deviation up to `noise_deviation`, one for each sample: at inference
+    they are the network's own output, never perfect (exposure bias). The anchor is exact there, and here.
+    """
+    slots = truth.clone()
+    strength = noise_deviation * _uniform(truth, generator)
+    for place, kind in enumerate(segment.kinds):
+        if kind is FrameKind.UNREFINED:
+            slots[:, :, place] = reference[:, :, place]
+        elif kind is FrameKind.FINISHED:
+            slots[:, :, place] += strength * _normal(truth[:, :, place], generator)
+    return slots
+
+
+def _uniform(like: Tensor, generator: torch.Generator) -> Tensor:
+    values = like.new_empty(len(like), dtype=like.dtype, device="cpu").uniform_(generator=generator)
+    return values.view(-1, 1, 1, 1).to(like.device)
+
+
+def _normal(like: Tensor, generator: torch.Generator) -> Tensor:
+    return like.new_empty(like.shape, device="cpu").normal_(generator=generator).to(like.device)

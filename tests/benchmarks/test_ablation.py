@@ -1,0 +1,90 @@
+"""The ablation's rows change one thing each, and its table goes to its place in the document."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from benchmarks.ablation import (
+    BEGIN,
+    DOCUMENT,
+    END,
+    FULL,
+    VARIANTS,
+    Variant,
+    changed_clip,
+    differences_of,
+    documented,
+    measured,
+    plot,
+    table,
+    with_network,
+)
+from benchmarks.fidelity import known_clip
+from swifti2v.geometry import Size
+from swifti2v.pipelines.loading import load_parts
+from swifti2v.pipelines.options import GenerationOptions, GenerationSettings
+from swifti2v.training.refiner_network import NetworkOptions, load_network, save_network
+
+RESULTS = {
+    "one": {"full": {"psnr": 30.0, "seam_detail": 1.0}, "less": {"psnr": 29.0, "seam_detail": 1.1}},
+    "two": {"full": {"psnr": 34.0, "seam_detail": 1.0}, "less": {"psnr": 33.5, "seam_detail": 1.2}},
+}
+LESS = Variant("less", "less of it")
+
+
+def test_every_row_is_a_way_that_the_settings_allow() -> None:
+    settings = GenerationSettings(size=Size(64, 64), num_frames=9, fps=8.0, refiner="concat", num_inference_steps=1)
+    assert VARIANTS[0] is FULL
+    assert len({variant.name for variant in VARIANTS}) == len(VARIANTS)
+    for variant in VARIANTS[1:]:
+        changed = replace(settings, **variant.settings)
+        assert changed != settings or not variant.uses_reference, variant.name
+    sizes = {variant.settings["segment_size"] for variant in VARIANTS if "segment_size" in variant.settings}
+    assert {1, 2, 4, 6} <= sizes
+
+
+def test_table_has_differences_and_their_spread() -> None:
+    assert differences_of(RESULTS, LESS) == [-1.0, -0.5]
+    rows = table(RESULTS, [FULL, LESS]).splitlines()
+    assert "| less of it | -0.750 ± 0.250 | 31.25 |" in rows[3]
+    assert rows[2].startswith("| **full CSG** | - | 32.00 |")
+
+
+def test_plot_is_a_picture() -> None:
+    picture = plot(RESULTS, [FULL, LESS])
+    assert picture.dtype == np.uint8
+    assert picture.shape[1] == 1000
+    assert picture.std() > 5
+
+
+def test_table_goes_between_its_marks() -> None:
+    text = f"before\n{BEGIN}\nold\n{END}\nafter\n"
+    once = documented(text, "| new |")
+    assert once == f"before\n{BEGIN}\n\n| new |\n\n{END}\nafter\n"
+    assert documented(once, "| new |") == once
+    with pytest.raises(ValueError, match="no marks"):
+        documented("nothing", "| new |")
+    assert documented(DOCUMENT.read_text(encoding="utf-8"), "| new |").count("| new |") == 1
+
+
+def test_variants_are_measured(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    parts = load_parts(tiny_checkpoint, device="cpu")
+    rng = np.random.default_rng(0)
+    truth = np.stack([rng.integers(0, 255, (64, 64, 3), dtype=np.uint8)] * 9)
+    settings = parts.defaults.settled(GenerationOptions(size=Size(64, 64), num_frames=9, num_inference_steps=1))
+    clip = known_clip(truth, settings)
+    embeds = parts.stage_one.encode_prompt("words").prompt
+    by_name = {variant.name: variant for variant in VARIANTS}
+    full, alone, bare = (measured(by_name[name], clip, parts, settings, embeds) for name in ("full", "m1", "neither"))
+    assert (full["window"], alone["window"], bare["window"]) == (3.0, 3.0, 2.0)
+    assert full["psnr"] != alone["psnr"]
+    assert changed_clip(by_name["bicubic"], clip).reference is clip.bicubic
+    network = load_network(tiny_checkpoint, NetworkOptions())
+    network.proj_out.weight.data.zero_()
+    save_network(network, tmp_path / "other")
+    other = with_network(parts, tmp_path / "other")
+    assert measured(FULL, clip, other, settings, embeds)["psnr"] != full["psnr"]

@@ -1,0 +1,57 @@
+"""The full-size benchmark counts what the account counts, at a small size; its networks are those of the preset."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from benchmarks import full_size, full_size_networks, speed
+from swifti2v.geometry import Size
+from swifti2v.memory.budget import WAN22
+from swifti2v.memory.codec_cost import WAN22_VAE
+from swifti2v.memory.transformer_cost import STAGE_TWO_5B
+
+
+def parameters(network: torch.nn.Module) -> int:
+    return sum(weight.numel() for weight in network.parameters())
+
+
+def test_codecs_are_those_of_the_preset() -> None:
+    assert (
+        parameters(full_size_networks.codec(full_size_networks.VAE21, "meta")) == WAN22.stage_one_codec.num_parameters
+    )
+    assert parameters(full_size_networks.codec(full_size_networks.VAE22, "meta")) == WAN22_VAE.num_parameters
+
+
+@pytest.mark.slow
+def test_rows_hold_the_flops_of_the_account() -> None:
+    size = Size(256, 128)
+    codec = full_size_networks.codec(full_size_networks.VAE22, "meta")
+    encode, decode = full_size._codec_rows(codec, size, None, num_chunks=3)
+    assert encode.tflop == pytest.approx(WAN22_VAE.encode_tflop(size, 9), rel=1e-3)
+    assert decode.tflop == pytest.approx(WAN22_VAE.decode_tflop(size, 9), rel=1e-3)
+    row = full_size._stage_two_row(size, 5)
+    assert row.tflop == pytest.approx(STAGE_TWO_5B.forward_cost(5 * 32, num_timesteps=5).tflop, rel=1e-3)
+    network = full_size_networks.stage_two("meta")
+    assert parameters(network) - 3 * STAGE_TWO_5B.dim == STAGE_TWO_5B.num_parameters  # but for the kinds of frames
+    assert next(network.parameters()).dtype == torch.bfloat16
+
+
+def test_checks_compare_with_the_goals() -> None:
+    rows = [
+        full_size.Row(name, 1.0, gib)
+        for name, gib in (
+            ("Stage II, one forward of 5 frames", 1.3),
+            ("decode, 3 latent frames, untiled", 18.5),
+            ("decode, 3 latent frames, 2x2 tiles, parked", 6.0),
+            ("encode, 3 latent frames, untiled", 1.0),
+            ("encode, 3 latent frames, 2x2 tiles, parked", 1.0),
+        )
+    ]
+    assert [check.holds for check in full_size.account_checks(rows)] == [True, False, True, True, True]
+    found = speed.checks([speed.Ratio("a", 3.0, 2.0, 1.6), speed.Ratio("b", 3.0, 2.0, 1.5)], 0.01, 0.6)
+    assert [check.holds for check in found] == [False, True, True, False]
+
+
+def test_the_tiny_transformer_has_the_tokens_that_it_says() -> None:
+    assert speed.TOKENS_PER_FRAME == 132

@@ -1,0 +1,90 @@
+"""`swifti2v jobs ...`: from the command line to a file and back."""
+
+from __future__ import annotations
+
+import json
+import re
+from typing import TYPE_CHECKING
+
+import numpy as np
+import PIL.Image
+import pytest
+from typer.testing import CliRunner
+
+from swifti2v.cli.jobs import app
+from swifti2v.errors import ConfigurationError, ImageInputError, InvalidInputError, JobError, SwiftI2VError
+from swifti2v.media.video_reader import VideoReader
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+SHORT = ("--frames", "9", "--steps", "1", "--stage-one-steps", "1", "--segment-size", "1")
+
+
+@pytest.fixture
+def photo(tmp_path: Path) -> Path:
+    pixels = np.random.default_rng(0).integers(0, 256, (40, 80, 3), dtype=np.uint8)
+    PIL.Image.fromarray(pixels).save(tmp_path / "photo.png")
+    return tmp_path / "photo.png"
+
+
+@pytest.fixture
+def jobs(tmp_path: Path) -> Callable[..., str]:
+    """Run `swifti2v jobs ...` on a data folder of its own and return what it printed."""
+
+    def invoke(*arguments: str) -> str:
+        result = CliRunner().invoke(app, [*arguments, "--data", str(tmp_path / "data")])
+        if isinstance(result.exception, SwiftI2VError):
+            raise result.exception
+        assert result.exit_code == 0, result.output
+        return result.stdout
+
+    return invoke
+
+
+def test_a_job_from_submission_to_removal(
+    jobs: Callable[..., str], photo: Path, tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    model = ("--model", str(tiny_checkpoint))
+    job_id = jobs("submit", str(photo), "--prompt", "pan\n left", *model, *SHORT).strip()
+    assert re.fullmatch("video_[0-9a-f]{32}", job_id)
+    assert jobs("list").split() == [job_id, "queued", "0%", str(tiny_checkpoint), "pan", "left"]
+    assert json.loads(jobs("show", job_id))["video"] is None
+
+    jobs("work", "--until-idle", "--device", "cpu", *model)
+    shown = json.loads(jobs("show", job_id))
+    assert (shown["state"], shown["progress"]["percent"], shown["attempts"]) == ("completed", 100, 1)
+    assert "lease_token" not in shown
+    (frames,) = [np.concatenate(list(VideoReader(tmp_path / "data" / shown["video"])))]
+    assert frames.shape == (9, 64, 64, 3)
+    assert json.loads(jobs("list", "--json")) == [shown]
+
+    assert jobs("cancel", job_id) == f"{job_id}: completed\n"
+    assert jobs("prune", "--max-age-hours", "1") == "removed 0 jobs, 0.0 MB\n"
+    assert jobs("prune", "--max-gigabytes", "0").startswith("removed 1 jobs, ")
+    with pytest.raises(JobError, match="there is no job"):
+        jobs("show", job_id)
+
+
+def test_cancelling(jobs: Callable[..., str], photo: Path, tiny_checkpoint: Path) -> None:
+    first, second = (jobs("submit", str(photo), "--model", str(tiny_checkpoint)).strip() for _ in range(2))
+    assert jobs("cancel", first) == f"{first}: cancelled\n"
+    assert jobs("cancel", second, "--remove") == f"{second}: removed\n"
+    assert [line.split()[:2] for line in jobs("list").splitlines()] == [[first, "cancelled"]]
+
+
+def test_mistakes_are_found_before_the_job_is_queued(
+    jobs: Callable[..., str], photo: Path, tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    model = ("--model", str(tiny_checkpoint))
+    (tmp_path / "text.png").write_text("no picture")
+    with pytest.raises(ImageInputError, match="is not a readable picture"):
+        jobs("submit", str(tmp_path / "text.png"), *model)
+    with pytest.raises(InvalidInputError, match=r"use 4k\+1 frames"):
+        jobs("submit", str(photo), *model, "--frames", "10")
+    with pytest.raises(JobError, match="there is no job"):
+        jobs("cancel", "../../etc/passwd")
+    with pytest.raises(ConfigurationError, match="sqlite:///"):
+        jobs("list", "--database", "nonsense")
+    assert jobs("list") == ""

@@ -1,0 +1,143 @@
+"""What is wrong with a cache: stale, damaged, foreign; and what is wrong with the disk."""
+
+from __future__ import annotations
+
+import errno
+import os
+from typing import TYPE_CHECKING
+
+import pytest
+import torch
+
+from swifti2v.data import atomic_files
+from swifti2v.data.latent_cache import LatentCache, fingerprint_of
+from swifti2v.errors import LatentCacheError, OutputError
+from tests.data.cache_building import FINGERPRINT, Counting, build, shards
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from swifti2v.data.clips import ClipRequest
+
+
+class TestStaleAndDamaged:
+    @pytest.mark.parametrize(
+        ("other", "words"),
+        [
+            (fingerprint_of(codec="c2", settings={"dtype": "float32"}), "the codec (c1, now c2)"),
+            (fingerprint_of(codec="c1", settings={"dtype": "bf16"}), 'the setting dtype ("float32", now "bf16")'),
+            ("something else", "the codec"),
+        ],
+    )
+    def test_a_stale_cache_is_refused(
+        self, tmp_path: Path, requests: list[ClipRequest], other: str, words: str
+    ) -> None:
+        build(requests[:2], tmp_path)
+        for act in (
+            lambda: LatentCache.open(tmp_path, fingerprint=other),
+            lambda: build(requests[:2], tmp_path, fingerprint=other),
+        ):
+            with pytest.raises(LatentCacheError) as caught:
+                act()
+            assert words in str(caught.value)
+            assert "is stale" in str(caught.value)
+            assert "\n" not in str(caught.value)
+
+    def test_changed_sources_are_refused_where_asked(self, tmp_path: Path, requests: list[ClipRequest]) -> None:
+        wanted = fingerprint_of(codec="c1", settings={"dtype": "float32"}, clips=requests)
+        first = fingerprint_of(codec="c1", settings={"dtype": "float32"}, clips=requests[:4])
+        build(requests[:4], tmp_path, fingerprint=first)
+        with pytest.raises(LatentCacheError, match="the source files or captions"):
+            LatentCache.open(tmp_path, fingerprint=wanted)
+        LatentCache.open(tmp_path, fingerprint=FINGERPRINT)
+        again = Counting()
+        build(requests, tmp_path, fingerprint=wanted, encode=again)
+        assert len(again.names) == 6  # what did not change is kept
+        assert LatentCache.open(tmp_path, fingerprint=wanted).fingerprint == wanted
+
+    def test_no_cache(self, tmp_path: Path) -> None:
+        with pytest.raises(LatentCacheError, match="no finished latent cache"):
+            LatentCache.open(tmp_path)
+
+    @pytest.mark.parametrize("damage", ["truncated", "text", "missing"])
+    def test_a_damaged_shard(self, tmp_path: Path, requests: list[ClipRequest], damage: str) -> None:
+        cache = build(requests, tmp_path)
+        path = tmp_path / "shards" / cache._records[0].shard
+        content = path.read_bytes()
+        if damage == "missing":
+            path.unlink()
+            with pytest.raises(LatentCacheError, match="lacks 1 shards"):
+                LatentCache.open(tmp_path)
+        else:
+            path.write_bytes(content[:-20] if damage == "truncated" else b"text" * 50)
+            with pytest.raises(LatentCacheError, match="missing or damaged; remove it"):
+                build(requests, tmp_path)
+        with pytest.raises(LatentCacheError, match="missing or damaged"):
+            cache[0]
+        path.unlink(missing_ok=True)
+        again = Counting()
+        assert len(build(requests, tmp_path, encode=again)) == 10
+        assert len(again.names) == 2
+
+    @pytest.mark.parametrize(
+        ("content", "words"),
+        [("{", "is damaged"), ("[]", "is damaged"), ('{"format": 1}', "is damaged"), ("null", "is damaged"),
+         ('{"format": 9, "fingerprint": "", "num_missing": 0, "samples": [], "skipped": []}', "is of format 9")],
+    )  # fmt: skip
+    def test_a_damaged_index(self, tmp_path: Path, requests: list[ClipRequest], content: str, words: str) -> None:
+        build(requests[:2], tmp_path)
+        (tmp_path / "index.json").write_text(content)
+        with pytest.raises(LatentCacheError, match=words):
+            LatentCache.open(tmp_path)
+        again = Counting()
+        assert len(build(requests[:2], tmp_path, encode=again)) == 2
+        assert again.names == []
+
+    def test_a_foreign_shard(self, tmp_path: Path, requests: list[ClipRequest]) -> None:
+        from safetensors.torch import save_file
+
+        build(requests[:2], tmp_path)
+        save_file({"a": torch.ones(1)}, tmp_path / "shards" / "zz.safetensors")
+        with pytest.raises(LatentCacheError, match="is no shard of a latent cache"):
+            build(requests[:2], tmp_path)
+
+
+class TestFullDisk:
+    def test_one_line_and_nothing_lost(
+        self, tmp_path: Path, requests: list[ClipRequest], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        real, written = os.fsync, iter(range(100))
+
+        def full(descriptor: int) -> None:
+            if next(written) >= 2:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            real(descriptor)
+
+        monkeypatch.setattr(atomic_files.os, "fsync", full)
+        with pytest.raises(OutputError) as caught:
+            build(requests, tmp_path)
+        assert "No space left on device" in str(caught.value)
+        assert "free some space and run again" in str(caught.value)
+        assert "\n" not in str(caught.value)
+        assert not list(tmp_path.rglob(".*"))
+        assert len(shards(tmp_path)) == 2
+        monkeypatch.undo()
+        again = Counting()
+        assert len(build(requests, tmp_path, encode=again)) == 10
+        assert len(again.names) == 6
+
+    def test_a_file_in_the_way(self, tmp_path: Path, requests: list[ClipRequest]) -> None:
+        (tmp_path / "cache").write_text("a file")
+        with pytest.raises(OutputError, match="cannot be made"):
+            build(requests, tmp_path / "cache")
+
+    def test_an_older_file_stays(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        atomic_files.write_atomically(tmp_path / "a", b"old")
+
+        def refuse(_descriptor: int) -> None:
+            raise OSError(errno.EACCES, "Permission denied")
+
+        monkeypatch.setattr(atomic_files.os, "fsync", refuse)
+        with pytest.raises(OutputError, match="Permission denied"):
+            atomic_files.write_atomically(tmp_path / "a", b"new")
+        assert [(path.name, path.read_bytes()) for path in tmp_path.iterdir()] == [("a", b"old")]

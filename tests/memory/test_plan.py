@@ -1,0 +1,132 @@
+"""Properties of memory plans: they fit, more memory is never slower, length changes nothing, refusals say what fits."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from swifti2v.errors import InvalidInputError, MemoryBudgetError
+from swifti2v.geometry import Size
+from swifti2v.memory.budget import WAN22, RunSettings, weight_bytes
+from swifti2v.memory.codec_cost import WAN22_VAE
+from swifti2v.memory.devices import DEVICES, device_rates
+from swifti2v.memory.lean_cost import lean_decode_bytes, lean_encode_bytes
+from swifti2v.memory.plan import CONTEXT_BYTES, MemoryPlan, parse_bytes, plan_memory, tighter_budget
+from swifti2v.memory.ways import GIB, GRIDS, tile_size
+
+TWO_K = Size(2560, 1408)
+
+
+def planned(gib: float | None, *, host_gib: float | None = None, gpu: str = "rtx4090", frames: int = 81) -> MemoryPlan:
+    return plan_memory(
+        WAN22,
+        RunSettings(TWO_K, num_frames=frames),
+        device_rates(gpu),
+        budget_bytes=None if gib is None else int(gib * GIB),
+        host_bytes=None if host_gib is None else int(host_gib * GIB),
+    )
+
+
+@pytest.mark.parametrize("gib", [8, 12, 16, 24, 80])
+def test_every_named_budget_has_a_plan_that_fits(gib: int) -> None:
+    plan = planned(gib)
+    assert plan.peak_bytes <= gib * GIB
+    assert [way.phase for way in plan.ways] == ["text encoding", "stage one", "refinement"]
+    assert plan.weight_dtype == "bfloat16"
+    assert plan.seconds < 1.5 * planned(None).seconds
+
+
+@given(st.floats(5.5, 120), st.floats(5.5, 120), st.sampled_from(sorted(DEVICES)), st.sampled_from([None, 70, 110]))
+@settings(max_examples=40, deadline=None)
+def test_more_memory_is_never_slower_and_no_plan_exceeds_its_budget(
+    one: float, other: float, gpu: str, host_gib: int | None
+) -> None:
+    less, more = sorted((one, other))
+    tight, wide = planned(less, host_gib=host_gib, gpu=gpu), planned(more, host_gib=host_gib, gpu=gpu)
+    assert tight.peak_bytes <= less * GIB
+    assert wide.peak_bytes <= more * GIB
+    assert wide.seconds <= tight.seconds + 1e-9
+    if host_gib is not None:
+        assert max(tight.host_bytes, wide.host_bytes) <= host_gib * GIB
+
+
+@pytest.mark.parametrize("gib", [8, 24, 80])
+def test_memory_is_flat_in_length_and_time_grows_with_it(gib: int) -> None:
+    short, long = planned(gib), planned(gib, frames=641)
+    assert long.peak_bytes == pytest.approx(short.peak_bytes, rel=0.02)
+    assert 7 < long.seconds / short.seconds < 10
+
+
+def test_unlimited_memory_keeps_every_weight_on_the_device_and_gives_nothing_up() -> None:
+    plan = planned(None, gpu="h200")
+    assert {way.placement for way in plan.ways} == {"resident"}
+    assert all(way.weight_bytes == weight_bytes(WAN22.num_parameters, "bfloat16") for way in plan.ways)
+    assert plan.given_up == ()
+    assert (plan.codec.columns, plan.codec.rows, plan.codec.parks_features) == (1, 1, False)
+
+
+def test_less_memory_says_what_it_gives_up() -> None:
+    plan = planned(8)
+    assert plan.codec.parks_features
+    assert plan.codec.columns * plan.codec.rows > 1
+    assert any("tiles" in note and "s more" in note for note in plan.given_up)
+    assert planned(24, host_gib=60).weight_dtype == "float8"
+    assert planned(24, host_gib=60).given_up[0].startswith("weights are stored in float8")
+
+
+def test_a_budget_that_cannot_be_met_names_one_that_can() -> None:
+    with pytest.raises(MemoryBudgetError, match=r"no plan fits into 2\.0 GiB") as caught:
+        planned(2)
+    needed = float(re.search(r"needs ([\d.]+) GiB", str(caught.value))[1])  # type: ignore[index]
+    assert planned(needed + 0.06).peak_bytes <= (needed + 0.06) * GIB
+    with pytest.raises(MemoryBudgetError):
+        planned(needed - 0.1)
+    with pytest.raises(MemoryBudgetError, match=r"host memory in float8, and 8\.0 GiB are allowed"):
+        planned(24, host_gib=8)
+
+
+def test_the_budget_after_an_overflow_leads_to_a_smaller_plan() -> None:
+    plan = planned(24)
+    sizes = [plan.peak_bytes]
+    for _ in range(5):
+        plan = planned(tighter_budget(plan) / GIB)
+        sizes.append(plan.peak_bytes)
+    assert sizes == sorted(set(sizes), reverse=True)
+
+
+@pytest.mark.parametrize(("columns", "rows"), GRIDS)
+def test_tiles_cover_the_frame_with_their_overlap(columns: int, rows: int) -> None:
+    tile = tile_size(TWO_K, columns, rows, multiple=16)
+    for length, side, count in ((TWO_K.width, tile.width, columns), (TWO_K.height, tile.height, rows)):
+        assert side % 16 == 0
+        assert count * side - (count - 1) * 128 >= length
+        assert count == 1 or count * (side - 16) - (count - 1) * 128 < length
+
+
+# Counted from live tensors of the network on the meta device (tests/models/test_lean_vae.py holds the network to them).
+@pytest.mark.parametrize(
+    ("size", "decode_gib", "encode_gib"), [(TWO_K, 17.09, 6.45), (Size(1344, 768), 4.98, 1.90)], ids=str
+)
+def test_lean_codec_bytes(size: Size, decode_gib: float, encode_gib: float) -> None:
+    assert lean_decode_bytes(WAN22_VAE, size) / GIB == pytest.approx(decode_gib, rel=0.06)
+    assert lean_encode_bytes(WAN22_VAE, size) / GIB == pytest.approx(encode_gib, rel=0.10)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [("24GiB", 24 * GIB), ("24GB", 24 * 10**9), ("1.5 gib", 3 * GIB // 2), ("500MiB", 500 * 2**20)],
+)
+def test_amounts(text: str, expected: int) -> None:
+    assert parse_bytes(text) == expected
+
+
+def test_what_is_no_amount_or_card_is_refused() -> None:
+    for text in ("24", "lots", "-1GiB"):
+        with pytest.raises(InvalidInputError, match="write for instance 24GiB"):
+            parse_bytes(text)
+    with pytest.raises(InvalidInputError, match="rtx4090"):
+        device_rates("abacus")
+    assert CONTEXT_BYTES < GIB

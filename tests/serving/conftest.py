@@ -1,0 +1,84 @@
+"""A service in this process, on a queue whose jobs next to nothing does."""
+
+from __future__ import annotations
+
+import io
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import PIL.Image
+import pytest
+from starlette.testclient import TestClient
+
+from swifti2v.geometry import Size
+from swifti2v.pipelines.options import GenerationSettings
+from swifti2v.serving.application import create_app
+from swifti2v.serving.keys import add_key
+from swifti2v.serving.settings import ServedModel, ServiceSettings
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+    from pathlib import Path
+
+    from swifti2v.jobs.queue import JobQueue
+
+DEFAULTS = GenerationSettings(size=Size(64, 32), num_frames=9, fps=8.0, refiner="concat")
+
+
+def picture_bytes(size: tuple[int, int] = (16, 8), kind: str = "PNG") -> bytes:
+    pixels = np.random.default_rng(0).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+    content = io.BytesIO()
+    PIL.Image.fromarray(pixels).save(content, kind)
+    return content.getvalue()
+
+
+@pytest.fixture
+def settings(tmp_path: Path) -> ServiceSettings:
+    models = (ServedModel("tiny", DEFAULTS), ServedModel("other", replace(DEFAULTS, num_frames=17)))
+    return ServiceSettings(data=tmp_path / "data", models=models, poll_seconds=0.01)
+
+
+@pytest.fixture
+def serve() -> Iterator[Callable[[ServiceSettings], TestClient]]:
+    """Start services, and end them with the test."""
+    clients = []
+
+    def start(settings: ServiceSettings) -> TestClient:
+        client = TestClient(create_app(settings), base_url="http://service")
+        clients.append(client.__enter__())
+        return clients[-1]
+
+    yield start
+    for client in clients:
+        client.__exit__(None, None, None)
+
+
+@pytest.fixture
+def client(serve: Callable[..., TestClient], settings: ServiceSettings) -> TestClient:
+    """An open service."""
+    return serve(settings)
+
+
+@pytest.fixture
+def keyed(serve: Callable[..., TestClient], settings: ServiceSettings, tmp_path: Path) -> tuple[TestClient, str, str]:
+    """A service with the keys of Ann and Bob; Ann may have two active jobs."""
+    ann = add_key(tmp_path / "keys.json", "ann", max_active_jobs=2)
+    bob = add_key(tmp_path / "keys.json", "bob")
+    return serve(replace(settings, keys=tmp_path / "keys.json")), ann, bob
+
+
+def queue_of(client: TestClient) -> JobQueue:
+    application: Any = client.app
+    return application.state.service.queue
+
+
+def create(client: TestClient, *, key: str | None = None, **fields: Any) -> Any:
+    """Create a video by a form and return the response."""
+    headers = {} if key is None else bearer(key)
+    files = {"input_reference": ("a.png", picture_bytes(), "image/png")}
+    return client.post("/v1/videos", data={"prompt": "pan left", **fields}, files=files, headers=headers)
+
+
+def bearer(key: str) -> dict[str, str]:
+    return {"Authorization": f"Bearer {key}"}

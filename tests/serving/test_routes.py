@@ -1,0 +1,441 @@
+"""The routes: what OpenAI's clients send, what they get, and who sees what."""
+
+from __future__ import annotations
+
+import base64
+import json
+import re
+import threading
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import PIL.Image
+import pytest
+from openai.types import Video, VideoDeleteResponse
+from openai.types.model import Model
+
+from swifti2v.geometry import Size
+from swifti2v.jobs.state import JobFailure, JobProgress, JobResult, JobState
+from swifti2v.jobs.worker import Worker, WorkerOptions
+from swifti2v.pipelines import two_stage
+from swifti2v.serving import schemas
+from swifti2v.serving.application import create_app
+from swifti2v.serving.keys import add_key, remove_key
+from swifti2v.serving.settings import ServiceLimits
+from tests.jobs.conftest import StepRunner, wait_for
+from tests.serving.conftest import bearer, create, picture_bytes, queue_of
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+    from starlette.testclient import TestClient
+
+    from swifti2v.jobs.worker import Task
+    from swifti2v.serving.settings import ServiceSettings
+
+MOVIE = bytes(range(256)) * 40
+
+
+class MovieRunner(StepRunner):
+    """Leaves the files of a job, whose bytes are known."""
+
+    def run(self, task: Task) -> JobResult:
+        result = super().run(task)
+        task.files.video.write_bytes(MOVIE)
+        task.files.thumbnail.write_bytes(picture_bytes(kind="JPEG"))
+        task.files.spritesheet.write_bytes(picture_bytes((32, 32), kind="JPEG"))
+        return replace(result, notes=("turned",))
+
+
+def work(client: TestClient, runner: Any = None) -> Worker:
+    queue = queue_of(client)
+    worker = Worker(queue.store, queue.files, runner or MovieRunner(), options=WorkerOptions(poll_seconds=0.01))
+    worker.run(until_idle=True)
+    return worker
+
+
+def problem(response: Any, status: int, *, param: str | None = None) -> str:
+    """Check that a response is OpenAI's error object, and return its message."""
+    assert response.status_code == status, response.text
+    error = response.json()["error"]
+    assert set(error) == {"message", "type", "param", "code"}
+    assert error["param"] == param
+    assert response.headers["x-request-id"]
+    return str(error["message"])
+
+
+def test_the_limit_of_the_prompt_is_the_pipelines() -> None:
+    assert schemas.MAX_PROMPT_CHARACTERS == two_stage.MAX_PROMPT_CHARACTERS
+
+
+def test_a_video_is_queued(client: TestClient) -> None:
+    response = create(client, model="other", size="96x64", seconds="4", seed="7")
+    assert response.status_code == 200
+    video = Video.model_validate(response.json() | {"size": "1280x720"})  # the client's own list of sizes is closed
+    assert (video.status, video.progress, video.model, video.prompt) == ("queued", 0, "other", "pan left")
+    answer = response.json()
+    assert (answer["size"], answer["num_frames"], answer["seconds"], answer["fps"], answer["seed"]) == (
+        "96x64",
+        33,  # 4 s of 8 frames, and the first
+        "4.125",
+        8.0,
+        7,
+    )
+    job = queue_of(client).store.get(video.id)
+    assert job.request.options["size"] == [96, 64]
+    assert job.request.options["num_inference_steps"] is None
+    with PIL.Image.open(queue_of(client).files.input(video.id)) as kept:
+        assert kept.size == (16, 8)
+    assert client.get(f"/v1/videos/{video.id}").json() == answer
+
+
+DATA_URL = "data:image/jpeg;base64," + base64.b64encode(picture_bytes(kind="JPEG")).decode()
+
+
+@pytest.mark.parametrize("reference", [DATA_URL, {"image_url": DATA_URL}])
+def test_json_works_as_well(client: TestClient, reference: Any) -> None:
+    response = client.post("/v1/videos", json={"prompt": "", "input_reference": reference, "seconds": 1, "seed": None})
+    assert response.status_code == 200, response.text
+    assert (response.json()["num_frames"], response.json()["seed"]) == (9, 0)
+
+
+def test_the_openai_clients_form_of_a_data_url(client: TestClient) -> None:
+    form = {"prompt": "pan", "input_reference[image_url]": DATA_URL}
+    assert client.post("/v1/videos", data=form, files={"x": b""}).status_code == 400
+    boundary = "--b\r\n" + "--b\r\n".join(
+        f'Content-Disposition: form-data; name="{name}"\r\n\r\n{value}\r\n' for name, value in form.items()
+    )
+    headers = {"Content-Type": "multipart/form-data; boundary=b"}
+    assert client.post("/v1/videos", content=boundary + "--b--\r\n", headers=headers).status_code == 200
+
+
+def test_what_was_done_to_the_picture_is_said(client: TestClient) -> None:
+    grey = PIL.Image.new("L", (8, 8))
+    path = queue_of(client).files.root / "grey.png"
+    grey.save(path)
+    files = {"input_reference": ("../../grey.png", path.read_bytes())}
+    answer = client.post("/v1/videos", data={"prompt": ""}, files=files).json()
+    assert answer["notes"] == ["converted from greyscale to RGB"]
+
+
+@pytest.mark.parametrize(
+    ("fields", "param", "message"),
+    [
+        ({"prompt": "x" * 100_001}, "prompt", "shorten it"),
+        ({"prompt": "a\0b"}, "prompt", "NUL"),
+        ({"size": "big"}, "size", "WIDTHxHEIGHT"),
+        ({"size": "100x100"}, "size", "multiple"),
+        ({"size": "16384x16384"}, "size", "more than this service makes"),
+        ({"num_frames": "10"}, "num_frames", r"4k\+1"),
+        ({"num_frames": "4001"}, "num_frames", "limit"),
+        ({"num_frames": "9", "seconds": "1"}, "num_frames", "both"),
+        ({"seconds": "nan"}, "seconds", "number"),
+        ({"seconds": "1e9"}, "seconds", "number"),
+        ({"fps": "0"}, "fps", "must be from 1"),
+        ({"seed": "-1"}, "seed", "whole number"),
+        ({"seed": "9999999999999999999"}, "seed", "must be from 0"),
+        ({"num_inference_steps": "0"}, "num_inference_steps", "must be from 1"),
+        ({"quality": "best"}, "quality", "is no field"),
+    ],
+)
+def test_fields_that_cannot_be_used(client: TestClient, fields: Any, param: str | None, message: str) -> None:
+    assert re.search(message, problem(create(client, **fields), 400, param=param))
+    assert list(queue_of(client).files.ids()) == []
+
+
+@pytest.mark.parametrize("value", [True, [], {}, "7.5", 1.5, float("nan"), 10**30, None])
+def test_json_values_of_another_kind(client: TestClient, value: Any) -> None:
+    body = {"prompt": "", "input_reference": DATA_URL, "seed": value}
+    response = client.post("/v1/videos", content=json.dumps(body), headers={"Content-Type": "application/json"})
+    assert response.status_code == (200 if value is None else 400), response.text
+
+
+def test_a_prompt_is_needed_and_a_picture(client: TestClient) -> None:
+    files = {"input_reference": picture_bytes()}
+    assert "prompt is missing" in problem(client.post("/v1/videos", files=files), 400, param="prompt")
+    assert "picture is needed" in problem(
+        client.post("/v1/videos", json={"prompt": "pan"}), 400, param="input_reference"
+    )
+
+
+def test_another_model_is_not_found(client: TestClient) -> None:
+    assert "use tiny, other" in problem(create(client, model="sora-2"), 404, param="model")
+
+
+def test_models(client: TestClient) -> None:
+    models = client.get("/v1/models").json()
+    assert [Model.model_validate(model).id for model in models["data"]] == ["tiny", "other"]
+
+
+def test_a_video_from_queue_to_result(client: TestClient) -> None:
+    video = create(client).json()
+    seen: list[dict[str, Any]] = []
+
+    def look(task: Task, step: int) -> None:
+        seen.append(client.get(f"/v1/videos/{video['id']}").json())
+
+    work(client, MovieRunner(num_steps=4, on_step=look))
+    assert [(answer["status"], answer["progress"]) for answer in seen] == [
+        ("in_progress", percent) for percent in (0, 25, 50, 75)
+    ]
+    assert (seen[-1]["phase"], seen[-1]["segment"], seen[-1]["num_segments"]) == ("stage_two", 3, 4)
+    done = client.get(f"/v1/videos/{video['id']}").json()
+    assert (done["status"], done["progress"], done["notes"], done["error"]) == ("completed", 100, ["turned"], None)
+    assert done["created_at"] <= done["completed_at"] < done["expires_at"]
+
+    content = client.get(f"/v1/videos/{video['id']}/content")
+    assert (content.content, content.headers["content-type"]) == (MOVIE, "video/mp4")
+    for variant, size in (("thumbnail", (16, 8)), ("spritesheet", (32, 32))):
+        answer = client.get(f"/v1/videos/{video['id']}/content", params={"variant": variant})
+        assert answer.headers["content-type"] == "image/jpeg"
+        path = queue_of(client).files.root / variant
+        path.write_bytes(answer.content)
+        with PIL.Image.open(path) as picture:
+            assert picture.size == size
+
+
+@pytest.mark.parametrize(
+    ("asked", "status", "span"),
+    [
+        ("bytes=0-9", 206, slice(0, 10)),
+        ("bytes=100-", 206, slice(100, None)),
+        ("bytes=-5", 206, slice(-5, None)),
+        ("bytes=99999999-", 416, None),
+    ],
+)
+def test_ranges_of_a_finished_video(client: TestClient, asked: str, status: int, span: slice | None) -> None:
+    video = create(client).json()
+    work(client)
+    response = client.get(f"/v1/videos/{video['id']}/content", headers={"Range": asked})
+    assert response.status_code == status
+    if span is not None:
+        assert response.content == MOVIE[span]
+        assert response.headers["content-range"].endswith(f"/{len(MOVIE)}")
+
+
+def test_a_growing_video_is_sent_to_its_end(client: TestClient) -> None:
+    """The client begins before the first byte is there, and gets what is written, as it is written."""
+    video = create(client).json()
+    url = f"/v1/videos/{video['id']}/content"
+    parts: list[Any] = []
+    answers: list[Any] = []
+    follower = threading.Thread(target=lambda: answers.append(client.get(url)))
+
+    def grow(task: Task, step: int) -> None:
+        if step == 0:
+            assert "no bytes yet" in problem(client.get(url, headers={"Range": "bytes=5-"}), 409)
+            follower.start()
+        with task.files.growing_video.open("ab") as file:
+            file.write(MOVIE[1000 * step : 1000 * (step + 1)])
+        parts.append(client.get(url, headers={"Range": "bytes=500-1499"}))
+        if step == 1:
+            problem(client.get(url, params={"variant": "thumbnail"}), 409)
+            problem(client.get(url, headers={"Range": "bytes=5000-"}), 416)
+
+    work(client, MovieRunner(num_steps=3, on_step=grow))
+    follower.join(10)
+    (answer,) = answers
+    assert answer.headers["x-video-status"] == "in_progress"
+    assert answer.content in (MOVIE[:3000], MOVIE)  # the whole file, where it was there before the first look
+    assert [part.content for part in parts] == [MOVIE[500:1000], MOVIE[500:1500], MOVIE[500:1500]]
+    assert parts[0].headers["content-range"] == "bytes 500-999/*"
+
+
+def test_content_of_a_video_that_waits_or_failed(client: TestClient) -> None:
+    video = create(client).json()
+    url = f"/v1/videos/{video['id']}/content"
+    waiting = client.get(url)
+    assert "waits in the queue" in problem(waiting, 409)
+    assert waiting.headers["retry-after"] == "1"
+    store = queue_of(client).store
+    job = store.claim("one", lease_seconds=60)
+    assert job is not None
+    store.fail(job, JobFailure("internal_error", "/secret/path: CUDA out of memory"))
+    assert "was not made" in problem(client.get(url), 404)
+    failed = client.get(f"/v1/videos/{video['id']}").json()
+    assert (failed["status"], failed["error"]["code"]) == ("failed", "internal_error")
+    assert "secret" not in json.dumps(failed)
+
+
+def test_deleting_cancels(client: TestClient) -> None:
+    """The worker stops within the step in which the request comes, and the video is gone for the client at once."""
+    video = create(client).json()
+    steps: list[int] = []
+
+    def delete_in_the_second(task: Task, step: int) -> None:
+        steps.append(step)
+        if step == 1:
+            deleted = client.delete(f"/v1/videos/{video['id']}")
+            assert VideoDeleteResponse.model_validate(deleted.json()).deleted
+            problem(client.get(f"/v1/videos/{video['id']}"), 404)
+
+    work(client, MovieRunner(num_steps=20, on_step=delete_in_the_second))
+    assert steps == [0, 1]
+    problem(client.delete(f"/v1/videos/{video['id']}"), 404)
+
+
+def test_deleting_removes_the_files_of_a_finished_video(client: TestClient) -> None:
+    video = create(client).json()
+    work(client)
+    assert client.delete(f"/v1/videos/{video['id']}").status_code == 200
+    assert list(queue_of(client).files.ids()) == []
+    problem(client.get(f"/v1/videos/{video['id']}/content"), 404)
+
+
+def test_a_video_cancelled_by_the_operator_has_failed(client: TestClient) -> None:
+    video = create(client).json()
+    queue_of(client).store.cancel(video["id"])
+    answer = client.get(f"/v1/videos/{video['id']}").json()
+    assert (answer["status"], answer["error"]["code"]) == ("failed", "cancelled")
+
+
+def test_pages(client: TestClient) -> None:
+    ids = [create(client).json()["id"] for _ in range(5)]
+    first = client.get("/v1/videos", params={"limit": 2}).json()
+    assert [video["id"] for video in first["data"]] == ids[:2:-1]
+    assert (first["has_more"], first["first_id"], first["last_id"]) == (True, ids[4], ids[3])
+    last = client.get("/v1/videos", params={"limit": 2, "order": "asc", "after": ids[2]}).json()
+    assert [video["id"] for video in last["data"]] == ids[3:]
+    assert not last["has_more"]
+    for wrong in ({"limit": 0}, {"limit": "x"}, {"limit": 101}, {"order": "up"}):
+        problem(client.get("/v1/videos", params=wrong), 400, param=next(iter(wrong)))
+    problem(client.get("/v1/videos", params={"after": "../x"}), 404)
+
+
+def test_events_end_with_the_video(client: TestClient) -> None:
+    video = create(client).json()
+    received: list[tuple[str, dict[str, Any]]] = []
+
+    def follow() -> None:
+        with client.stream("GET", f"/v1/videos/{video['id']}/events") as response:
+            assert response.headers["content-type"].startswith("text/event-stream")
+            for block in response.read().decode().split("\n\n"):
+                if block:
+                    event, data = block.split("\n")
+                    received.append((event.removeprefix("event: "), json.loads(data.removeprefix("data: "))))
+
+    follower = threading.Thread(target=follow)
+    follower.start()
+    store = queue_of(client).store
+    threading.Event().wait(0.1)
+    job = store.claim("one", lease_seconds=60)
+    assert job is not None
+    threading.Event().wait(0.1)
+    store.renew(job, lease_seconds=60, progress=JobProgress(50, "stage_two", 1, 2))
+    threading.Event().wait(0.1)
+    store.complete(job, JobResult("attempt_0001"))
+    follower.join(10)
+    assert [event for event, _ in received] == ["video.progress"] * 3 + ["video.completed"]
+    assert [data["progress"] for _, data in received] == [0, 0, 50, 100]
+
+
+def test_keys_see_their_own_only(keyed: tuple[TestClient, str, str]) -> None:
+    client, ann, bob = keyed
+    video = create(client, key=ann).json()
+    work(client)
+    assert [found["id"] for found in client.get("/v1/videos", headers=bearer(ann)).json()["data"]] == [video["id"]]
+    assert client.get("/v1/videos", headers=bearer(bob)).json()["data"] == []
+    missing = "video_" + "0" * 32
+    for method, path in (("GET", ""), ("GET", "/content"), ("GET", "/events"), ("DELETE", "")):
+        theirs = client.request(method, f"/v1/videos/{video['id']}{path}", headers=bearer(bob))
+        none = client.request(method, f"/v1/videos/{missing}{path}", headers=bearer(bob))
+        assert (theirs.status_code, theirs.json()) == (none.status_code, none.json()) == (404, none.json())
+    after = client.get("/v1/videos", params={"after": video["id"]}, headers=bearer(bob))
+    problem(after, 404)
+    assert client.get(f"/v1/videos/{video['id']}/content", headers=bearer(ann)).content == MOVIE
+
+
+@pytest.mark.parametrize(
+    "header", [None, "", "Bearer", "Bearer ", "Bearer wrong", "Basic YTpi", "Bearer " + "x" * 5000, "Bearer k\xff"]
+)
+def test_wrong_keys(keyed: tuple[TestClient, str, str], header: str | None) -> None:
+    client, _, _ = keyed
+    headers = {} if header is None else {"Authorization": header.encode("latin-1")}
+    for method, path in (("GET", "/v1/videos"), ("POST", "/v1/videos"), ("GET", "/v1/models")):
+        response = client.request(method, path, headers=headers)
+        assert "API key" in problem(response, 401)
+        assert response.headers["www-authenticate"] == "Bearer"
+
+
+def test_keys_are_kept_as_hashes_and_forgotten_at_once(keyed: tuple[TestClient, str, str], tmp_path: Path) -> None:
+    client, ann, bob = keyed
+    assert ann not in (tmp_path / "keys.json").read_text()
+    assert (tmp_path / "keys.json").stat().st_mode & 0o077 == 0
+    remove_key(tmp_path / "keys.json", "ann")
+    problem(client.get("/v1/videos", headers=bearer(ann)), 401)
+    assert client.get("/v1/videos", headers=bearer(bob)).status_code == 200
+
+
+def test_limits_of_a_key(keyed: tuple[TestClient, str, str], tmp_path: Path) -> None:
+    client, ann, bob = keyed
+    assert [create(client, key=ann).status_code for _ in range(3)] == [200, 200, 429]
+    assert create(client, key=bob).status_code == 200
+    slow = add_key(tmp_path / "keys.json", "slow", requests_per_minute=3)
+    answers = [client.get("/v1/models", headers=bearer(slow)) for _ in range(4)]
+    assert [answer.status_code for answer in answers] == [200, 200, 200, 429]
+    assert 1 <= int(answers[-1].headers["retry-after"]) <= 20
+
+
+def test_a_full_queue(serve: Callable[..., TestClient], settings: ServiceSettings) -> None:
+    client = serve(replace(settings, limits=ServiceLimits(max_active_jobs=1)))
+    assert create(client).status_code == 200
+    refused = create(client)
+    assert "queue is full" in problem(refused, 429)
+    assert refused.headers["retry-after"] == "5"
+    assert len(list(queue_of(client).files.ids())) == 1
+
+
+def test_draining(settings: ServiceSettings, serve: Callable[..., TestClient]) -> None:
+    client = serve(settings)
+    video = create(client).json()
+    assert client.get("/readyz").status_code == 200
+    application: Any = client.app
+    application.state.service.draining.set()
+    assert client.get("/readyz").json() == {"status": "not ready", "reason": "stopping"}
+    assert client.get("/healthz").status_code == 200
+    problem(create(client), 503)
+    assert client.get(f"/v1/videos/{video['id']}").status_code == 200
+    assert client.get(f"/v1/videos/{video['id']}/events").text == ""
+
+
+def test_metrics(client: TestClient) -> None:
+    create(client)
+    client.get("/v1/videos/video_" + "1" * 32)
+    client.get("/no/such/place/" + "2" * 32)
+    text = client.get("/metrics").text
+    assert 'swifti2v_jobs{state="queued"} 1.0' in text
+    assert 'swifti2v_http_requests_total{method="POST",route="/v1/videos",status="200"} 1.0' in text
+    assert "1111" not in text
+    assert "2222" not in text
+
+
+def test_old_videos_are_removed_by_themselves(serve: Callable[..., TestClient], settings: ServiceSettings) -> None:
+    retention = replace(settings.retention, max_age_seconds=0.05)
+    client = serve(replace(settings, prune_seconds=0.02, retention=retention))
+    waiting = create(client).json()["id"]
+    queue_of(client).store.cancel(waiting)
+    wait_for(lambda: not list(queue_of(client).files.ids()))
+    problem(client.get(f"/v1/videos/{waiting}"), 404)
+
+
+def test_the_document_names_every_route(client: TestClient) -> None:
+    document = client.get("/openapi.json").json()
+    assert {"/v1/videos", "/v1/videos/{video_id}", "/v1/videos/{video_id}/content", "/v1/models"} <= set(
+        document["paths"]
+    )
+    assert "422" not in json.dumps(document)
+    assert set(document["paths"]["/v1/videos"]["post"]["requestBody"]["content"]) == {
+        "multipart/form-data",
+        "application/json",
+    }
+
+
+def test_states_of_jobs_are_states_of_videos(client: TestClient) -> None:
+    assert {schemas._status(state) for state in JobState} == {"queued", "in_progress", "completed", "failed"}
+
+
+def test_a_service_without_models_is_refused(settings: ServiceSettings) -> None:
+    with pytest.raises(ValueError, match="no model"):
+        create_app(replace(settings, models=()))
+    assert Size(64, 32) == settings.models[0].defaults.size

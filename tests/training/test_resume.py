@@ -1,0 +1,39 @@
+"""A run that is killed again and again, as a machine would kill it, ends as if nothing had happened."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+SCRIPT = Path(__file__).with_name("killed_runs.py")
+
+
+@pytest.mark.slow
+def test_killed_ten_times_the_losses_are_those_of_a_run_that_was_not(tmp_path) -> None:
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(SCRIPT), str(tmp_path), "5"]
+    subprocess.run(command, check=True, timeout=300, env=environment)  # noqa: S603 - our own script
+    killed_at = json.loads((tmp_path / "killed_at.json").read_text())
+    assert len(killed_at) == 10
+
+    def losses(name: str) -> dict[int, float]:
+        lines = [json.loads(line) for line in (tmp_path / name / "log.jsonl").read_text().splitlines()]
+        found = {line["step"]: line["loss"] for line in lines}
+        assert len(found) == len(lines) == 90
+        return found
+
+    assert losses("killed") == losses("whole")
+    whole, killed = (torch.load(tmp_path / name / "checkpoint.pt") for name in ("whole", "killed"))
+    assert all(torch.equal(killed["module"][name], tensor) for name, tensor in whole["module"].items())
+    pairs = zip(killed["average"]["shadow_params"], whole["average"]["shadow_params"], strict=True)
+    assert all(torch.equal(ours, theirs) for ours, theirs in pairs)
+    assert sorted(path.name for path in (tmp_path / "killed" / "checkpoints").iterdir()) == [
+        "step_000085.pt",
+        "step_000090.pt",
+    ]

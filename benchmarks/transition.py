@@ -4,7 +4,7 @@ Command: ``python -m benchmarks.transition --model mini --clips DIR --frames 33 
 Clips: the held-back ones of ``DIR/INDEX.csv``, cropped at the centre. For each clip, at Stage I's size:
 
 - reduced: the clip itself, what a Stage II without stage-transition is trained on;
-- transition SIGMA: the clip noised to SIGMA and denoised again by Stage I (`swifti2v.training.transition`);
+- transition SIGMA: the clip noised to SIGMA and denoised again by Stage I (`swifti2v.training.refiner.transition`);
 - Stage I: its own video of the clip's first frame and caption, what Stage II meets at inference.
 
 Spectrum: power of luma over rings of equal spatial frequency (Hann window), in decibels, mean over the frames 1.. and
@@ -30,8 +30,8 @@ from benchmarks.results import add_result_arguments, markdown_table, mean, numbe
 from swifti2v.evaluation.metrics import psnr
 from swifti2v.geometry import Size
 from swifti2v.pipelines.two_stage import TwoStagePipeline
-from swifti2v.training.encoding import resized
-from swifti2v.training.transition import lightly_denoised
+from swifti2v.training.refiner.encoding import resized
+from swifti2v.training.refiner.transition import lightly_denoised
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

@@ -8,9 +8,9 @@ import pytest
 
 from swifti2v.config import load_yaml
 from swifti2v.errors import ConfigurationError
-from swifti2v.training.low_res_run import LowResCacheRun, LowResLoraRun
-from swifti2v.training.mini import StageOneRun, StageTwoRun
-from swifti2v.training.refiner import DistillationRun, RefinerRun, TransitionRun
+from swifti2v.training.embedded.recipes import StageOneRun, StageTwoRun
+from swifti2v.training.low_res.run import LowResCacheRun, LowResLoraRun
+from swifti2v.training.refiner.run import DistillationRun, RefinerRun, TransitionRun
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 KINDS = {

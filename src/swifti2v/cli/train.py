@@ -37,7 +37,7 @@ app = typer.Typer(help="Train both stages by their recipes.", no_args_is_help=Tr
 @app.command("low-res-cache")
 def low_res_cache(recipe: RecipeArgument, *, data: VideosOption, output: OutputOption) -> None:
     """Encode videos at Stage I's size, for its Low-Res LoRA."""
-    from swifti2v.training.low_res_run import LowResCacheRun, build_low_res_cache
+    from swifti2v.training.low_res.run import LowResCacheRun, build_low_res_cache
 
     _encode(build_low_res_cache, load_yaml(LowResCacheRun, recipe), data, output)
 
@@ -55,7 +55,7 @@ def stage_one(
     _check_one_source(cache, data, "train low-res-cache")
     with _training() as on_step:
         if data is not None:
-            from swifti2v.training.mini import StageOneRun, train_stage_one
+            from swifti2v.training.embedded.recipes import StageOneRun, train_stage_one
 
             run = load_yaml(StageOneRun, recipe)
             train_stage_one(run, index=data, output=output, initial=initial, on_step=on_step)
@@ -66,7 +66,7 @@ def stage_one(
 @app.command()
 def transition(recipe: RecipeArgument, *, data: VideosOption, output: OutputOption) -> None:
     """Make what Stage II learns from: clips, and references that Stage I has lightly denoised (stage-transition)."""
-    from swifti2v.training.refiner import TransitionRun, build_references
+    from swifti2v.training.refiner.run import TransitionRun, build_references
 
     _encode(build_references, load_yaml(TransitionRun, recipe), data, output)
 
@@ -84,12 +84,12 @@ def stage_two(
     _check_one_source(cache, data, "train transition")
     with _training() as on_step:
         if data is not None:
-            from swifti2v.training.mini import StageTwoRun, train_stage_two
+            from swifti2v.training.embedded.recipes import StageTwoRun, train_stage_two
 
             run = load_yaml(StageTwoRun, recipe)
             train_stage_two(run, index=data, output=output, initial=initial, on_step=on_step)
         elif cache is not None:
-            from swifti2v.training.refiner import RefinerRun, train_refiner
+            from swifti2v.training.refiner.run import RefinerRun, train_refiner
 
             refiner = _from_checkpoint(load_yaml(RefinerRun, recipe), initial)
             _tell(train_refiner(refiner, cache=cache, output=output, on_step=on_step))
@@ -98,7 +98,7 @@ def stage_two(
 @app.command()
 def distill(recipe: RecipeArgument, *, cache: CacheOption, output: OutputOption, initial: InitialOption = None) -> None:
     """Bring Stage II to few steps without guidance: the student follows its teacher's trajectory."""
-    from swifti2v.training.refiner import DistillationRun, distill_refiner
+    from swifti2v.training.refiner.run import DistillationRun, distill_refiner
 
     run = _from_checkpoint(load_yaml(DistillationRun, recipe), initial)
     with _training() as on_step:
@@ -109,7 +109,7 @@ def distill(recipe: RecipeArgument, *, cache: CacheOption, output: OutputOption,
 @app.command()
 def export(run: Annotated[Path, typer.Argument(help="Folder of a run.")], *, output: OutputOption) -> None:
     """Put the trained parts of the embedded model together as a checkpoint folder."""
-    from swifti2v.training.mini import export_mini
+    from swifti2v.training.embedded.recipes import export_mini
 
     export_mini(run, output)
 
@@ -138,8 +138,8 @@ def _train_low_res_lora(
     recipe: Path, cache: Path, output: Path, initial: str | None, on_step: Callable[[Any], None] | None
 ) -> None:
     from swifti2v.data.latent_cache import LatentCache
-    from swifti2v.training.distributed import joined_processes
-    from swifti2v.training.low_res_run import LowResLoraRun, train_low_res_lora
+    from swifti2v.training.engine.distributed import joined_processes
+    from swifti2v.training.low_res.run import LowResLoraRun, train_low_res_lora
 
     run = _from_checkpoint(load_yaml(LowResLoraRun, recipe), initial)
     with joined_processes() as processes:

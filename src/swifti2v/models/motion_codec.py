@@ -63,7 +63,7 @@ class MotionCodec(ModelMixin, ConfigMixin):
     """Motion-compensated codec with the face of `AutoencoderKLWan`: `encode`, `decode`, `config.z_dim`, ...
 
     Channels of a latent: 8 of motion (x, y of frames 1..4 of the latent frame; zero in latent frame 0), then the
-    transform's. Made by `training/codec.py`.
+    transform's. Made by `training/embedded/codec.py`.
 
     Args:
         image_channels: components kept of the blocks of frame 0.

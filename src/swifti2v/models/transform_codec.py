@@ -139,7 +139,7 @@ class BlockTransform(nn.Module):
 class BlockTransformCodec(ModelMixin, ConfigMixin):
     """The codec of Stage II in `mini`; a `StreamingCodec` (`models/vae.py`).
 
-    Latents are coefficients over `scale`, float32. Made by `training/codec.py`.
+    Latents are coefficients over `scale`, float32. Made by `training/embedded/codec.py`.
 
     Args:
         band_channels: see `BlockTransform`; (80, 43, 37, 32) keeps 192 of 768 numbers, 46.9 dB on clips not seen.

@@ -1,0 +1,1 @@
+"""The embedded model `mini`: its recipes, codecs and objectives."""

@@ -1,0 +1,188 @@
+"""Stage II of `mini`: refine a segment of the hybrid reference, seeing image and finished neighbours (CSG).
+
+Each step draws segments at random places of random clips, cut to a spatial crop: targets are noised, context is the
+truth with a little noise (exposure bias), the loss is on the targets only.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from swifti2v.models.condition import predict_targets
+from swifti2v.models.transform_codec import BLOCK_NUMBERS, TEMPORAL, BlockTransformCodec
+from swifti2v.models.transformer import StageTwoTransformer
+from swifti2v.training.embedded.codec import BandStatistics
+from swifti2v.training.engine.loop import Prefetcher
+from swifti2v.training.refiner.windows import WindowOptions, context_slots, with_finished
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from swifti2v.segments import Segment
+    from swifti2v.training.embedded.reference_pairs import ReferencePair
+
+
+NUMBERS_OF_A_CELL = BLOCK_NUMBERS * TEMPORAL
+ERROR_FLOOR = 1e-5
+"""50 dB, where a sample is as good as its codec: below it the logarithm would count for ever more."""
+
+
+@dataclass(frozen=True)
+class StageTwoRecipe:
+    """Everything that decides what Stage II of `mini` becomes, but for the data.
+
+    Args:
+        num_channels: latent channels of the block transform, of 768.
+        width, num_layers, ffn_width, local_detail_width: of the transformer; heads are 128 wide.
+        patch: latent cells per token side (8 pixels each).
+        crops: spatial crops in latent cells (height, width), multiples of `patch`.
+        pure_noise_share: share of samples at sigma 1, where a one-step sampler works.
+        context_noise: largest standard deviation of the noise on finished context.
+    """
+
+    num_channels: int = 192
+    width: int = 256
+    num_layers: int = 2
+    ffn_width: int = 448
+    local_detail_width: int = 256
+    text_width: int = 96
+    patch: int = 4
+    segment_size: int = 3
+    batch_size: int = 6
+    crops: tuple[tuple[int, int], ...] = ((32, 32), (24, 44), (44, 24))
+    pure_noise_share: float = 0.7
+    context_noise: float = 0.05
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class SegmentBatch:
+    """Samples of one segment shape: reference and truth of the window [B,C,W,h,w]."""
+
+    segment: Segment
+    truth: Tensor
+    reference: Tensor
+
+
+def fit_block_codec(chunks: Sequence[Tensor], *, num_channels: int) -> BlockTransformCodec:
+    """Fit the codec on pixel chunks [1,3,f,H,W]; a channel's scale is the root of its deviation.
+
+    Between no normalisation (fine detail drowned in noise at once) and whitening (detail that cannot be predicted
+    weighs as much as the picture).
+    """
+    statistics = BandStatistics()
+    statistics.add(chunks)
+    codec = BlockTransformCodec(statistics.best_band_channels(num_channels))
+    codec.transform, deviation = statistics.fit(codec.transform.band_channels)
+    codec.scale.copy_(deviation.sqrt())
+    return codec
+
+
+def make_stage_two_transformer(recipe: StageTwoRecipe) -> StageTwoTransformer:
+    """Build Stage II's transformer at the recipe's size; its output starts at zero: the reference as it is."""
+    torch.manual_seed(recipe.seed)
+    transformer = StageTwoTransformer(
+        patch_size=(1, recipe.patch, recipe.patch),
+        num_attention_heads=recipe.width // 128,
+        attention_head_dim=128,
+        in_channels=2 * recipe.num_channels,
+        out_channels=recipe.num_channels,
+        reference_channels=recipe.num_channels,
+        prediction_type="residual",
+        text_dim=recipe.text_width,
+        freq_dim=256,
+        ffn_dim=recipe.ffn_width,
+        num_layers=recipe.num_layers,
+        local_detail_width=recipe.local_detail_width,
+        cross_attn_norm=True,
+        qk_norm="rms_norm_across_heads",
+        rope_max_seq_len=1024,
+    )
+    nn.init.zeros_(transformer.proj_out.weight)
+    nn.init.zeros_(transformer.proj_out.bias)
+    return transformer
+
+
+class StageTwoObjective:
+    """Restore the targets of random segments; the `Objective` of Stage II."""
+
+    def __init__(
+        self,
+        recipe: StageTwoRecipe,
+        *,
+        codec: BlockTransformCodec,
+        transformer: StageTwoTransformer,
+        pairs: Sequence[ReferencePair],
+    ) -> None:
+        self.recipe = recipe
+        self.module: nn.Module = transformer
+        self._transformer = transformer
+        self._pairs = pairs
+        self._windows = WindowOptions(segment_size=recipe.segment_size)
+        # The transform is orthonormal: with this weight, squared errors of latents are those of pixels.
+        self._weight = codec.scale.square().view(1, -1, 1, 1, 1) * (codec.num_channels / NUMBERS_OF_A_CELL)
+        self._batches = Prefetcher(self._batch)
+
+    def loss(self, step: int) -> tuple[Tensor, dict[str, float]]:
+        """PSNR loss of the targets: the log of a sample's squared error, so that every clip counts for its decibels.
+
+        The numbers are decibels in pixels: of the reference as it is, and what the network adds at sigma 1.
+        """
+        generator = torch.Generator().manual_seed(self.recipe.seed * 1_000_003 + step)
+        batch = self._batches.take(step)
+        places = batch.segment.target_slice
+        truth, reference = batch.truth[:, :, places], batch.reference[:, :, places]
+        size = len(truth)
+        sigma = torch.rand(size, generator=generator)
+        sigma[torch.rand(size, generator=generator) < self.recipe.pure_noise_share] = 1.0
+        level = sigma.view(-1, 1, 1, 1, 1)
+        noisy = (1 - level) * truth + level * torch.randn(truth.shape, generator=generator)
+        predicted = predict_targets(
+            self._transformer,
+            segment=batch.segment,
+            slots=context_slots(
+                batch.truth,
+                batch.reference,
+                batch.segment,
+                noise_deviation=self.recipe.context_noise,
+                generator=generator,
+            ),
+            reference=batch.reference,
+            targets=noisy,
+            sigma=sigma,
+            prompt_embeds=torch.zeros(size, 1, self.recipe.text_width),
+        )
+        error, unrefined = (self._log_error(each, truth) for each in (predicted, reference))
+        pure = sigma == 1
+        gained = float((unrefined - error.detach())[pure].mean()) if pure.any() else 0.0
+        return error.mean(), {"reference_decibels": -float(unrefined.mean()), "gained": gained}
+
+    def _log_error(self, latents: Tensor, truth: Tensor) -> Tensor:
+        """Return the mean squared error in pixels of each sample in decibels, peak 2: [B]."""
+        squared = ((latents - truth).square() * self._weight).mean(dim=(1, 2, 3, 4)) / 4
+        return 10 * torch.log10(squared + ERROR_FLOOR)
+
+    def _batch(self, step: int) -> SegmentBatch:
+        rng = np.random.default_rng([self.recipe.seed, step])
+        segment = self._windows.draw(rng, self._pairs[0].truth.shape[1])
+        crop = self.recipe.crops[int(rng.integers(len(self.recipe.crops)))]
+        samples = [self._crop(segment, crop, rng) for _ in range(self.recipe.batch_size)]
+        truth, reference = (torch.stack(part) for part in zip(*samples, strict=True))
+        return SegmentBatch(segment, truth, with_finished(reference, truth, segment))
+
+    def _crop(self, segment: Segment, crop: tuple[int, int], rng: np.random.Generator) -> tuple[Tensor, Tensor]:
+        """Cut one sample [C,W,h,w] out of a clip that is large enough."""
+        while True:
+            pair = self._pairs[int(rng.integers(len(self._pairs)))]
+            height, width = pair.truth.shape[2:]
+            if height >= crop[0] and width >= crop[1]:
+                break
+        top, left = int(rng.integers(height - crop[0] + 1)), int(rng.integers(width - crop[1] + 1))
+        frames = list(segment.window)
+        window = (slice(None), frames, slice(top, top + crop[0]), slice(left, left + crop[1]))
+        return pair.truth[window].float(), pair.reference[window].float()

@@ -1,0 +1,397 @@
+"""The loop that every recipe shares: steps, EMA, log, atomic checkpoints, exact resume, one process or many.
+
+The data and noise of a batch depend on (seed, number of the batch) only, so a run that is killed and started again
+continues with the same losses: the checkpoint holds the weights, their average, the optimiser and the step, and nothing
+else has a state. Batches are numbered through over steps, parts of a step (gradient accumulation) and processes; so
+two processes do what one does that accumulates two batches.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections import Counter
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
+
+import torch
+from diffusers.training_utils import EMAModel
+from torch.distributed.tensor import DTensor
+
+from swifti2v.errors import CheckpointError, ConfigurationError, TrainingError
+from swifti2v.training.engine.checkpoints import CHECKPOINT_NAME, CheckpointFolder
+from swifti2v.training.engine.distributed import Processes, Sharding, whole
+from swifti2v.training.engine.failures import InputRecorder, save_failure
+from swifti2v.training.engine.interruption import interruption_as_request
+from swifti2v.training.engine.observers import NumbersLog, Tracker, open_logs
+from swifti2v.training.engine.throughput import AMOUNTS, peak_tflop_per_second, rates
+from swifti2v.training.engine.trained_state import (
+    load_own_state,
+    own_state,
+    placed_average,
+    placed_optimizer,
+    trained_parameters,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Mapping
+
+    from torch import Tensor, nn
+
+__all__ = ["CHECKPOINT_NAME", "LoopOptions", "Objective", "Prefetcher", "StepReport", "TrainingLoop"]
+
+Batch = TypeVar("Batch")
+
+MAX_SKIPPED_STEPS = 10
+"""Steps in a row whose gradient may overflow before the run is given up."""
+
+
+@dataclass(frozen=True)
+class LoopOptions:
+    """How long, how fast and on how many processes to train.
+
+    Args:
+        num_steps: optimiser steps of the whole run.
+        learning_rate: peak; linear warm-up over `warmup_steps`, cosine to `final_rate_share` of it at the end.
+        betas: of AdamW.
+        gradient_clip: largest norm of the gradient.
+        gradient_accumulation: batches per process and step.
+        ema_decay: of the averaged weights, which are the result.
+        checkpoint_every: steps between checkpoints; the newest `keep_last` and every `keep_every`-th step are kept.
+        validate_every: steps between validations; 0: none.
+        bfloat16: multiply matrices in bfloat16 with float32 master weights, where the device has units for that (on a
+            CPU: AMX; elsewhere it would be a hundred times slower, and float32 is used).
+        sharding: of the weights over several processes; see `swifti2v.training.engine.distributed`.
+        trackers: where the numbers go besides ``log.jsonl`` and TensorBoard.
+        max_seconds: stop (with a checkpoint) after this much wall time; the schedule still counts `num_steps`.
+        seed: of what networks draw themselves (dropout); data and noise have the seed of the objective.
+    """
+
+    num_steps: int
+    learning_rate: float = 1e-3
+    weight_decay: float = 0.01
+    betas: tuple[float, float] = (0.9, 0.98)
+    warmup_steps: int = 100
+    final_rate_share: float = 0.05
+    gradient_clip: float = 1.0
+    gradient_accumulation: int = 1
+    ema_decay: float = 0.998
+    checkpoint_every: int = 200
+    keep_last: int = 1
+    keep_every: int = 0
+    validate_every: int = 0
+    log_every: int = 20
+    max_seconds: float = math.inf
+    bfloat16: bool = True
+    sharding: Sharding = "shard"
+    trackers: tuple[Tracker, ...] = ()
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("gradient_accumulation", "checkpoint_every", "keep_last", "log_every"):
+            if getattr(self, name) < 1:
+                msg = f"{name} is {getattr(self, name)}; it must be at least 1"
+                raise ConfigurationError(msg)
+
+
+class Objective(Protocol):
+    """What a recipe trains: a module holding every trained weight, and the loss of a batch."""
+
+    module: nn.Module
+
+    def loss(self, step: int) -> tuple[Tensor, dict[str, float]]:
+        """Return the loss to minimise and numbers for the log; a function of the weights and `step` only.
+
+        `step` is the number of the batch: that of the step in one process without accumulation. Numbers named
+        "samples", "tokens" and "tflop" are amounts of work (`throughput.AMOUNTS`); others are averaged.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """A finished step: its number from 1, of how many, its numbers in this process, and how long it took."""
+
+    step: int
+    num_steps: int
+    numbers: Mapping[str, float]
+    seconds: float
+
+
+class Prefetcher(Generic[Batch]):
+    """Make the next batch in a thread while this one trains; a batch depends on its number only."""
+
+    def __init__(self, make: Callable[[int], Batch]) -> None:
+        self._make = make
+        self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="batches")
+        self._pending: dict[int, Future[Batch]] = {}
+        self._last: int | None = None
+
+    def take(self, step: int) -> Batch:
+        """Return the batch of `step` and begin the next, as far on as this one is from the last."""
+        stride = step - self._last if self._last is not None and step > self._last else 1
+        self._last = step
+        current = self._pending.pop(step, None)
+        self._pending = {step + stride: self._executor.submit(self._make, step + stride)}
+        return current.result() if current is not None else self._make(step)
+
+
+class TrainingLoop:
+    """Run an objective; see the module for what makes a resumed run equal.
+
+    Args:
+        objective: its module is moved to the device of `processes` and spread over them.
+        directory: of the run, the same for all processes.
+        processes: of `joined_processes`; by default this one alone, on the CPU.
+    """
+
+    def __init__(
+        self, objective: Objective, directory: Path, options: LoopOptions, *, processes: Processes | None = None
+    ) -> None:
+        self.objective = objective
+        self.directory = directory
+        self.options = options
+        self.step = 0
+        self.processes = processes or Processes()
+        self.processes.distribute(objective.module, options.sharding)
+        self._inputs = InputRecorder(objective.module)
+        self._parameters = trained_parameters(objective.module)
+        self._optimizer = torch.optim.AdamW(
+            self._parameters, lr=options.learning_rate, weight_decay=options.weight_decay, betas=options.betas
+        )
+        self._average = EMAModel(self._parameters, decay=options.ema_decay)
+        self._checkpoints = CheckpointFolder(directory, options.keep_last, options.keep_every)
+        self._window: Counter[str] = Counter()
+        self._skipped_in_a_row = 0
+        self._stopping = False
+        device = self.processes.device.type
+        self._autocast = options.bfloat16 and (device != "cpu" or torch.cpu._is_amx_tile_supported())
+
+    def run(
+        self,
+        *,
+        on_step: Callable[[StepReport], None] | None = None,
+        on_validation: Callable[[int], Mapping[str, float]] | None = None,
+        on_checkpoint: Callable[[int], None] | None = None,
+    ) -> None:
+        """Train from the last checkpoint in `directory`, or from the start, to the end.
+
+        Args:
+            on_step: called after every step.
+            on_validation: called every `validate_every` steps with the averaged weights in place; its numbers are
+                logged as ``validation/NAME``.
+            on_checkpoint: called after every checkpoint with the averaged weights in place. These two are called in
+                every process, so that they can put sharded weights together.
+
+        Raises:
+            TrainingError: a loss, or too many gradients in a row, are not finite; processes see different checkpoints.
+            KeyboardInterrupt: Ctrl-C or SIGTERM; a checkpoint has been written.
+            CheckpointError: the checkpoint in `directory` is damaged or of another network.
+            OutputError: a checkpoint cannot be written.
+        """
+        self.directory.mkdir(parents=True, exist_ok=True)
+        self._resume()
+        interrupted = False
+        logs = self._open_logs()
+        try:
+            with interruption_as_request(self.stop):
+                self._steps(logs, on_step, on_validation, on_checkpoint)
+                interrupted = self._stopping and self.step < self.options.num_steps
+        finally:
+            for log in logs:
+                log.close()
+        if interrupted:
+            msg = f"stopped after step {self.step}; start it again to go on"
+            raise KeyboardInterrupt(msg)
+
+    def stop(self) -> None:
+        """Ask the run to stop after the step that is under way, with a checkpoint; from a callback or a thread."""
+        self._stopping = True
+
+    def learning_rate_at(self, step: int) -> float:
+        """Learning rate of optimiser step `step` (from 0)."""
+        options = self.options
+        if step < options.warmup_steps:
+            return options.learning_rate * (step + 1) / options.warmup_steps
+        progress = min(1.0, (step - options.warmup_steps) / max(1, options.num_steps - options.warmup_steps))
+        floor = options.final_rate_share
+        return options.learning_rate * (floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * progress)))
+
+    def _steps(
+        self,
+        logs: list[NumbersLog],
+        on_step: Callable[[StepReport], None] | None,
+        on_validation: Callable[[int], Mapping[str, float]] | None,
+        on_checkpoint: Callable[[int], None] | None,
+    ) -> None:
+        options, started, saved_step = self.options, time.monotonic(), None
+        while self.step < options.num_steps and not self._should_stop(started):
+            report = self._timed_step()
+            if on_step is not None:
+                on_step(report)
+            if self.step % options.log_every == 0:
+                self._log(logs, started)
+            if on_validation is not None and options.validate_every and self.step % options.validate_every == 0:
+                self._validate(logs, on_validation)
+            if self.step % options.checkpoint_every == 0:
+                self._checkpoint(on_checkpoint)
+                saved_step = self.step
+        if saved_step != self.step:
+            self._checkpoint(on_checkpoint)
+
+    def _should_stop(self, started: float) -> bool:
+        self._stopping = self.processes.any(self._stopping)
+        return self._stopping or self.processes.any(time.monotonic() - started >= self.options.max_seconds)
+
+    def _timed_step(self) -> StepReport:
+        started = time.monotonic()
+        numbers = self._train_step()
+        seconds = time.monotonic() - started
+        self._window.update(numbers)
+        self._window.update({"step_seconds": seconds, "steps": 1})
+        return StepReport(self.step, self.options.num_steps, numbers, seconds)
+
+    def _train_step(self) -> dict[str, float]:
+        for group in self._optimizer.param_groups:
+            group["lr"] = self.learning_rate_at(self.step)
+        self._optimizer.zero_grad(set_to_none=True)
+        numbers: Counter[str] = Counter()
+        parts = self.options.gradient_accumulation
+        for part in range(parts):
+            found = self._backward(part)
+            numbers.update({name: value if name in AMOUNTS else value / parts for name, value in found.items()})
+        norm = torch.nn.utils.clip_grad_norm_(self._parameters, self.options.gradient_clip)
+        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+        # bfloat16 can overflow in one gradient of thousands of steps; that step is left out and counted.
+        usable = bool(torch.isfinite(norm))
+        if usable:
+            self._optimizer.step()
+            self._average.step(self._parameters)
+        self._count_skipped(usable)
+        self.step += 1
+        return dict(numbers) | {"gradient_norm": float(norm) if usable else 0.0, "skipped": float(not usable)}
+
+    def _backward(self, part: int) -> dict[str, float]:
+        """Add the gradient of one batch; return its numbers."""
+        processes, parts = self.processes, self.options.gradient_accumulation
+        draw = (self.step * parts + part) * processes.count + processes.rank
+        torch.manual_seed(self.options.seed * 1_000_003 + draw)
+        # A weight is used once in a pass: cached casts would save nothing, and keep what sharding frees.
+        with torch.autocast(processes.device.type, torch.bfloat16, enabled=self._autocast, cache_enabled=False):
+            loss, numbers = self.objective.loss(draw)
+        value = float(loss.detach())
+        if processes.any(not math.isfinite(value)):
+            self._give_up(draw, value)
+        (loss / parts).backward()  # type: ignore[no-untyped-call]
+        return {"loss": value} | numbers
+
+    def _give_up(self, draw: int, value: float) -> None:
+        if math.isfinite(value):
+            msg = f"the loss of step {self.step} is not finite in another process; its message names the batch"
+            raise TrainingError(msg)
+        path = self.directory / f"failed_step_{self.step:06d}_rank_{self.processes.rank}.pt"
+        save_failure(path, step=self.step, draw=draw, seed=self.options.seed, loss=value, inputs=self._inputs.inputs)
+        msg = f"the loss of step {self.step} is {value}; its batch is in {path}: look at it, or lower the learning rate"
+        raise TrainingError(msg)
+
+    def _count_skipped(self, usable: bool) -> None:
+        self._skipped_in_a_row = 0 if usable else self._skipped_in_a_row + 1
+        if self._skipped_in_a_row >= MAX_SKIPPED_STEPS:
+            msg = (
+                f"the gradients of {MAX_SKIPPED_STEPS} steps up to {self.step} are not finite; "
+                "lower the learning rate or set bfloat16: false"
+            )
+            raise TrainingError(msg)
+
+    def _log(self, logs: list[NumbersLog], started: float) -> None:
+        window = self.processes.gather(dict(self._window))
+        self._window.clear()
+        steps, seconds = window[0].pop("steps"), window[0].pop("step_seconds")
+        totals: Counter[str] = Counter()
+        for numbers in window:
+            totals.update({name: value for name, value in numbers.items() if name in window[0]})
+        amounts = {name: totals.pop(name) for name in AMOUNTS if name in totals}
+        means = {name: value / steps / len(window) for name, value in totals.items()}
+        peak = peak_tflop_per_second(self.processes.device)
+        speed = rates(amounts, seconds=seconds, peak=peak * len(window) if peak else None)
+        rate = {"learning_rate": self.learning_rate_at(self.step - 1), "seconds": time.monotonic() - started}
+        for log in logs:
+            log.write(self.step, means | rate | speed)
+
+    def _validate(self, logs: list[NumbersLog], on_validation: Callable[[int], Mapping[str, float]]) -> None:
+        with self._averaged():
+            found = dict(on_validation(self.step))
+        everyone = self.processes.gather(found)
+        for log in logs:
+            log.write(
+                self.step,
+                {f"validation/{name}": sum(each[name] for each in everyone) / len(everyone) for name in found},
+            )
+
+    @contextmanager
+    def _averaged(self) -> Iterator[None]:
+        """Put the averaged weights in place of the trained ones for a while."""
+        self._swap()
+        try:
+            yield
+        finally:
+            self._swap()
+
+    @torch.no_grad()
+    def _swap(self) -> None:
+        # One tensor at a time, so that no third copy of the weights is needed.
+        for parameter, average in zip(self._parameters, self._average.shadow_params, strict=True):
+            kept = parameter.detach().clone()
+            parameter.copy_(average)
+            average.copy_(kept)
+
+    def _open_logs(self) -> list[NumbersLog]:
+        if not self.processes.is_main:
+            return []
+        return open_logs(self.directory, self.options.trackers, resumed_step=self.step)
+
+    def _checkpoint(self, on_checkpoint: Callable[[int], None] | None) -> None:
+        keep = self.processes.is_main
+        state = {
+            "step": self.step,
+            "module": whole(own_state(self.objective.module), keep=keep),
+            "average": whole(self._average.state_dict(), keep=keep),
+            "optimizer": whole(self._optimizer.state_dict(), keep=keep),
+            "window": self.processes.gather(dict(self._window)),
+        }
+        if keep:
+            self._checkpoints.save(state)
+        self.processes.wait()  # nobody goes on, and perhaps resumes, before the file is there
+        if on_checkpoint is not None:
+            with self._averaged():
+                on_checkpoint(self.step)
+
+    def _resume(self) -> None:
+        state = self._checkpoints.load()
+        steps = self.processes.gather(0 if state is None else state["step"])
+        if len(set(steps)) > 1:
+            msg = f"the processes would go on from the steps {steps}; give all of them the same folder"
+            raise TrainingError(msg)
+        if state is None:
+            return
+        try:
+            self._load(state)
+        except (KeyError, ValueError, RuntimeError, TypeError) as error:
+            msg = (
+                f"{self._checkpoints.newest} is of another network or recipe ({str(error).splitlines()[0]}); "
+                "resume with the recipe that wrote it, or train in a new folder"
+            )
+            raise CheckpointError(msg) from error
+
+    def _load(self, state: dict[str, Any]) -> None:
+        load_own_state(self.objective.module, state["module"])
+        average = placed_average(state["average"], self._parameters)
+        self._average.load_state_dict(average | {"decay": self.options.ema_decay})
+        settings = {"weight_decay": self.options.weight_decay, "betas": self.options.betas}
+        self._optimizer.load_state_dict(placed_optimizer(state["optimizer"], self._parameters, settings=settings))
+        windows = state.get("window", [])
+        self._window = Counter(windows[self.processes.rank] if len(windows) == self.processes.count else {})
+        self.step = state["step"]

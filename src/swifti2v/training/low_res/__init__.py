@@ -1,0 +1,1 @@
+"""The Low-Res LoRA of Stage I."""

@@ -1,0 +1,1 @@
+"""Stage II of any checkpoint: stage-transition, segment flow matching, distillation."""

@@ -1,0 +1,289 @@
+"""Stage II's objective: the loss is flow matching on the targets, and context is truth, reference or own output."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+from peft import LoraConfig
+from torch import Tensor
+
+from swifti2v.errors import ConfigurationError, LatentCacheError
+from swifti2v.models.transformer import StageTwoTransformer
+from swifti2v.sampling.schedules import shifted_sigmas
+from swifti2v.training.refiner.distillation import DistillationObjective, DistillationOptions
+from swifti2v.training.refiner.segment_flow import (
+    SegmentFlowObjective,
+    SegmentFlowOptions,
+    WindowSource,
+    noise_like,
+    predicted,
+    sample_targets,
+)
+from swifti2v.training.refiner.windows import WindowOptions
+
+if TYPE_CHECKING:
+    from diffusers import WanTransformer3DModel
+
+CHANNELS, FRAMES, SIDE = 48, 5, 4
+EXACT = SegmentFlowOptions(context_noise=0.0, prompt_dropped_share=0.0)
+
+
+@dataclass(frozen=True)
+class Sample:
+    name: str
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+
+
+def make_sample(seed: int) -> Sample:
+    generator = torch.Generator().manual_seed(seed)
+    latents = torch.randn(CHANNELS, FRAMES, SIDE, SIDE, generator=generator)
+    tensors = {
+        "latents": latents,
+        "prompt_embeds": torch.randn(7, 32, generator=generator),
+        "reference.0": latents + 0.3 * torch.randn(latents.shape, generator=generator),
+    }
+    return Sample(f"clip {seed}", tensors)
+
+
+class Steps:
+    """Two samples a step."""
+
+    def batch_of(self, step: int) -> list[int]:
+        return [step % 3, (step + 1) % 3]
+
+
+@pytest.fixture
+def samples() -> list[Sample]:
+    return [make_sample(seed) for seed in range(3)]
+
+
+@pytest.fixture
+def transformer(tiny_wan_dit: Callable[..., WanTransformer3DModel]) -> StageTwoTransformer:
+    network = StageTwoTransformer.from_wan(tiny_wan_dit(), reference_channels=CHANNELS)
+    with torch.no_grad():
+        network.patch_embedding.weight[:, CHANNELS:].normal_(std=0.05, generator=torch.Generator().manual_seed(1))
+    return network
+
+
+def objective(
+    transformer: StageTwoTransformer, samples: list[Sample], options: SegmentFlowOptions = EXACT
+) -> SegmentFlowObjective:
+    return SegmentFlowObjective(transformer, samples=samples, batches=Steps(), options=options)
+
+
+def loss_of(of: Any, step: int) -> float:
+    return float(of.loss(step)[0].detach())
+
+
+def train(of: Any, steps: int, learning_rate: float = 3e-3) -> list[float]:
+    optimizer = torch.optim.Adam([p for p in of.module.parameters() if p.requires_grad], lr=learning_rate)
+    losses = []
+    for step in range(steps):
+        loss, _ = of.loss(step)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(float(loss.detach()))
+    return losses
+
+
+def test_loss_is_that_of_the_velocity(transformer: StageTwoTransformer, samples: list[Sample]) -> None:
+    """Recomputed from the network's own output: the mean of |v - (noise - x0)|^2 over the targets."""
+    options = replace(EXACT, pure_noise_share=1.0, windows=WindowOptions(before_share=1.0, after_share=1.0))
+    of = objective(transformer, samples, options)
+    source = WindowSource(transformer, samples=samples, batches=Steps(), options=options)
+    generator = source.generator(4)
+    batch = source.batch(4, generator)
+    torch.rand(2, generator=generator), torch.rand(2, generator=generator)  # levels, and which of them are 1
+    noise = noise_like(batch.targets, generator)
+    slots = batch.slots.clone()
+    slots[:, :, batch.segment.target_slice] = noise
+    timestep = torch.zeros(2, len(batch.segment.window))
+    timestep[:, batch.segment.target_slice] = 1000.0
+    velocity = transformer(
+        torch.cat([slots, batch.reference], dim=1),
+        timestep,
+        batch.prompt_embeds,
+        frame_positions=torch.tensor(batch.segment.window),
+        frame_kinds=torch.tensor(batch.segment.kinds),
+    ).sample[:, :, batch.segment.target_slice]
+    expected = (velocity - (noise - batch.targets)).square().mean()
+    assert loss_of(of, 4) == pytest.approx(float(expected.detach()), rel=1e-5)
+
+
+def test_loss_is_a_function_of_the_step(transformer: StageTwoTransformer, samples: list[Sample]) -> None:
+    of = objective(transformer, samples, replace(EXACT, own_context_share=0.5))
+    losses = [loss_of(of, step) for step in (5, 6, 5)]
+    assert losses[0] == losses[2] != losses[1]
+
+
+def test_training_lowers_the_loss(transformer: StageTwoTransformer, samples: list[Sample]) -> None:
+    losses = train(objective(transformer, samples), 60, 1e-2)
+    assert sum(losses[-10:]) < 0.8 * sum(losses[:10])
+
+
+def test_only_the_adapter_is_trained(transformer: StageTwoTransformer, samples: list[Sample]) -> None:
+    transformer.requires_grad_(requires_grad=False)
+    transformer.add_adapter(LoraConfig(r=4, lora_alpha=4, target_modules=["to_q", "to_v", "ffn.net.2"]))
+    before = {name: weight.detach().clone() for name, weight in transformer.named_parameters()}
+    train(objective(transformer, samples), 2)
+    changed = {name for name, weight in transformer.named_parameters() if not torch.equal(weight, before[name])}
+    assert changed
+    assert all("lora_" in name for name in changed)
+
+
+def test_own_context_is_what_the_network_makes(transformer: StageTwoTransformer, samples: list[Sample]) -> None:
+    windows = WindowOptions(segment_size=1, before_share=1.0, after_share=0.0)
+    options = replace(EXACT, windows=windows, own_context_share=1.0)
+    source = WindowSource(transformer, samples=samples, batches=Steps(), options=options)
+    batch = source.batch(0, source.generator(0))
+    assert len(batch.segment.before) == 1
+    assert torch.equal(batch.slots[:, :, 0], batch.truth[:, :, 0])  # the anchor
+    assert not torch.allclose(batch.slots[:, :, 1], batch.truth[:, :, 1], atol=0.1)
+    assert torch.equal(batch.slots[:, :, 1], batch.reference[:, :, 1])  # written back, as at inference
+    assert not batch.slots.requires_grad
+    with torch.no_grad():  # other weights, another context
+        transformer.proj_out.weight.mul_(2)
+    assert not torch.equal(source.batch(0, source.generator(0)).slots[:, :, 1], batch.slots[:, :, 1])
+
+
+def test_processes_make_their_own_context_together(transformer: StageTwoTransformer, samples: list[Sample]) -> None:
+    """A sharded network's forward is a meeting of all processes: each must run as many."""
+    calls = []
+    transformer.register_forward_hook(lambda *_: calls.append(1))
+    options = replace(EXACT, own_context_share=0.5)
+    source = WindowSource(transformer, samples=samples, batches=Steps(), options=options, num_processes=2)
+    counts = []
+    for draw in range(24):
+        calls.clear()
+        source.batch(draw, source.generator(draw))
+        counts.append(len(calls))
+    assert counts[::2] == counts[1::2]
+    assert set(counts) == {0, 1}
+
+
+def test_reference_is_left_out_below_its_level(transformer: StageTwoTransformer, samples: list[Sample]) -> None:
+    """With weights that only look at the reference, leaving it out changes the loss, and only at low noise."""
+    always = objective(transformer, samples)
+    late = objective(transformer, samples, replace(EXACT, keep_reference_above=1.0))
+    assert any(loss_of(always, step) != loss_of(late, step) for step in range(6))
+    pure = replace(EXACT, pure_noise_share=1.0)
+    kept = objective(transformer, samples, replace(pure, keep_reference_above=1.0))
+    whole = objective(transformer, samples, pure)
+    assert all(loss_of(kept, step) == loss_of(whole, step) for step in range(6))
+
+
+def test_cache_without_references(transformer: StageTwoTransformer, samples: list[Sample]) -> None:
+    bare = [Sample(s.name, {k: v for k, v in s.tensors.items() if not k.startswith("reference")}) for s in samples]
+    with pytest.raises(LatentCacheError, match=r"'clip 0'.*holds latents, prompt_embeds, but not reference.0"):
+        objective(transformer, bare).loss(0)
+
+
+@pytest.mark.parametrize("options", [{"pure_noise_share": 2.0}, {"flow_shift": 0.0}, {"own_context_steps": 0}])
+def test_options_out_of_range(options: dict[str, float]) -> None:
+    with pytest.raises(ConfigurationError, match=r"within 0..1|at least 1"):
+        SegmentFlowOptions(**options)
+
+
+class TestDistillation:
+    options = DistillationOptions(num_student_steps=2, teacher_steps_per_step=4, flow=EXACT)
+
+    def make(
+        self,
+        transformer: StageTwoTransformer,
+        tiny_wan_dit: Callable[..., WanTransformer3DModel],
+        samples: list[Sample],
+        options: DistillationOptions | None = None,
+    ) -> DistillationObjective:
+        teacher = StageTwoTransformer.from_wan(tiny_wan_dit(), reference_channels=CHANNELS)
+        teacher.load_state_dict(transformer.state_dict())
+        with torch.no_grad():  # a field that bends: with plain random weights few steps lead as far as many
+            for network in (teacher, transformer):
+                network.proj_out.weight.mul_(6)
+        chosen = options or self.options
+        return DistillationObjective(transformer, teacher, samples=samples, batches=Steps(), options=chosen)
+
+    def gap(self, of: DistillationObjective, samples: list[Sample]) -> float:
+        """Mean squared distance of the student's two steps from the teacher's eight, on windows not trained on."""
+        source = WindowSource(of.module, samples=samples, batches=Steps(), options=self.options.flow)
+        gaps = []
+        for step in range(1000, 1006):
+            batch = source.batch(step, source.generator(step))
+            few, many = (
+                sample_targets(network, batch, sigmas=sigmas, generator=torch.Generator().manual_seed(step))
+                for network, sigmas in (
+                    (of.module, shifted_sigmas(2, shift=self.options.flow.flow_shift)),
+                    (of._teacher, self.options.teacher_sigmas),
+                )
+            )
+            gaps.append(float((few - many).square().mean()))
+        return sum(gaps) / len(gaps)
+
+    def test_students_levels_are_the_teachers(self) -> None:
+        student = shifted_sigmas(2, shift=self.options.flow.flow_shift)
+        assert self.options.teacher_sigmas[::4] == pytest.approx(student)
+
+    def test_prediction_leads_where_the_teacher_goes(
+        self,
+        transformer: StageTwoTransformer,
+        tiny_wan_dit: Callable[..., WanTransformer3DModel],
+        samples: list[Sample],
+    ) -> None:
+        """One Euler step along the target ends where the teacher's four end, computed here by the velocity form."""
+        of = self.make(transformer, tiny_wan_dit, samples)
+        source = WindowSource(transformer, samples=samples, batches=Steps(), options=EXACT)
+        generator = source.generator(0)
+        batch = source.batch(0, generator)
+        start = noise_like(batch.targets, generator)
+        sigmas = self.options.teacher_sigmas[:5]
+        wanted = of.teacher_prediction(batch, start, sigmas)
+        current = start
+        with torch.no_grad():
+            for sigma, following in pairwise(sigmas):
+                velocity = (current - predicted(of._teacher, batch, current, sigma)) / sigma
+                current = current + (following - sigma) * velocity
+        led = start + (sigmas[-1] - sigmas[0]) * (start - wanted) / sigmas[0]
+        assert torch.allclose(led, current, atol=1e-4)
+
+    @pytest.mark.slow
+    def test_student_comes_nearer_to_the_teacher(
+        self,
+        transformer: StageTwoTransformer,
+        tiny_wan_dit: Callable[..., WanTransformer3DModel],
+        samples: list[Sample],
+    ) -> None:
+        of = self.make(transformer, tiny_wan_dit, samples)
+        before = self.gap(of, samples)
+        train(of, 120, 1e-3)
+        assert self.gap(of, samples) < 0.5 * before
+
+    def test_teacher_is_not_trained(
+        self,
+        transformer: StageTwoTransformer,
+        tiny_wan_dit: Callable[..., WanTransformer3DModel],
+        samples: list[Sample],
+    ) -> None:
+        of = self.make(transformer, tiny_wan_dit, samples)
+        before = {name: weight.clone() for name, weight in of._teacher.state_dict().items()}
+        train(of, 2)
+        assert all(torch.equal(weight, before[name]) for name, weight in of._teacher.state_dict().items())
+
+    def test_guidance_moves_the_target(
+        self,
+        transformer: StageTwoTransformer,
+        tiny_wan_dit: Callable[..., WanTransformer3DModel],
+        samples: list[Sample],
+    ) -> None:
+        of = self.make(transformer, tiny_wan_dit, samples)
+        guided = self.make(transformer, tiny_wan_dit, samples, replace(self.options, guidance_scale=3.0))
+        assert loss_of(of, 0) != loss_of(guided, 0)
+
+    @pytest.mark.parametrize("options", [{"num_student_steps": 0}, {"guidance_scale": 0.5}])
+    def test_options_out_of_range(self, options: dict[str, float]) -> None:
+        with pytest.raises(ConfigurationError, match="at least 1"):
+            DistillationOptions(**options)

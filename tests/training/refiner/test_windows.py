@@ -1,0 +1,80 @@
+"""Random windows: always those of a plan that inference could run, every kind of them, and what context is made of."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from swifti2v.errors import ConfigurationError, InvalidInputError
+from swifti2v.segments import FrameKind, Segment
+from swifti2v.training.refiner.windows import WindowOptions, context_slots, with_finished
+
+SEGMENT = Segment(index=0, targets=range(3, 5), before=range(2, 3), after=range(5, 6))
+SHAPE = (2, 3, 5, 4, 4)
+
+
+@given(st.integers(0, 2**31), st.integers(2, 41), st.integers(1, 6))
+def test_windows_lie_within_the_clip(seed: int, length: int, size: int) -> None:
+    segment = WindowOptions(segment_size=size).draw(np.random.default_rng(seed), length)
+    assert 1 <= len(segment.targets) <= size
+    assert segment.targets.start >= 1
+    assert segment.window[-1] < length
+    assert list(segment.window) == sorted(set(segment.window))
+    assert segment.window[0] == 0
+
+
+@given(st.integers(0, 2**31), st.integers(3, 21), st.integers(1, 4))
+def test_a_finished_neighbour_can_be_asked_for(seed: int, length: int, size: int) -> None:
+    options = WindowOptions(segment_size=size, before_share=0.0)
+    segment = options.draw(np.random.default_rng(seed), length, needs_before=True)
+    assert len(segment.before) == 1
+    assert segment.window[-1] < length
+
+
+@pytest.mark.parametrize(("length", "needs_before"), [(1, False), (2, True)])
+def test_clip_that_is_too_short(length: int, needs_before: bool) -> None:
+    with pytest.raises(InvalidInputError, match="use longer clips"):
+        WindowOptions().draw(np.random.default_rng(0), length, needs_before=needs_before)
+
+
+def test_every_kind_of_window_is_met_as_often_as_asked() -> None:
+    rng = np.random.default_rng(0)
+    options = WindowOptions(segment_size=3, full_share=0.6, before_share=0.75, after_share=0.3)
+    drawn = [options.draw(rng, 200) for _ in range(4000)]
+    shares = {
+        "full": np.mean([len(segment.targets) == 3 for segment in drawn]),
+        "before": np.mean([len(segment.before) == 1 for segment in drawn]),
+        "after": np.mean([len(segment.after) == 1 for segment in drawn]),
+    }
+    assert shares == pytest.approx({"full": 0.6, "before": 0.75, "after": 0.3}, abs=0.04)
+
+
+@pytest.mark.parametrize("options", [{"segment_size": 0}, {"full_share": 1.5}, {"after_share": -0.1}])
+def test_options_out_of_range(options: dict[str, float]) -> None:
+    with pytest.raises(ConfigurationError, match=r"within 0..1|at least 1"):
+        WindowOptions(**options)
+
+
+def test_what_is_finished_is_written_back() -> None:
+    truth, reference = torch.ones(SHAPE), torch.zeros(SHAPE)
+    written = with_finished(reference, truth, SEGMENT)
+    assert written.mean(dim=(0, 1, 3, 4)).tolist() == [1, 1, 0, 0, 0]  # anchor, finished, two targets, unrefined
+    assert not reference.any()
+
+
+def test_slots_hold_truth_noise_and_reference() -> None:
+    truth, reference = torch.full(SHAPE, 5.0), torch.zeros(SHAPE)
+    slots = context_slots(truth, reference, SEGMENT, noise_deviation=0.5, generator=torch.Generator().manual_seed(0))
+    for place, kind in enumerate(SEGMENT.kinds):
+        frame = slots[:, :, place]
+        if kind is FrameKind.UNREFINED:
+            assert torch.equal(frame, reference[:, :, place])
+        elif kind is FrameKind.FINISHED:
+            assert 0 < float((frame - 5).abs().mean()) < 0.5
+        else:
+            assert torch.equal(frame, truth[:, :, place])
+    exact = context_slots(truth, reference, SEGMENT, noise_deviation=0.0, generator=torch.Generator())
+    assert torch.equal(exact[:, :, :4], truth[:, :, :4])

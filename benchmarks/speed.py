@@ -92,6 +92,33 @@ def stage_two_forward(repeats: int) -> Ratio:
         )
 
 
+def kept_text(repeats: int) -> Ratio:
+    """Compare a five-frame forward that knows its text, 512 tokens, with one that reads it, with equal output."""
+    import torch
+
+    from swifti2v.models.transformer import StageTwoTransformer
+
+    torch.manual_seed(0)
+    network = StageTwoTransformer(in_channels=96, reference_channels=48, out_channels=48, **TINY).eval()
+    latents, text = torch.randn(1, 96, 5, ROWS, COLUMNS), torch.randn(1, 512, 64)
+    timestep = torch.tensor([[0.0, 0.0, 500.0, 500.0, 500.0]])
+
+    def forward() -> torch.Tensor:
+        sample: torch.Tensor = network(latents, timestep, text).sample
+        return sample
+
+    with torch.no_grad():
+        expected = forward()
+        other = best_seconds(forward, repeats=repeats)
+        with network.text_kept():
+            forward()
+            if not torch.equal(forward(), expected):
+                msg = "a kept text changes the output"
+                raise AssertionError(msg)
+            ours = best_seconds(forward, repeats=repeats)
+    return Ratio("Stage II forward with its text kept, 512 tokens, against reading it", other, ours, goal=1.0)
+
+
 def segments_against_full_sequence(num_latent_frames: int, goal: float, *, repeats: int) -> Ratio:
     """Compare one step over all segments with one step over the whole clip, with one tiny transformer."""
     import torch
@@ -229,6 +256,7 @@ def main() -> None:
     ratios = []
     for measure in (
         lambda: stage_two_forward(arguments.repeats),
+        lambda: kept_text(arguments.repeats),
         lambda: segments_against_full_sequence(41, 2.0, repeats=max(2, arguments.repeats // 2)),
         lambda: segments_against_full_sequence(arguments.longest, 6.0, repeats=1),
         lambda: streaming_decode(arguments.repeats),

@@ -27,7 +27,7 @@ from benchmarks.fidelity import known_clip
 from swifti2v.geometry import Size
 from swifti2v.pipelines.loading import load_parts
 from swifti2v.pipelines.options import GenerationOptions, GenerationSettings
-from swifti2v.training.refiner_network import NetworkOptions, load_network, save_network
+from swifti2v.training.refiner.network import NetworkOptions, load_network, save_network
 
 RESULTS = {
     "one": {"full": {"psnr": 30.0, "seam_detail": 1.0}, "less": {"psnr": 29.0, "seam_detail": 1.1}},

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
@@ -14,7 +15,14 @@ from swifti2v.memory.budget import WAN22, RunSettings, weight_bytes
 from swifti2v.memory.codec_cost import WAN22_VAE
 from swifti2v.memory.devices import DEVICES, device_rates
 from swifti2v.memory.lean_cost import lean_decode_bytes, lean_encode_bytes
-from swifti2v.memory.plan import CONTEXT_BYTES, MemoryPlan, parse_bytes, plan_memory, tighter_budget
+from swifti2v.memory.plan import (
+    CONTEXT_BYTES,
+    STORED_DTYPES,
+    MemoryPlan,
+    parse_bytes,
+    plan_memory,
+    tighter_budget,
+)
 from swifti2v.memory.ways import GIB, GRIDS, tile_size
 
 TWO_K = Size(2560, 1408)
@@ -39,18 +47,87 @@ def test_every_named_budget_has_a_plan_that_fits(gib: int) -> None:
     assert plan.seconds < 1.5 * planned(None).seconds
 
 
-@given(st.floats(5.5, 120), st.floats(5.5, 120), st.sampled_from(sorted(DEVICES)), st.sampled_from([None, 70, 110]))
-@settings(max_examples=40, deadline=None)
-def test_more_memory_is_never_slower_and_no_plan_exceeds_its_budget(
-    one: float, other: float, gpu: str, host_gib: int | None
+Outcome = MemoryPlan | MemoryBudgetError
+
+
+def outcome(gib: float, *, host_gib: float | None, gpu: str) -> Outcome:
+    try:
+        return planned(gib, host_gib=host_gib, gpu=gpu)
+    except MemoryBudgetError as refusal:
+        return refusal
+
+
+def rank(plan: MemoryPlan) -> tuple[int, float]:
+    """Exactness of the weights first, then time: less is better."""
+    return STORED_DTYPES.index(plan.weight_dtype), round(plan.seconds, 6)
+
+
+HOSTS = st.one_of(st.none(), st.floats(38, 130))
+
+
+@given(st.floats(4, 120), st.floats(4, 120), st.sampled_from(sorted(DEVICES)), HOSTS)
+@settings(max_examples=60, deadline=None)
+def test_more_device_memory_is_never_worse_and_a_refusal_names_what_fits(
+    one: float, other: float, gpu: str, host_gib: float | None
 ) -> None:
     less, more = sorted((one, other))
-    tight, wide = planned(less, host_gib=host_gib, gpu=gpu), planned(more, host_gib=host_gib, gpu=gpu)
-    assert tight.peak_bytes <= less * GIB
-    assert wide.peak_bytes <= more * GIB
-    assert wide.seconds <= tight.seconds + 1e-9
-    if host_gib is not None:
-        assert max(tight.host_bytes, wide.host_bytes) <= host_gib * GIB
+    tight, wide = (outcome(gib, host_gib=host_gib, gpu=gpu) for gib in (less, more))
+    for gib, found in ((less, tight), (more, wide)):
+        if isinstance(found, MemoryBudgetError):
+            assert_named_budgets_fit(found, gib, host_gib, gpu)
+            continue
+        assert found.peak_bytes <= gib * GIB
+        assert host_gib is None or found.host_bytes <= host_gib * GIB
+    if isinstance(tight, MemoryPlan):
+        assert isinstance(wide, MemoryPlan)
+        assert rank(wide) <= rank(tight)
+
+
+def assert_named_budgets_fit(refusal: MemoryBudgetError, gib: float, host_gib: float | None, gpu: str) -> None:
+    device = re.search(r"needs ([\d.]+) GiB at the least", str(refusal))
+    host = re.search(r"([\d.]+) GiB of host memory would do", str(refusal))
+    weights = re.search(r"the weights take [\d.]+ GiB .*; allow ([\d.]+) GiB$", str(refusal))
+    assert device or host or weights
+    if weights:  # nothing is said of the device before the host has room
+        assert float(weights[1]) > (host_gib or 0)
+        assert planned(120, host_gib=float(weights[1]), gpu=gpu).weight_dtype == "float8"
+    if device:
+        assert float(device[1]) > gib
+        assert planned(float(device[1]), host_gib=host_gib, gpu=gpu).peak_bytes <= float(device[1]) * GIB
+    if host:
+        assert float(host[1]) > (host_gib or 0)
+        assert planned(gib, host_gib=float(host[1]), gpu=gpu).host_bytes <= float(host[1]) * GIB
+
+
+@given(st.floats(5, 120), st.floats(38, 130), st.floats(38, 130))
+@settings(max_examples=40, deadline=None)
+def test_more_host_memory_is_never_worse(gib: float, one: float, other: float) -> None:
+    less, more = sorted((one, other))
+    tight, wide = (outcome(gib, host_gib=host, gpu="rtx4090") for host in (less, more))
+    if isinstance(tight, MemoryPlan):
+        assert isinstance(wide, MemoryPlan)
+        assert rank(wide) <= rank(tight)
+
+
+def test_float8_is_taken_where_bfloat16_leaves_no_room_for_parked_features() -> None:
+    """The weights fit into 76 GiB in bfloat16, but on 8 GiB of the device nothing runs without parking 19 GiB."""
+    assert planned(24, host_gib=76).weight_dtype == "bfloat16"
+    tight = planned(8, host_gib=76)
+    assert tight.weight_dtype == "float8"
+    assert tight.codec.parks_features
+    assert "in bfloat16 no plan fits" in tight.given_up[0]
+
+
+def test_decoding_runs_beside_denoising_where_there_is_room() -> None:
+    assert planned(None).overlaps_decode
+    for gib in (8, 16, 24, 48):
+        plan = planned(gib)
+        alone = replace(plan, overlaps_decode=False)
+        extra = max(way.overlap_bytes for way in plan.ways)
+        assert extra > GIB
+        assert plan.overlaps_decode == (alone.peak_bytes + extra <= gib * GIB) or alone.ways[-1].peak_bytes < max(
+            way.peak_bytes for way in alone.ways
+        )
 
 
 @pytest.mark.parametrize("gib", [8, 24, 80])
@@ -63,7 +140,9 @@ def test_memory_is_flat_in_length_and_time_grows_with_it(gib: int) -> None:
 def test_unlimited_memory_keeps_every_weight_on_the_device_and_gives_nothing_up() -> None:
     plan = planned(None, gpu="h200")
     assert {way.placement for way in plan.ways} == {"resident"}
-    assert all(way.weight_bytes == weight_bytes(WAN22.num_parameters, "bfloat16") for way in plan.ways)
+    assert all(
+        way.weight_bytes == pytest.approx(weight_bytes(WAN22.num_parameters, "bfloat16"), abs=4) for way in plan.ways
+    )
     assert plan.given_up == ()
     assert (plan.codec.columns, plan.codec.rows, plan.codec.parks_features) == (1, 1, False)
 
@@ -81,11 +160,15 @@ def test_a_budget_that_cannot_be_met_names_one_that_can() -> None:
     with pytest.raises(MemoryBudgetError, match=r"no plan fits into 2\.0 GiB") as caught:
         planned(2)
     needed = float(re.search(r"needs ([\d.]+) GiB", str(caught.value))[1])  # type: ignore[index]
-    assert planned(needed + 0.06).peak_bytes <= (needed + 0.06) * GIB
+    assert planned(needed).peak_bytes <= needed * GIB
     with pytest.raises(MemoryBudgetError):
         planned(needed - 0.1)
-    with pytest.raises(MemoryBudgetError, match=r"host memory in float8, and 8\.0 GiB are allowed"):
+    with pytest.raises(MemoryBudgetError, match=r"host memory in float8, and 8\.0 GiB are allowed; allow") as caught:
         planned(24, host_gib=8)
+    enough = float(re.search(r"allow ([\d.]+) GiB$", str(caught.value))[1])  # type: ignore[index]
+    assert planned(24, host_gib=enough + 20).weight_dtype == "float8"
+    with pytest.raises(MemoryBudgetError, match="allow"):
+        planned(24, host_gib=enough - 0.1)
 
 
 def test_the_budget_after_an_overflow_leads_to_a_smaller_plan() -> None:

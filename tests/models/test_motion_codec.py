@@ -10,7 +10,7 @@ from swifti2v.data.procedural import Motion, displacement, render
 from swifti2v.errors import ConfigurationError, InvalidInputError
 from swifti2v.geometry import Size
 from swifti2v.models.motion_codec import MOTION_CHANNELS, MotionCodec, warp
-from swifti2v.training.stage_one import fit_motion_codec
+from swifti2v.training.embedded.stage_one import fit_motion_codec
 
 SIZE = Size(96, 64)
 

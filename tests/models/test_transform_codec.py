@@ -8,7 +8,7 @@ import torch
 from swifti2v.errors import InvalidInputError
 from swifti2v.models.transform_codec import BlockTransformCodec, from_bands, temporal_dct, to_bands
 from swifti2v.models.vae import StreamingCodec, open_codec
-from swifti2v.training.stage_two import fit_block_codec
+from swifti2v.training.embedded.stage_two import fit_block_codec
 
 
 def smooth_video(frames: int = 9, height: int = 32, width: int = 48, seed: int = 0) -> torch.Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import PIL.Image
@@ -11,15 +11,22 @@ import pytest
 import torch
 
 from swifti2v.errors import MemoryBudgetError
+from swifti2v.geometry import Size
 from swifti2v.memory import plan as plan_module
+from swifti2v.memory.placement import is_stored_narrow
+from swifti2v.models.tiling import Tiling
 from swifti2v.models.vae import WanStreamingCodec
-from swifti2v.pipelines.fitting import MemoryLimits, place, plan_for
+from swifti2v.pipelines.acceleration import transformers_of
+from swifti2v.pipelines.fitting import MemoryLimits, dimensions_of, place, plan_for
+from swifti2v.pipelines.options import GenerationOptions
+from swifti2v.pipelines.stage_two import StageTwo
 from swifti2v.pipelines.two_stage import TwoStagePipeline
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from swifti2v.memory.ways import Way
+    from swifti2v.memory.plan import MemoryPlan
+    from swifti2v.pipelines.loading import Parts
 
 LIMITLESS = MemoryLimits()
 
@@ -39,41 +46,126 @@ def frames_of(pipeline: TwoStagePipeline) -> torch.Tensor:
     return pipeline(image, "a wave").frames
 
 
-def least_bytes(checkpoint: Path) -> int:
-    pipeline = opened(checkpoint, LIMITLESS)
-    low, high = 1, plan_for(pipeline.parts, pipeline.defaults, LIMITLESS).peak_bytes
-    while high - low > 4096:
-        middle = (low + high) // 2
-        try:
-            high = plan_for(pipeline.parts, pipeline.defaults, MemoryLimits(middle)).peak_bytes
-        except MemoryBudgetError:
-            low = middle
-    return high
+SMALL = GenerationOptions(size=Size(288, 224), num_frames=9, segment_size=1, seed=5)
 
 
-def _untiled(ways: tuple[Way, ...]) -> tuple[Way, ...]:
-    return tuple(
-        replace(way, codec=replace(way.codec, columns=1, rows=1, parks_features=True)) if way.codec else way
-        for way in ways
-    )
+@dataclass
+class Exercised:
+    """What a run has done: tiles that were decoded, tensors that were parked, blocks that came to the device."""
+
+    tiles: int = 0
+    parked: int = 0
+    streamed: int = 0
 
 
-def test_a_tight_run_equals_a_run_without_limits(tiny_checkpoint: Path) -> None:
-    expected = frames_of(opened(tiny_checkpoint, None))
-    limits = MemoryLimits(least_bytes(tiny_checkpoint))
-    tight = opened(tiny_checkpoint, limits)
-    plan = plan_for(tight.parts, tight.defaults, limits)
+@pytest.fixture
+def exercised(monkeypatch: pytest.MonkeyPatch) -> Exercised:
+    from diffusers.hooks.group_offloading import ModuleGroup
+
+    from swifti2v.models import parked_features
+
+    counts = Exercised()
+
+    def counted(owner: Any, name: str, counter: str) -> None:
+        original = getattr(owner, name)
+
+        def call(*arguments: Any) -> Any:
+            setattr(counts, counter, getattr(counts, counter) + 1)
+            return original(*arguments)
+
+        monkeypatch.setattr(owner, name, call)
+
+    counted(WanStreamingCodec, "_decode_tile", "tiles")
+    counted(parked_features, "_on_host", "parked")
+    counted(ModuleGroup, "onload_", "streamed")
+    return counts
+
+
+def small_frames(parts: Parts) -> torch.Tensor:
+    image = PIL.Image.linear_gradient("L").convert("RGB").resize((288, 224))
+    return TwoStagePipeline(parts)(image, "a wave", options=SMALL).frames
+
+
+def plan_within(parts: Parts, device_bytes: int | None) -> MemoryPlan:
+    return plan_for(parts, parts.defaults.settled(SMALL), MemoryLimits(device_bytes))
+
+
+def largest_difference(one: torch.Tensor, other: torch.Tensor) -> int:
+    assert one.shape == other.shape
+    return int((one.int() - other.int()).abs().max())
+
+
+def budget_of(parts: Parts, *, tiles: int, parks: bool) -> int:
+    """Walk down the budgets until a plan cuts the frame so."""
+    plan = plan_within(parts, None)
+    while (plan.codec.columns * plan.codec.rows, plan.codec.parks_features) != (tiles, parks):
+        plan = plan_within(parts, plan.peak_bytes - 1)
+    return plan.peak_bytes
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("tiles", "parks"), [(1, True), (2, True), (4, True)], ids=["untiled", "2 tiles", "4 tiles"])
+def test_a_run_within_a_budget_equals_a_resident_run_of_the_same_tiles(
+    tiny_checkpoint: Path, exercised: Exercised, tiles: int, parks: bool
+) -> None:
+    """Everything that a plan changes but tiling leaves the frames as they are; the tiles are laid by hand here."""
+    whole = opened(tiny_checkpoint, None).parts
+    tight = opened(tiny_checkpoint, LIMITLESS).parts
+    budget = budget_of(tight, tiles=tiles, parks=parks)
+    plan = plan_within(tight, budget)
     assert "resident" not in {way.placement for way in plan.ways}
-    actual = frames_of(tight)
-    assert actual.shape == expected.shape
-    if plan.codec.columns * plan.codec.rows == 1:  # tiles change the picture, placement does not
-        assert int((actual.int() - expected.int()).abs().max()) <= 1
+    codec = WanStreamingCodec(whole.stage_two.codec.vae, tiling=Tiling(plan.codec.tile) if tiles > 1 else None)
+    two = StageTwo(whole.stage_two.transformer, codec, uses_prompt=whole.stage_two.uses_prompt)
+    expected = small_frames(replace(whole, stage_two=two, overlap="none"))
+    assert exercised.parked == exercised.streamed == 0
+    exercised.tiles = 0
+    actual = small_frames(replace(tight, memory=MemoryLimits(budget)))
+    assert exercised.tiles == tiles * 3  # one visit for the anchor, one for each segment
+    assert exercised.parked > 10 * tiles
+    assert largest_difference(actual, expected) <= 1
+    assert float(expected.float().std()) > 1
+
+
+@pytest.mark.slow
+def test_streamed_networks_of_both_stages_give_the_frames_of_resident_ones(
+    tiny_checkpoint: Path, exercised: Exercised
+) -> None:
+    expected = small_frames(replace(opened(tiny_checkpoint, None).parts, overlap="none"))
+    parts = opened(tiny_checkpoint, LIMITLESS).parts
+    plan = plan_within(parts, None)
     streamed = replace(plan, ways=tuple(replace(way, placement="streamed") for way in plan.ways))
-    parts, networks = place(opened(tiny_checkpoint, LIMITLESS).parts, replace(streamed, ways=_untiled(streamed.ways)))
-    assert int((frames_of(TwoStagePipeline(replace(parts, memory=None))).int() - expected.int()).abs().max()) <= 1
+    placed, networks = place(parts, streamed)
+    actual = small_frames(replace(placed, memory=None))
     networks.release()
-    roomy = frames_of(opened(tiny_checkpoint, LIMITLESS))
-    assert int((roomy.int() - expected.int()).abs().max()) <= 1
+    assert exercised.streamed > 30  # every layer of the text encoder, every block, in each of their passes
+    assert largest_difference(actual, expected) <= 1
+    before = exercised.streamed
+    assert largest_difference(small_frames(replace(parts, overlap="none")), expected) <= 1
+    assert exercised.streamed == before  # released
+
+
+@pytest.mark.slow
+def test_weights_are_stored_in_float8_where_the_host_has_no_room_and_the_video_stays(tiny_checkpoint: Path) -> None:
+    """By the loader, before any run; and by a run, where only its parked features leave no room."""
+    whole = opened(tiny_checkpoint, None).parts
+    expected = small_frames(replace(whole, overlap="none")).float()
+    dimensions = dimensions_of(whole)
+    too_little = dimensions.stored_bytes("float32") - 1
+    assert dimensions.stored_bytes("float8") < too_little
+    by_loader = opened(tiny_checkpoint, MemoryLimits(None, too_little)).parts
+    budget = budget_of(whole, tiles=2, parks=True)
+    by_run = opened(tiny_checkpoint, MemoryLimits(budget, plan_within(whole, budget).host_bytes - 1)).parts
+    networks = (*transformers_of(by_loader), by_loader.stage_one.pipeline.text_encoder)
+    assert [is_stored_narrow(network) for network in networks] == [True] * 4
+    assert not is_stored_narrow(by_run.stage_two.transformer)
+    for parts in (by_loader, by_run):
+        assert plan_for(parts, parts.defaults.settled(SMALL), parts.memory or LIMITLESS).weight_dtype == "float8"
+        frames = small_frames(parts).float()
+        assert is_stored_narrow(parts.stage_two.transformer)
+        assert parts.stage_two.transformer.dtype == torch.float32  # the dtype of the work
+        assert not torch.equal(frames, expected)
+        error = float((frames - expected).square().mean())
+        assert error < 0.05 * float(expected.var())
 
 
 def test_an_overflow_goes_on_with_a_tighter_plan_and_keeps_finished_segments(
@@ -127,3 +219,14 @@ def test_limits_are_read_from_words() -> None:
     assert MemoryLimits.parse("24GiB", "64GiB") == MemoryLimits(24 * 2**30, 64 * 2**30)
     if not torch.cuda.is_available():
         assert MemoryLimits.parse("auto") == LIMITLESS
+
+
+def test_decoding_runs_beside_denoising_where_the_plan_has_room(tiny_checkpoint: Path) -> None:
+    parts = opened(tiny_checkpoint, LIMITLESS).parts
+    roomy = plan_within(parts, None)
+    tight = plan_within(parts, roomy.peak_bytes - 1)
+    assert tight.peak_bytes < roomy.peak_bytes
+    for plan, asked, expected in ((roomy, "decode", "decode"), (tight, "decode", "write"), (roomy, "none", "none")):
+        placed, networks = place(replace(parts, overlap=asked), plan)
+        networks.release()
+        assert placed.overlap == expected

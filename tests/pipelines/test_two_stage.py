@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import threading
 import weakref
 from dataclasses import replace
 from pathlib import Path
@@ -17,12 +18,14 @@ from swifti2v.errors import GenerationCancelled, InvalidInputError, OutputError,
 from swifti2v.geometry import Size
 from swifti2v.media.images import fit_image, image_to_tensor
 from swifti2v.media.video_reader import VideoReader
+from swifti2v.pipelines.ahead import THREAD_NAME
 from swifti2v.pipelines.options import GenerationOptions
 from swifti2v.pipelines.two_stage import TwoStagePipeline
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
+    from swifti2v.pipelines.loading import Overlap
     from swifti2v.pipelines.two_stage import FinishedFrames, GenerationRequest, Progress
 
 OPTIONS = GenerationOptions(
@@ -138,7 +141,43 @@ def test_segments_come_out_as_they_finish(pipe: TwoStagePipeline, request_of: Ca
     with stage_two_calls(pipe) as calls:
         pieces = pipe.stream(request_of())
         made = [calls.count for _ in pieces]
-    assert made == [0, 2, 4, 6]  # two steps a segment, the image before any
+    for segments_done, steps in enumerate(made):  # two steps a segment, the image before any
+        assert 2 * segments_done <= steps <= 2 * (segments_done + 1)  # one segment is made ahead, and no more
+    assert made[1] < made[-1] == 6
+
+
+def test_frames_are_equal_whatever_runs_beside_what(
+    pipe: TwoStagePipeline, request_of: Callable[..., GenerationRequest], uninterrupted: Any
+) -> None:
+    for overlap in ("decode", "write", "none"):
+        other = TwoStagePipeline(replace(pipe.parts, overlap=overlap))
+        assert torch.equal(frames_of(other.stream(request_of())), uninterrupted[0])
+
+
+@pytest.mark.parametrize("overlap", ["decode", "write"])
+def test_no_thread_outlives_a_run_that_is_left(
+    pipe: TwoStagePipeline, request_of: Callable[..., GenerationRequest], overlap: Overlap
+) -> None:
+    other = TwoStagePipeline(replace(pipe.parts, overlap=overlap))
+    pieces = other.stream(request_of())
+    next(pieces)
+    pieces.close()
+    with pytest.raises(RuntimeError, match="stopped at"):
+        frames_of(other.stream(request_of(), on_progress=stop_at("stage_two", 2, RuntimeError)))
+    assert THREAD_NAME not in {thread.name for thread in threading.enumerate()}
+
+
+def test_an_error_of_the_network_reaches_the_caller(
+    pipe: TwoStagePipeline, request_of: Callable[..., GenerationRequest], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_arguments: Any, **_options: Any) -> None:
+        raise torch.OutOfMemoryError("full")
+
+    monkeypatch.setattr(pipe.parts.stage_two.transformer, "forward", full)
+    pieces = pipe.stream(request_of())
+    assert len(next(pieces).frames) == 1  # the image needs no network
+    with pytest.raises(torch.OutOfMemoryError, match="full"):
+        next(pieces)
 
 
 def test_every_step_is_reported(pipe: TwoStagePipeline, request_of: Callable[..., GenerationRequest]) -> None:
@@ -274,7 +313,8 @@ def test_frames_that_are_held_do_not_grow_with_length(
     short, long = most_of(13), most_of(37)
     assert len(alive) > 3 * 9
     assert short > 0
-    assert long <= short
+    # Two threads do not meet at the same line every time. Six latent frames more would be eighteen things.
+    assert long <= short + 2
 
 
 # ------------------------------------------------------------------------------------------------ resuming
@@ -297,11 +337,12 @@ def test_a_stopped_run_continues_to_the_same_bytes(
 ) -> None:
     with pytest.raises(error, match="stopped at"):
         pipe(image, "pan left", options=OPTIONS, work_dir=tmp_path, on_progress=stop_at(phase, done, error))
-    assert len(segments(tmp_path)) == kept
+    found = len(segments(tmp_path))  # the segment made ahead may be finished too
+    assert found == kept == 0 if phase == "stage_one" else kept <= found <= kept + 1
     with stage_one_calls(pipe) as first, stage_two_calls(pipe) as second:
         video = pipe(image, "pan left", options=OPTIONS, work_dir=tmp_path)
     assert first.count == (2 if phase == "stage_one" else 0)  # two windows of one step
-    assert second.count == 2 * (3 - kept)
+    assert second.count == 2 * (3 - found)
     assert torch.equal(video.frames, uninterrupted[0])
     assert segments(tmp_path) == uninterrupted[1]
 

@@ -14,8 +14,9 @@ from starlette.testclient import TestClient
 from swifti2v.geometry import Size
 from swifti2v.pipelines.options import GenerationSettings
 from swifti2v.serving.application import create_app
+from swifti2v.serving.decoding import PictureDecoder
 from swifti2v.serving.keys import add_key
-from swifti2v.serving.settings import ServedModel, ServiceSettings
+from swifti2v.serving.settings import ServedModel, ServiceLimits, ServiceSettings
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -39,13 +40,31 @@ def settings(tmp_path: Path) -> ServiceSettings:
     return ServiceSettings(data=tmp_path / "data", models=models, poll_seconds=0.01)
 
 
+class SharedDecoder(PictureDecoder):
+    """Outlives the services that use it: to start its processes anew for every test would take most of the time."""
+
+    def close(self) -> None:
+        """Do nothing yet."""
+
+    def end(self) -> None:
+        super().close()
+
+
+@pytest.fixture(scope="session")
+def decoder_of_all() -> Iterator[SharedDecoder]:
+    limits = ServiceLimits()
+    decoder = SharedDecoder(max_pixels=limits.max_image_pixels, seconds=limits.decode_seconds)
+    yield decoder
+    decoder.end()
+
+
 @pytest.fixture
-def serve() -> Iterator[Callable[[ServiceSettings], TestClient]]:
+def serve(decoder_of_all: SharedDecoder) -> Iterator[Callable[[ServiceSettings], TestClient]]:
     """Start services, and end them with the test."""
     clients = []
 
     def start(settings: ServiceSettings) -> TestClient:
-        client = TestClient(create_app(settings), base_url="http://service")
+        client = TestClient(create_app(settings, decoder=decoder_of_all), base_url="http://service")
         clients.append(client.__enter__())
         return clients[-1]
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import io
 import os
+import resource
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -33,7 +35,8 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),
 ]
 
-START_SECONDS = 120
+START_SECONDS = 300  # of patience, which matters on a busy machine only
+WAIT_SECONDS = 240
 SHORT = {"size": "64x32", "num_frames": 9}
 LONG = {"size": "160x96", "num_frames": 81, "num_inference_steps": 4}
 
@@ -56,7 +59,7 @@ class RunningService:
         reference = ("a.png", picture_bytes((64, 32)), "image/png")
         return self.client.videos.create(prompt="pan left", input_reference=reference, extra_body=extra)
 
-    def wait(self, video_id: str, *, seconds: float = 120) -> Any:
+    def wait(self, video_id: str, *, seconds: float = 300) -> Any:
         wait_for(lambda: self.client.videos.retrieve(video_id).status in ("completed", "failed"), seconds=seconds)
         return self.client.videos.retrieve(video_id)
 
@@ -148,9 +151,9 @@ def test_a_deleted_video_frees_its_worker(
     """The next job begins within a step of the deletion; a step is timed on the job that is deleted."""
     store = JobQueue.open(service.data).store
     long = service.create(**(LONG | {"num_inference_steps": 50}))
-    wait_for(lambda: store.get(long.id).progress.segment >= 2, seconds=60)
+    wait_for(lambda: store.get(long.id).progress.segment >= 2, seconds=WAIT_SECONDS)
     segment, since = store.get(long.id).progress.segment, time.time()
-    wait_for(lambda: store.get(long.id).progress.segment >= segment + 2, seconds=60)
+    wait_for(lambda: store.get(long.id).progress.segment >= segment + 2, seconds=WAIT_SECONDS)
     step_seconds = (time.time() - since) / (2 * 50)
     waiting = service.create(**SHORT)
     assert service.client.videos.retrieve(waiting.id).status == "queued"
@@ -163,7 +166,7 @@ def test_a_deleted_video_frees_its_worker(
     record_property("delete_milliseconds", round(1000 * (answered - asked), 1))
     record_property("free_milliseconds_after_request", round(1000 * (started - asked), 1))
     record_property("free_milliseconds_after_answer", round(1000 * (started - answered), 1))
-    assert started - asked < 1.0
+    assert started - asked < 1.0 + 2 * step_seconds
     store.database.close()
 
 
@@ -173,7 +176,7 @@ def test_the_video_can_be_watched_before_half_of_the_time(
     """The bytes that have come are a playable video long before the last ones."""
     store = JobQueue.open(service.data).store
     video = service.create(**LONG)
-    wait_for(lambda: service.client.videos.retrieve(video.id).status != "queued")
+    wait_for(lambda: service.client.videos.retrieve(video.id).status != "queued", seconds=WAIT_SECONDS)
     arrivals: list[tuple[float, bytes]] = []
     headers = {"Authorization": f"Bearer {service.key}"}
     with httpx2.stream("GET", f"{service.url}/v1/videos/{video.id}/content", headers=headers, timeout=120) as response:
@@ -200,7 +203,7 @@ def test_the_video_can_be_watched_before_half_of_the_time(
 
 def test_a_growing_video_that_is_deleted_ends_the_connection_short(service: RunningService) -> None:
     video = service.create(**(LONG | {"num_inference_steps": 50}))
-    wait_for(lambda: service.client.videos.retrieve(video.id).status != "queued")
+    wait_for(lambda: service.client.videos.retrieve(video.id).status != "queued", seconds=WAIT_SECONDS)
     threading.Timer(0.5, lambda: service.client.videos.delete(video.id)).start()
     headers = {"Authorization": f"Bearer {service.key}"}
     with (
@@ -210,27 +213,37 @@ def test_a_growing_video_that_is_deleted_ends_the_connection_short(service: Runn
         response.read()
 
 
-def test_many_idle_connections_do_no_harm(service: RunningService) -> None:
-    import socket
+def resident_bytes(process_id: int) -> int:
+    with open(f"/proc/{process_id}/statm", encoding="ascii") as file:  # noqa: PTH123 - no file of a disk
+        return int(file.read().split()[1]) * resource.getpagesize()
 
+
+def test_a_thousand_idle_connections_do_no_harm(
+    service: RunningService, record_property: Callable[[str, object], None]
+) -> None:
+    """They cost little memory while they are there, and others are served beside them."""
     port = int(service.url.rsplit(":", 1)[1])
+    before = resident_bytes(service.process.pid)
     idle = []
     try:
-        for _ in range(300):
+        for _ in range(1000):
             idle.append(socket.create_connection(("127.0.0.1", port)))
             idle[-1].send(b"POST /v1/videos HTTP/1.1\r\n")
         assert service.alive()
         assert service.client.videos.list(limit=1).data
+        grown = resident_bytes(service.process.pid) - before
     finally:
         for connection in idle:
             connection.close()
+    record_property("megabytes_of_1000_connections", round(grown / 1e6, 1))
+    assert grown < 100e6
 
 
 def test_sigterm_drains(service: RunningService, tmp_path: Path) -> None:
     """The job at work goes back to the queue, and both processes end in good order. (The last test of the module.)"""
     video = service.create(**(LONG | {"num_inference_steps": 50}))
     store = JobQueue.open(service.data).store
-    wait_for(lambda: store.get(video.id).progress.segment >= 2, seconds=60)
+    wait_for(lambda: store.get(video.id).progress.segment >= 2, seconds=WAIT_SECONDS)
     service.process.send_signal(signal.SIGTERM)
     assert service.process.wait(60) in (0, -signal.SIGTERM)
     job = store.get(video.id)

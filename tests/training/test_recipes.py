@@ -15,6 +15,7 @@ from swifti2v.training.refiner.run import DistillationRun, RefinerRun, Transitio
 RECIPES = Path(__file__).parents[2] / "recipes"
 KINDS = {
     "mini/stage_one": StageOneRun,
+    "mini/stage_one_waves": StageOneRun,
     "mini/stage_two": StageTwoRun,
     "mini/transition": TransitionRun,
     "mini/refine": RefinerRun,

@@ -69,6 +69,8 @@ def generate(  # noqa: PLR0913 - typer makes an option of each parameter
     many_step: Annotated[bool, typer.Option(help="Stage I without its few-step adapters.")] = False,
     memory: Annotated[str | None, typer.Option(help="Device memory to plan for: auto, or 24GiB; see `plan`.")] = None,
     host_memory: Annotated[str | None, typer.Option(help="Host memory to plan for, with --memory.")] = None,
+    attention: Annotated[str, typer.Option(help="auto, native, cudnn, flash, flash3, sage or xformers.")] = "auto",
+    compile_blocks: Annotated[bool, typer.Option("--compile", help="Compile the transformers' blocks.")] = False,
     work_dir: WorkDirOption = None,
     device: DeviceOption = None,
     as_json: JsonOption = False,
@@ -97,7 +99,8 @@ def generate(  # noqa: PLR0913 - typer makes an option of each parameter
     if host_memory is not None and memory is None:
         msg = "--host-memory belongs to --memory; give both, --memory auto for instance"
         raise InvalidInputError(msg)
-    job.run(model, device=device, few_step=not many_step, memory=None if memory is None else (memory, host_memory))
+    speed = _Speed(attention, compile_blocks, None if memory is None else (memory, host_memory))
+    job.run(model, device=device, few_step=not many_step, speed=speed)
 
 
 def preview(  # noqa: PLR0913 - typer makes an option of each parameter
@@ -122,6 +125,15 @@ def preview(  # noqa: PLR0913 - typer makes an option of each parameter
     job.run(model, device=device, few_step=True, stage_one_only=True)
 
 
+@dataclass(frozen=True)
+class _Speed:
+    """How the networks run, and in which memory (of the device, of the host)."""
+
+    attention: str = "auto"
+    compile_blocks: bool = False
+    memory: tuple[str, str | None] | None = None
+
+
 @dataclass
 class _Job:
     """One command: what was asked for, and what is told about it."""
@@ -142,17 +154,24 @@ class _Job:
         device: str | None,
         few_step: bool,
         stage_one_only: bool = False,
-        memory: tuple[str, str | None] | None = None,
+        speed: _Speed | None = None,
     ) -> None:
-        """Load, generate, write, and say what was done; `memory` is that of the device and of the host."""
+        """Load, generate, write, and say what was done."""
         self._check(model, few_step=few_step)
         from swifti2v.memory.heap import map_large_blocks
+        from swifti2v.pipelines.acceleration import Acceleration
         from swifti2v.pipelines.fitting import MemoryLimits
         from swifti2v.pipelines.two_stage import TwoStagePipeline
 
         map_large_blocks()
-        limits = MemoryLimits.parse(*memory) if memory is not None else None
-        pipeline = TwoStagePipeline.from_pretrained(model, device=device, few_step=few_step, memory=limits)
+        speed = speed or _Speed()
+        pipeline = TwoStagePipeline.from_pretrained(
+            model,
+            device=device,
+            few_step=few_step,
+            memory=MemoryLimits.parse(*speed.memory) if speed.memory is not None else None,
+            acceleration=Acceleration(speed.attention, speed.compile_blocks),
+        )
         loaded = time.monotonic()
         request = pipeline.request(self.image, self.prompt, options=self.options)
         for note in (*request.notes, *pipeline.prompt_notes(request)):

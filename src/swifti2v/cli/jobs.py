@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from swifti2v.errors import InvalidInputError
 from swifti2v.geometry import Size
 from swifti2v.pipelines.options import GenerationOptions
 
@@ -73,6 +74,34 @@ def submit(  # noqa: PLR0913 - typer makes an option of each parameter
     settings_of(model, options)  # what can be found wrong now should not be found by a worker
     request = JobRequest(model, prompt, to_mapping(options), loaded.notes)
     typer.echo(_open(data, database).submit(loaded.image, request, max_attempts=max_attempts).id)
+
+
+@app.command()
+def batch(  # noqa: PLR0913 - as above
+    folder: Annotated[Path, typer.Argument(help="Pictures; the text of picture.txt is the prompt of picture.jpg.")],
+    *,
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the videos; made if it is missing.")],
+    prompt: Annotated[str, typer.Option(help="Of pictures without a text of their own.")] = "",
+    model: Annotated[str, typer.Option(help="Checkpoint, by the name that the workers have.")] = "wan2.2",
+    size: Annotated[str | None, typer.Option(help="Output size, WIDTHxHEIGHT, multiples of 32.")] = None,
+    frames: Annotated[int | None, typer.Option(help="Pixel frames, 4k+1.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of the noise.")] = None,
+    data: DataOption = DEFAULT_DATA,
+    database: DatabaseOption = None,
+) -> None:
+    """Make a video of every picture in a folder, on all workers of the queue; a repeated call goes on where it was."""
+    from swifti2v.pipelines.loading import settings_of
+
+    queue = _open(data, database)  # says what to install, before the module below needs it
+    from swifti2v.jobs.batch import Batch, pictures_in
+
+    options = GenerationOptions(size=Size.parse(size) if size is not None else None, num_frames=frames, seed=seed)
+    settings_of(model, options)
+    work = Batch(queue, output, model=model, options=options)
+    failures = work.run(pictures_in(folder, prompt=prompt), on_change=typer.echo)
+    if failures:
+        msg = f"{len(failures)} of the videos failed ({failures[0]}); see `swifti2v jobs show`, and run again"
+        raise InvalidInputError(msg)
 
 
 @app.command("list")

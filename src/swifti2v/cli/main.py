@@ -16,6 +16,7 @@ from typer.core import TyperGroup
 
 from swifti2v import __version__
 from swifti2v.cli import data, jobs, serve, train, vbench
+from swifti2v.cli.app import app as web_app
 from swifti2v.cli.evaluate import evaluate
 from swifti2v.cli.generate import generate, preview
 from swifti2v.cli.plan import plan
@@ -83,6 +84,7 @@ app.command()(evaluate)
 app.add_typer(vbench.app, name="vbench")
 app.add_typer(data.app, name="data")
 app.add_typer(train.app, name="train")
+app.command("app")(web_app)
 app.add_typer(jobs.app, name="jobs")
 app.add_typer(serve.app, name="serve")
 

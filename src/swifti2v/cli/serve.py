@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import ipaddress
+import os
 import signal
 import sys
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -14,11 +16,16 @@ from swifti2v.cli.jobs import DEFAULT_DATA, DatabaseOption, DataOption
 from swifti2v.errors import ConfigurationError, InvalidInputError
 
 if TYPE_CHECKING:
-    import threading
-
     from swifti2v.serving.settings import ServiceSettings
 
 KEY_FILE = "keys.json"
+
+RAY_ENVIRONMENT = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # its way of the future, without its warning
+    "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60",  # a busy machine needs more than five seconds to start a process
+}
+"""Settings of Ray that it takes from nowhere else, where the user has not made them."""
 
 KeysOption = Annotated[Path | None, typer.Option(help="File of the API keys; default: keys.json in the data folder.")]
 NameArgument = Annotated[str, typer.Argument(help="Who holds the key; a key sees the videos of its name only.")]
@@ -33,7 +40,7 @@ def serve(  # noqa: PLR0913 - typer makes an option of each parameter
     model: Annotated[list[str] | None, typer.Option(help="Checkpoint to serve; may be given several times.")] = None,
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port; 0 for any that is free.")] = 8000,
-    workers: Annotated[int, typer.Option(min=0, help="Worker processes; 0 if they run elsewhere.")] = 1,
+    workers: Annotated[int, typer.Option(min=0, help="Worker processes (with --ray: at most); 0 if elsewhere.")] = 1,
     device: Annotated[str | None, typer.Option(help="Of the workers: cpu, cuda, cuda:1, ...")] = None,
     keys: KeysOption = None,
     without_keys: Annotated[bool, typer.Option("--open", help="Serve without keys, to everybody.")] = False,
@@ -46,6 +53,10 @@ def serve(  # noqa: PLR0913 - typer makes an option of each parameter
     keep_gigabytes: Annotated[float | None, typer.Option(min=0, help="Keep the newest up to so much.")] = None,
     grace: Annotated[float, typer.Option(min=0, help="Seconds that a video may still run after SIGTERM.")] = 0.0,
     lease: Annotated[float, typer.Option(min=0.5, help="Seconds after which a silent worker counts as dead.")] = 30.0,
+    on_ray: Annotated[bool, typer.Option("--ray", help="Spread over a Ray cluster.")] = False,
+    ray_address: Annotated[str | None, typer.Option(help="Of a running cluster; default: this machine alone.")] = None,
+    min_workers: Annotated[int, typer.Option(min=0, help="With --ray: workers that stay when nothing waits.")] = 1,
+    gpus_per_worker: Annotated[float, typer.Option(min=0, help="With --ray: cards for each worker.")] = 0.0,
     data: DataOption = DEFAULT_DATA,
     database: DatabaseOption = None,
 ) -> None:
@@ -69,6 +80,10 @@ def serve(  # noqa: PLR0913 - typer makes an option of each parameter
         ),
         retention=RetentionPolicy(keep_hours * 3600, None if keep_gigabytes is None else int(keep_gigabytes * 1e9)),
     )
+    if on_ray:
+        cluster = _Cluster(ray_address, (min_workers, workers), gpus_per_worker, device, lease, grace)
+        _run_on_ray(settings, (host, port), cluster)
+        return
     options = ["--data", str(data), "--lease", str(lease), "--grace", str(grace)]
     options += [] if database is None else ["--database", database]
     options += [] if device is None else ["--device", device]
@@ -103,6 +118,47 @@ def remove_key(name: NameArgument, *, keys: KeysOption = None, data: DataOption 
 
     key_files.remove_key(keys or data / KEY_FILE, name)
     typer.echo(f"{name}: removed")
+
+
+@dataclass(frozen=True)
+class _Cluster:
+    """What the options say of a cluster."""
+
+    address: str | None
+    workers: tuple[int, int]
+    gpus_per_worker: float
+    device: str | None
+    lease_seconds: float
+    grace_seconds: float
+
+
+def _run_on_ray(settings: ServiceSettings, address: tuple[str, int], cluster: _Cluster) -> None:
+    least, most = cluster.workers
+    if most < max(least, 1):
+        msg = f"--workers is {most} and --min-workers {least}; allow at least one worker, and no fewer than stay"
+        raise InvalidInputError(msg)
+    for name, value in RAY_ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    try:
+        from swifti2v.serving import deployment
+    except ModuleNotFoundError as error:
+        msg = f"--ray needs {error.name}; install it with: pip install 'swifti2v[serve,ray]'"
+        raise ConfigurationError(msg) from error
+    from swifti2v.serving.server import log_as_json
+
+    log_as_json()
+    # The processes of a cluster run in folders of their own.
+    settings = replace(settings, data=settings.data.resolve(), keys=settings.keys and settings.keys.resolve())
+    options = deployment.ClusterSettings(
+        address=cluster.address,
+        min_workers=least,
+        max_workers=most,
+        gpus_per_worker=cluster.gpus_per_worker,
+        device=cluster.device,
+        lease_seconds=cluster.lease_seconds,
+        grace_seconds=cluster.grace_seconds,
+    )
+    deployment.run(settings, options, address=address)
 
 
 def _check_packages() -> None:
@@ -155,10 +211,13 @@ def _run(
     import threading
 
     from swifti2v.serving.application import create_app
+    from swifti2v.serving.server import log_as_json, server_for
     from swifti2v.serving.workers import WorkerProcesses
 
+    log_as_json()
     draining = threading.Event()
-    server = _server(create_app(settings, draining=draining), address, draining)
+    app = create_app(settings, draining=draining)
+    server = server_for(app, address, limits=settings.limits, draining=draining)
     processes = WorkerProcesses(command, num_workers)
     # The server raises the signal again when it has shut down, and the workers have still to be ended then.
     signal.signal(signal.SIGTERM, lambda _number, _frame: None)
@@ -167,34 +226,3 @@ def _run(
         server.run()
     finally:
         processes.stop(grace_seconds=stop_seconds)
-
-
-def _server(application: Any, address: tuple[str, int], draining: threading.Event) -> Any:
-    """Return the HTTP server, which says that it drains as soon as it is told to stop."""
-    import logging
-
-    import uvicorn
-
-    from swifti2v.serving.frame import JsonFormatter
-
-    handler = logging.StreamHandler()
-    handler.setFormatter(JsonFormatter())
-    logging.basicConfig(level=logging.INFO, handlers=[handler], force=True)
-    logging.getLogger("swifti2v").setLevel(logging.INFO)
-
-    class Server(uvicorn.Server):
-        def handle_exit(self, sig: int, frame: Any) -> None:
-            draining.set()
-            super().handle_exit(sig, frame)
-
-    configuration = uvicorn.Config(
-        application,
-        host=address[0],
-        port=address[1],
-        log_config=None,
-        access_log=False,
-        server_header=False,
-        timeout_keep_alive=15,
-        timeout_graceful_shutdown=15,
-    )
-    return Server(configuration)

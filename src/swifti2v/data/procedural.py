@@ -70,7 +70,7 @@ SPEED_WORDS: tuple[tuple[float, tuple[str, ...]], ...] = (
 )
 
 # What differs from place to place is learned long after a pan, a wave last of all: they are drawn more often.
-_OFTEN = {"zoom": 3.0, "rotate": 3.0, "sway": 8.0, "ripple": 8.0}
+_OFTEN = {"zoom": 3.0, "rotate": 3.0, "sway": 6.0, "ripple": 14.0}
 
 
 @dataclass(frozen=True)

@@ -74,6 +74,12 @@ class PipelineDimensions:
         networks = (self.text_encoder, self.stage_one_codec, self.stage_two, self.stage_two_codec)
         return self.num_experts * self.stage_one.num_parameters + sum(network.num_parameters for network in networks)
 
+    def stored_bytes(self, dtype: WeightDtype) -> int:
+        """Bytes of all weights where transformers and text encoder are stored as `dtype`, the codecs as they are."""
+        codecs = weight_bytes(self.stage_one_codec.num_parameters + self.stage_two_codec.num_parameters, "bfloat16")
+        experts = self.num_experts * stored_bytes(self.stage_one, dtype)
+        return codecs + experts + stored_bytes(self.text_encoder, dtype) + stored_bytes(self.stage_two, dtype)
+
 
 WAN22 = PipelineDimensions(
     text_encoder=UMT5_XXL,
@@ -149,6 +155,14 @@ class RunPlan:
 def weight_bytes(num_parameters: int, dtype: WeightDtype) -> int:
     """Bytes of `num_parameters` weights stored as `dtype`."""
     return round(num_parameters * BITS_PER_WEIGHT[dtype] / 8)
+
+
+def stored_bytes(network: TransformerDimensions | TextEncoderDimensions, dtype: WeightDtype) -> int:
+    """Bytes of a network's weights as `dtype`; of narrow ones, some of the weights stay in bfloat16."""
+    if BITS_PER_WEIGHT[dtype] >= BITS_PER_WEIGHT["bfloat16"]:
+        return weight_bytes(network.num_parameters, dtype)
+    narrow = network.num_parameters - network.exact_parameters
+    return weight_bytes(narrow, dtype) + weight_bytes(network.exact_parameters, "bfloat16")
 
 
 def guided_passes(guidance_scale: float) -> int:

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
 from accelerate.utils import send_to_device
-from diffusers.hooks import HookRegistry, apply_group_offloading
+from diffusers import ModelMixin
+from diffusers.hooks import HookRegistry, apply_group_offloading, apply_layerwise_casting
 
 from swifti2v.errors import MemoryBudgetError
 
@@ -28,6 +29,11 @@ if TYPE_CHECKING:
 
 GROUP_HOOKS = ("group_offloading", "layer_execution_tracker", "lazy_prefetch_group_offloading")
 """Names under which diffusers keeps its hooks (``diffusers.hooks.group_offloading``)."""
+
+
+NARROW = torch.float8_e4m3fn
+TEXT_ENCODER_EXACT = (r"\.wo$", "norm")
+"""Layers of UMT5 that stay as they are: transformers casts what enters ``wo`` to the dtype of its stored weight."""
 
 
 class LoadOnCall(ModelHook):  # type: ignore[misc]
@@ -127,7 +133,9 @@ def remove_group_offloading(network: nn.Module) -> None:
 
 
 def store_weights(network: nn.Module, dtype: WeightDtype, *, compute_dtype: torch.dtype) -> None:
-    """Store the large weights of a diffusers network as `dtype`, and compute in `compute_dtype` as before.
+    """Store the large weights of a transformer or text encoder as `dtype`, and compute in `compute_dtype` as before.
+
+    What is not exact any more stays so: weights cannot be taken back to a wider dtype. To be called before `place`.
 
     Raises:
         MemoryBudgetError: `dtype` needs a quantizer that is not part of this project yet.
@@ -137,4 +145,14 @@ def store_weights(network: nn.Module, dtype: WeightDtype, *, compute_dtype: torc
     if dtype != "float8":
         msg = f"weights cannot be stored in {dtype} without a quantizer; allow more host memory, for float8 or bfloat16"
         raise MemoryBudgetError(msg)
-    network.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=compute_dtype)  # type: ignore[operator]
+    if is_stored_narrow(network):
+        return
+    if isinstance(network, ModelMixin):
+        network.enable_layerwise_casting(storage_dtype=NARROW, compute_dtype=compute_dtype)
+    else:
+        apply_layerwise_casting(network, NARROW, compute_dtype, skip_modules_pattern=TEXT_ENCODER_EXACT)
+
+
+def is_stored_narrow(network: nn.Module) -> bool:
+    """Return whether `store_weights` has stored a network in float8."""
+    return any(parameter.dtype == NARROW for parameter in network.parameters())

@@ -8,7 +8,8 @@ predictions: counts over assumed rates (`devices.py`), transfers that cannot hid
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from math import ceil
 from typing import TYPE_CHECKING, Literal
 
 from swifti2v.errors import InvalidInputError, MemoryBudgetError
@@ -40,6 +41,7 @@ class MemoryPlan:
         ways: one a phase, in order.
         host_bytes: of weights and parked features in host memory.
         given_up: what less memory costs, a sentence each.
+        overlaps_decode: there is room to decode a segment while the next one is denoised.
     """
 
     budget_bytes: int | None
@@ -47,11 +49,13 @@ class MemoryPlan:
     ways: tuple[Way, ...]
     host_bytes: int
     given_up: tuple[str, ...] = ()
+    overlaps_decode: bool = False
 
     @property
     def peak_bytes(self) -> int:
         """Device memory of the hungriest phase, the context of the driver included."""
-        return CONTEXT_BYTES + max(way.peak_bytes for way in self.ways)
+        overlap = self.overlaps_decode
+        return CONTEXT_BYTES + max(way.peak_bytes + (way.overlap_bytes if overlap else 0) for way in self.ways)
 
     @property
     def seconds(self) -> float:
@@ -84,31 +88,60 @@ def plan_memory(
         settings: the run.
         rates: of the device.
         budget_bytes: device memory that the run may take, None for no limit.
-        host_bytes: host memory for weights and parked features, None for no limit. It alone decides `weight_dtype`: the
-            first of `dtypes` with which all weights fit. Device memory never costs exactness, because weights can be
+        host_bytes: host memory for weights and parked features, None for no limit.
+        dtypes: how weights may be stored, the most exact first. The first with which there is a plan is taken, however
+            much faster the next would be. It is host memory that decides, as a rule: on the device weights can be
             streamed at any precision.
-        dtypes: allowed, the most exact first.
 
     Raises:
         MemoryBudgetError: nothing fits; the message says what would.
         InvalidInputError: size, length or a count of `settings` cannot be used.
     """
-    dtype = _stored_dtype(dimensions, host_bytes, dtypes)
-    weights = _host_weight_bytes(dimensions, dtype)
+    refusals: list[MemoryBudgetError] = []
+    for dtype in dtypes:
+        try:
+            plan = _plan_stored(dimensions, settings, rates, dtype, budget_bytes=budget_bytes, host_bytes=host_bytes)
+        except MemoryBudgetError as refusal:
+            refusals.append(refusal)
+            continue
+        if refusals:
+            note = f"weights are stored in {dtype}: in {dtypes[0]} no plan fits ({refusals[0]})"
+            plan = replace(plan, given_up=(note, *plan.given_up))
+        return plan
+    raise refusals[-1]
+
+
+def _plan_stored(
+    dimensions: PipelineDimensions,
+    settings: RunSettings,
+    rates: DeviceRates,
+    dtype: WeightDtype,
+    *,
+    budget_bytes: int | None,
+    host_bytes: int | None,
+) -> MemoryPlan:
+    weights = dimensions.stored_bytes(dtype)
+    if host_bytes is not None and weights > host_bytes:
+        msg = (
+            f"the weights take {_rounded_up(weights)} GiB of host memory in {dtype}, and {host_bytes / GIB:.1f} GiB "
+            f"are allowed; allow {_rounded_up(weights)} GiB"
+        )
+        raise MemoryBudgetError(msg)
     spare = None if host_bytes is None else host_bytes - weights
     candidates = phase_ways(dimensions, settings, rates, dtype)
     allowed = [[way for way in ways if spare is None or way.parked_bytes <= spare] for ways in candidates]
     usable = None if budget_bytes is None else budget_bytes - CONTEXT_BYTES
     chosen = [_fastest([way for way in ways if usable is None or way.peak_bytes <= usable]) for ways in allowed]
     if any(way is None for way in chosen):
-        _refuse(budget_bytes or 0, allowed)
+        raise _refusal(budget_bytes, host_bytes, weights, candidates, allowed)
     ways = tuple(way for way in chosen if way is not None)
     resident = resident_ways(dimensions, settings, rates, dtype)
     if usable is None or max(way.peak_bytes for way in resident) <= usable:
         ways = min(ways, resident, key=lambda group: sum(way.seconds for way in group))
     parked = max(way.parked_bytes for way in ways)
-    notes = _given_up(ways, resident, dtype, dtypes)
-    return MemoryPlan(budget_bytes, dtype, ways, weights + parked, notes)
+    plan = MemoryPlan(budget_bytes, dtype, ways, weights + parked, _given_up(ways, resident))
+    beside = replace(plan, overlaps_decode=True)
+    return beside if budget_bytes is None or beside.peak_bytes <= budget_bytes else plan
 
 
 def tighter_budget(plan: MemoryPlan) -> int:
@@ -131,45 +164,38 @@ def _fastest(ways: Sequence[Way]) -> Way | None:
     return min(ways, key=lambda way: (way.seconds, way.peak_bytes), default=None)
 
 
-def _host_weight_bytes(dimensions: PipelineDimensions, dtype: WeightDtype) -> int:
-    from swifti2v.memory.budget import weight_bytes
-
-    return weight_bytes(dimensions.num_parameters, dtype)
-
-
-def _stored_dtype(dimensions: PipelineDimensions, host_bytes: int | None, dtypes: Sequence[WeightDtype]) -> WeightDtype:
-    for dtype in dtypes:
-        if host_bytes is None or _host_weight_bytes(dimensions, dtype) <= host_bytes:
-            return dtype
-    least = _host_weight_bytes(dimensions, dtypes[-1])
-    msg = (
-        f"the weights take {least / GIB:.1f} GiB of host memory in {dtypes[-1]}, and {(host_bytes or 0) / GIB:.1f} GiB "
-        f"are allowed; allow {least / GIB:.1f} GiB"
+def _refusal(
+    budget_bytes: int | None,
+    host_bytes: int | None,
+    weights: int,
+    candidates: Sequence[Sequence[Way]],
+    allowed: Sequence[Sequence[Way]],
+) -> MemoryBudgetError:
+    """Return the error that names the budget that the hungriest phase needs, and the host memory that would do."""
+    usable = None if budget_bytes is None else budget_bytes - CONTEXT_BYTES
+    offers = []
+    if all(allowed):
+        least = {ways[0].phase: min(way.peak_bytes for way in ways) for ways in allowed}
+        phase = max(least, key=lambda name: least[name])
+        offers.append(f"{phase} needs {_rounded_up(least[phase] + CONTEXT_BYTES)} GiB at the least")
+    fitting = [[way for way in ways if usable is None or way.peak_bytes <= usable] for ways in candidates]
+    if host_bytes is not None and all(fitting):
+        parked = max(min(way.parked_bytes for way in ways) for ways in fitting)
+        offers.append(f"{_rounded_up(weights + parked)} GiB of host memory would do")
+    budget = "the device" if budget_bytes is None else f"{budget_bytes / GIB:.1f} GiB"
+    host = "" if host_bytes is None else f" with {host_bytes / GIB:.1f} GiB of host memory"
+    return MemoryBudgetError(
+        f"no plan fits into {budget}{host}: {', or '.join(offers)}; allow that, or choose a smaller size or segment"
     )
-    raise MemoryBudgetError(msg)
 
 
-def _refuse(budget_bytes: int, candidates: Sequence[Sequence[Way]]) -> None:
-    """Raise `MemoryBudgetError` with the budget that the hungriest phase needs at the least."""
-    if not all(candidates):
-        msg = "host memory holds the weights but no parked features; allow more of it, or more device memory"
-        raise MemoryBudgetError(msg)
-    least = {ways[0].phase: min(way.peak_bytes for way in ways) for ways in candidates}
-    phase = max(least, key=lambda name: least[name])
-    needed = (least[phase] + CONTEXT_BYTES) / GIB
-    msg = (
-        f"no plan fits into {budget_bytes / GIB:.1f} GiB: {phase} needs {needed:.1f} GiB at the least; "
-        f"allow that, or choose a smaller size or segment"
-    )
-    raise MemoryBudgetError(msg)
+def _rounded_up(num_bytes: int) -> str:
+    """Return GiB with one decimal that are not less than `num_bytes`, so that what is named is enough."""
+    return f"{ceil(10 * num_bytes / GIB) / 10:.1f}"
 
 
-def _given_up(
-    ways: Sequence[Way], resident: Sequence[Way], dtype: WeightDtype, dtypes: Sequence[WeightDtype]
-) -> tuple[str, ...]:
+def _given_up(ways: Sequence[Way], resident: Sequence[Way]) -> tuple[str, ...]:
     notes = []
-    if dtype != dtypes[0]:
-        notes.append(f"weights are stored in {dtype}: in {dtypes[0]} they do not fit into host memory")
     for way, best in zip(ways, resident, strict=True):
         if way.placement == "resident":
             continue

@@ -124,6 +124,13 @@ class TransformerDimensions:
         ends = (self.in_channels * patch + 1) * dim + (dim + 1) * self.out_channels * patch + 2 * dim
         return self.num_layers * block + time + text + ends
 
+    @property
+    def exact_parameters(self) -> int:
+        """Those that are never stored smaller: embeddings of patches, time and text (diffusers' list for Wan)."""
+        dim, patch = self.dim, prod(self.patch_size)
+        time = (self.freq_dim + 1) * dim + (dim + 1) * dim + (dim + 1) * 6 * dim
+        return (self.in_channels * patch + 1) * dim + time + (self.text_dim + 1) * dim + (dim + 1) * dim
+
     def activation_bytes(self, num_tokens: int, *, fused: bool = False) -> int:
         """Peak bytes of one bf16 forward beyond the weights, by counting what is alive at the worst place of a block.
 
@@ -176,6 +183,11 @@ class TextEncoderDimensions:
         """Weights of the encoder with its embedding table."""
         layer = self._layer_weights + self.relative_attention_num_buckets * self.num_heads + 2 * self.d_model
         return self.vocab_size * self.d_model + self.num_layers * layer + self.d_model
+
+    @property
+    def exact_parameters(self) -> int:
+        """Those that are never stored smaller: the table of words, and the layers whose dtype transformers looks at."""
+        return self.vocab_size * self.d_model + self.num_layers * self.d_ff * self.d_model
 
     def activation_bytes(self, num_tokens: int) -> int:
         """Peak bytes of one bf16 forward: one layer's fp32 scores and softmax, or its gated feed-forward net."""

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
 from swifti2v.geometry import CodecGeometry, Size
-from swifti2v.memory.budget import guided_passes, plan_run, segments_cost, weight_bytes
+from swifti2v.memory.budget import guided_passes, plan_run, segments_cost, stored_bytes, weight_bytes
 from swifti2v.memory.codec_cost import WanCodecDimensions
 from swifti2v.memory.lean_cost import lean_decode_bytes, lean_encode_bytes
 from swifti2v.segments import plan_segments, plan_windows
@@ -64,6 +64,7 @@ class Way:
         transfer_bytes: between host and device.
         seconds: predicted.
         parked_bytes: of features in host memory.
+        overlap_bytes: beyond `working_bytes`, where decoding runs beside the denoising of the next segment.
     """
 
     phase: str
@@ -74,6 +75,7 @@ class Way:
     seconds: float
     codec: CodecWay | None = None
     parked_bytes: int = 0
+    overlap_bytes: int = 0
 
     @property
     def peak_bytes(self) -> int:
@@ -103,7 +105,7 @@ def resident_ways(
     dimensions: PipelineDimensions, settings: RunSettings, rates: DeviceRates, dtype: WeightDtype
 ) -> tuple[Way, ...]:
     """Return the way of each phase with all weights on the device throughout, and nothing cut or parked."""
-    weights = weight_bytes(dimensions.num_parameters, dtype)
+    weights = dimensions.stored_bytes(dtype)
     loaded = [
         min((way for way in ways if way.placement == "loaded"), key=lambda way: way.seconds)
         for ways in phase_ways(dimensions, settings, replace(rates, host_bytes_per_second=float("inf")), dtype)
@@ -115,9 +117,9 @@ def _text_ways(
     dimensions: PipelineDimensions, phase: PhaseCost, rates: DeviceRates, dtype: WeightDtype
 ) -> Iterator[Way]:
     encoder = dimensions.text_encoder
-    weights = weight_bytes(encoder.num_parameters, dtype)
+    weights = stored_bytes(encoder, dtype)
     seconds = phase.tflop / rates.matmul_tflop_per_second + weights / rates.host_bytes_per_second
-    table = weight_bytes(encoder.vocab_size * encoder.d_model, dtype)
+    table = weight_bytes(encoder.vocab_size * encoder.d_model, "bfloat16" if dtype != "float32" else dtype)
     block = (weights - table) // encoder.num_layers
     yield Way(phase.name, "loaded", weights, phase.activation_bytes, weights, seconds)
     flight = table + BLOCKS_IN_FLIGHT * block
@@ -132,7 +134,7 @@ def _stage_one_ways(
     dtype: WeightDtype,
 ) -> Iterator[Way]:
     expert, codec = dimensions.stage_one, dimensions.stage_one_codec
-    weights = weight_bytes(expert.num_parameters, dtype)
+    weights = stored_bytes(expert, dtype)
     cost = expert.forward_cost(phase.num_tokens, text_tokens=dimensions.text_tokens)
     attention = cost.self_attention_tflop + cost.cross_attention_tflop
     forward = cost.linear_tflop / rates.matmul_tflop_per_second + attention / rates.attention_tflop_per_second
@@ -174,11 +176,11 @@ def _refinement_ways(
     dtype: WeightDtype,
 ) -> Iterator[Way]:
     transformer = dimensions.stage_two
-    weights = weight_bytes(transformer.num_parameters, dtype)
+    weights = stored_bytes(transformer, dtype)
     codec_weights = weight_bytes(dimensions.stage_two_codec.num_parameters, "bfloat16")
     compute, num_forwards = _stage_two_seconds(dimensions, settings, rates)
     transfer_seconds = weights / rates.host_bytes_per_second
-    activation = phases["stage two"].activation_bytes
+    activation = phases["stage two"].activation_bytes + _text_bytes(dimensions, settings)
     placements: tuple[tuple[Literal["loaded", "streamed"], int, int, float], ...] = (
         ("loaded", weights, weights, compute + transfer_seconds),
         (
@@ -199,7 +201,15 @@ def _refinement_ways(
                 passing + seconds,
                 codec=way,
                 parked_bytes=parked,
+                # Beside a decode at its peak the other thread encodes or denoises; the caches are counted once.
+                overlap_bytes=max(coding_bytes - idle_bytes, activation),
             )
+
+
+def _text_bytes(dimensions: PipelineDimensions, settings: RunSettings) -> int:
+    """Bytes of the keys and values of the text, which every block keeps for the clip (`models/text_attention.py`)."""
+    transformer, texts = dimensions.stage_two, guided_passes(settings.guidance_scale)
+    return texts * 2 * 2 * dimensions.text_tokens * transformer.dim * transformer.num_layers
 
 
 def _stage_two_seconds(dimensions: PipelineDimensions, settings: RunSettings, rates: DeviceRates) -> tuple[float, int]:

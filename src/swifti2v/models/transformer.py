@@ -10,6 +10,8 @@ T text tokens, M modulations: F, or 1 when all frames share a timestep.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, Self
 
 import torch
@@ -23,6 +25,7 @@ from torch import Tensor, nn
 
 from swifti2v.errors import CheckpointError, InvalidInputError
 from swifti2v.models.local_detail import LocalDetail
+from swifti2v.models.text_attention import KeptText, TextMemory, keeps_text
 from swifti2v.models.transformer_block import FramePositionRope, StageTwoBlock, modulate
 from swifti2v.models.transformer_configuration import PredictionType, check_configuration, check_frame_numbers
 from swifti2v.segments import FrameKind
@@ -112,6 +115,7 @@ class StageTwoTransformer(WanTransformer3DModel):
             StageTwoBlock(width, ffn_dim, num_attention_heads, qk_norm, cross_attn_norm, eps, added_kv_proj_dim)
             for _ in range(num_layers)
         )
+        self._text_memory: TextMemory | None = None
         self.local_detail = (
             LocalDetail(reference_channels, out_channels, local_detail_width) if local_detail_width else None
         )
@@ -194,6 +198,18 @@ class StageTwoTransformer(WanTransformer3DModel):
         TransformerBlockRegistry.register(StageTwoBlock, TransformerBlockMetadata(return_hidden_states_index=0))
         super().enable_cache(config)
 
+    @contextmanager
+    def text_kept(self) -> Iterator[None]:
+        """Within this context, make embedding, keys and values of a text once, and use them again for that tensor.
+
+        The result is the same. Weights may not change meanwhile; passes with gradients or scaled LoRAs keep nothing.
+        """
+        before, self._text_memory = self._text_memory, TextMemory(len(self.blocks))
+        try:
+            yield
+        finally:
+            self._text_memory = before
+
     @apply_lora_scale("attention_kwargs")
     def forward(  # noqa: PLR0913 - the parent's arguments, and what it is to know of the frames
         self,
@@ -205,7 +221,7 @@ class StageTwoTransformer(WanTransformer3DModel):
         frame_kinds: Tensor | None = None,
         output_frames: slice | None = None,
         return_dict: bool = True,
-        attention_kwargs: dict[str, Any] | None = None,  # noqa: ARG002 - read by the decorator
+        attention_kwargs: dict[str, Any] | None = None,
     ) -> Transformer2DModelOutput | tuple[Tensor]:
         """Run the network on one window.
 
@@ -231,13 +247,17 @@ class StageTwoTransformer(WanTransformer3DModel):
 
         rotary_cos, rotary_sin, token_frames_1L = self.rope(hidden_states, frame_positions)
         tokens_BLD = self._embed(hidden_states, frame_kinds)
-        temb_BMD, table_BM6D, text_BTD = self._condition(timestep, encoder_hidden_states, encoder_hidden_states_image)
+        kept = None if attention_kwargs else self._kept_text(encoder_hidden_states)
+        temb_BMD, table_BM6D, text_BTD = self._condition(
+            timestep, encoder_hidden_states, encoder_hidden_states_image, kept
+        )
         # Under context parallelism this rank holds a part of the tokens, perhaps a part of a frame.
         is_part = token_frames_1L.shape[1] != frames * rows * columns
         token_frames_L = token_frames_1L[0] if is_part and temb_BMD.shape[1] > 1 else None
 
-        for block in self.blocks:
-            arguments = (tokens_BLD, text_BTD, table_BM6D, (rotary_cos, rotary_sin), token_frames_L)
+        for index, block in enumerate(self.blocks):
+            kept_block = kept.blocks[index] if kept is not None else None
+            arguments = (tokens_BLD, text_BTD, table_BM6D, (rotary_cos, rotary_sin), token_frames_L, kept_block)
             if torch.is_grad_enabled() and self.gradient_checkpointing:
                 tokens_BLD = self._gradient_checkpointing_func(block, *arguments)
             else:
@@ -265,12 +285,28 @@ class StageTwoTransformer(WanTransformer3DModel):
         # The transposed view would make every layer of the first block copy it.
         return embedded.flatten(2).transpose(1, 2).contiguous()
 
-    def _condition(self, timestep: Tensor, text: Tensor, image: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    def _kept_text(self, text: Tensor) -> KeptText | None:
+        if self._text_memory is None or torch.is_grad_enabled() or not keeps_text(self.blocks[0].attn2):
+            return None
+        return self._text_memory.of(text)
+
+    def _condition(
+        self, timestep: Tensor, text: Tensor, image: Tensor | None, kept: KeptText | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Embed timesteps once a frame: ``[B, M, D]`` for the head, ``[B, M, 6, D]`` for blocks; and the text."""
         timestep_BM = timestep if timestep.ndim == 2 else timestep.unsqueeze(1)
+        is_known = kept is not None and kept.embedded is not None
         temb_BMD, projected, text_BTD, image_BTD = self.condition_embedder(
-            timestep_BM.flatten(), text, image, timestep_seq_len=timestep_BM.shape[1]
+            # diffusers embeds both in one call; a text that is known is given as one token, and its result is dropped.
+            timestep_BM.flatten(),
+            text[:, :1] if is_known else text,
+            image,
+            timestep_seq_len=timestep_BM.shape[1],
         )
+        if kept is not None:
+            if kept.embedded is None:
+                kept.embedded = text_BTD
+            text_BTD = kept.embedded
         if image_BTD is not None:
             text_BTD = torch.cat([image_BTD, text_BTD], dim=1)
         return temb_BMD, projected.unflatten(2, (6, -1)), text_BTD

@@ -13,6 +13,8 @@ from diffusers.models.transformers.transformer_wan import WanRotaryPosEmbed, Wan
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from swifti2v.models.text_attention import TextKeysValues
+
 PART_TOKENS = 4096
 """Tokens that everything but attention takes at once: enough for a GPU's matrix products, a frame at 2560x1408."""
 
@@ -83,6 +85,7 @@ class StageTwoBlock(WanTransformerBlock):
         temb: Tensor,
         rotary_emb: tuple[Tensor, Tensor],
         token_frames: Tensor | None = None,
+        kept_text: TextKeysValues | None = None,
     ) -> Tensor:
         """Run the block.
 
@@ -92,10 +95,11 @@ class StageTwoBlock(WanTransformerBlock):
             temb: ``[B, M, 6, D]``; tokens fall into M equal runs unless `token_frames` says otherwise.
             rotary_emb: cosines and sines ``[1, L, 1, head]``.
             token_frames: ``[L]``, the row of `temb` of each token, where the tokens are a part of the sequence.
+            kept_text: keys and values of this text, or the place to put them.
         """
         modulation = (self.scale_shift_table + temb.float()).unbind(2)
         if token_frames is None and not torch.is_grad_enabled():
-            return self._forward_by_frames(hidden_states, encoder_hidden_states, modulation, rotary_emb)
+            return self._forward_by_frames(hidden_states, encoder_hidden_states, modulation, rotary_emb, kept_text)
         shift, scale, gate, ffn_shift, ffn_scale, ffn_gate = modulation
 
         normed = modulate(self.norm1(hidden_states.float()), scale, shift, token_frames).type_as(hidden_states)
@@ -103,7 +107,7 @@ class StageTwoBlock(WanTransformerBlock):
         hidden_states = _add_gated(hidden_states, attended, gate, token_frames)
 
         # norm2 computes in float32 and returns its input's dtype by itself.
-        hidden_states = hidden_states + self.attn2(self.norm2(hidden_states), encoder_hidden_states, None, None)
+        hidden_states = hidden_states + self._read_text(hidden_states, encoder_hidden_states, kept_text)
 
         normed = modulate(self.norm3(hidden_states.float()), ffn_scale, ffn_shift, token_frames)
         return _add_gated(hidden_states, self.ffn(normed.type_as(hidden_states)), ffn_gate, token_frames)
@@ -114,6 +118,7 @@ class StageTwoBlock(WanTransformerBlock):
         encoder_hidden_states: Tensor,
         modulation: tuple[Tensor, ...],
         rotary_emb: tuple[Tensor, Tensor],
+        kept_text: TextKeysValues | None,
     ) -> Tensor:
         """Do the same without gradients, all but attention a few frames at a time.
 
@@ -132,10 +137,14 @@ class StageTwoBlock(WanTransformerBlock):
         for tokens, rows in parts:
             result[:, tokens] = _add_gated(hidden_states[:, tokens], attended[:, tokens], gate[:, rows], None)
         del attended
-        result += self.attn2(self.norm2(result), encoder_hidden_states, None, None)
+        result += self._read_text(result, encoder_hidden_states, kept_text)
         for tokens, rows in parts:
             part = result[:, tokens]
             inner = modulate(self.norm3(part.float()), ffn_scale[:, rows], ffn_shift[:, rows], None).type_as(part)
             result[:, tokens] = _add_gated(part, self.ffn(inner), ffn_gate[:, rows], None)
             del inner
         return result
+
+    def _read_text(self, tokens_BLD: Tensor, text_BTD: Tensor, kept: TextKeysValues | None) -> Tensor:
+        normed = self.norm2(tokens_BLD)
+        return self.attn2(normed, text_BTD, None, None) if kept is None else kept.attend(self.attn2, normed, text_BTD)

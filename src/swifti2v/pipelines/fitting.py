@@ -14,7 +14,7 @@ from swifti2v.errors import MemoryBudgetError
 from swifti2v.memory.budget import PipelineDimensions, RunSettings
 from swifti2v.memory.checkpoint_dimensions import codec_from_config
 from swifti2v.memory.devices import DEVICES, DeviceRates
-from swifti2v.memory.placement import PlacedNetworks
+from swifti2v.memory.placement import PlacedNetworks, is_stored_narrow, store_weights
 from swifti2v.memory.plan import MemoryPlan, parse_bytes, plan_memory, tighter_budget
 from swifti2v.memory.transformer_cost import TextEncoderDimensions, TransformerDimensions
 from swifti2v.models.tiling import Tiling
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
     from swifti2v.memory.budget import WeightDtype
     from swifti2v.memory.codec_cost import CodecCost
-    from swifti2v.pipelines.loading import Parts
+    from swifti2v.pipelines.loading import Overlap, Parts
     from swifti2v.pipelines.options import GenerationSettings
 
 LOGGER = logging.getLogger("swifti2v")
@@ -99,7 +99,8 @@ def frames_within_limits(
 def plan_for(parts: Parts, settings: GenerationSettings, limits: MemoryLimits) -> MemoryPlan:
     """Return the plan of a run; raise `MemoryBudgetError` if none fits.
 
-    Weights stay as they were loaded: storing them smaller is the loader's matter.
+    Weights stay as they were loaded where there is a plan with them; else they are stored in float8. Once they are,
+    every later plan has them so.
     """
     run = RunSettings(
         size=settings.size,
@@ -112,14 +113,15 @@ def plan_for(parts: Parts, settings: GenerationSettings, limits: MemoryLimits) -
         neighbors_before=settings.neighbors_before,
         neighbors_after=settings.neighbors_after,
     )
-    stored: WeightDtype = "float32" if parts.stage_two.transformer.dtype == torch.float32 else "bfloat16"
+    transformer = parts.stage_two.transformer
+    loaded: WeightDtype = "float32" if transformer.dtype == torch.float32 else "bfloat16"
     return plan_memory(
         dimensions_of(parts),
         run,
         ASSUMED_RATES,
         budget_bytes=limits.device_bytes,
         host_bytes=limits.host_bytes,
-        dtypes=(stored,),
+        dtypes=("float8",) if is_stored_narrow(transformer) else (loaded, "float8"),
     )
 
 
@@ -146,6 +148,9 @@ def place(parts: Parts, plan: MemoryPlan) -> tuple[Parts, PlacedNetworks]:
     """Put the networks where `plan` wants them; return the parts to run with, and what to release after the run."""
     networks = PlacedNetworks(parts.device)
     one, two = parts.stage_one.pipeline, parts.stage_two
+    for network in (one.text_encoder, one.transformer, one.transformer_2, two.transformer):
+        if network is not None:
+            store_weights(network, plan.weight_dtype, compute_dtype=network.dtype)
     networks.place(one.text_encoder, plan.placement_of("text encoding"), group="text", by_leaf=True)
     for group, network in (("high", one.transformer), ("low", one.transformer_2)):
         if network is not None:
@@ -160,7 +165,8 @@ def place(parts: Parts, plan: MemoryPlan) -> tuple[Parts, PlacedNetworks]:
     elif isinstance(codec, torch.nn.Module):
         codec.to(parts.device)
     placed = StageTwo(two.transformer, codec, uses_prompt=two.uses_prompt)
-    return replace(parts, stage_two=placed), networks
+    beside: Overlap = "decode" if plan.overlaps_decode else "write"
+    return replace(parts, stage_two=placed, overlap="none" if parts.overlap == "none" else beside), networks
 
 
 def _codec_settings(plan: MemoryPlan, settings: CodecSettings) -> CodecSettings:

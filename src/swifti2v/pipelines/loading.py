@@ -6,12 +6,14 @@ import hashlib
 import json
 import math
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import torch
 
 from swifti2v.errors import InvalidInputError
 from swifti2v.geometry import Size, reduced_size
+from swifti2v.memory.checkpoint_dimensions import read_pipeline_dimensions
+from swifti2v.memory.placement import store_weights
 from swifti2v.models.checkpoint_files import read_json
 from swifti2v.models.checkpoints import (
     load_stage_one_pipeline,
@@ -21,6 +23,7 @@ from swifti2v.models.checkpoints import (
 )
 from swifti2v.models.scheduler import FixedSigmaScheduler
 from swifti2v.models.vae import open_codec
+from swifti2v.pipelines.acceleration import Acceleration, accelerated
 from swifti2v.pipelines.options import GenerationSettings
 from swifti2v.pipelines.stage_one import FEW_STEP_ADAPTER, StageOne
 from swifti2v.pipelines.stage_two import StageTwo
@@ -28,10 +31,14 @@ from swifti2v.pipelines.stage_two import StageTwo
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from swifti2v.memory.budget import WeightDtype
     from swifti2v.models.checkpoint_index import CheckpointIndex, Refiner, StageOneEntry
     from swifti2v.models.checkpoints import ResolvedCheckpoint
     from swifti2v.pipelines.fitting import MemoryLimits
     from swifti2v.pipelines.options import GenerationOptions
+
+
+Overlap = Literal["decode", "write", "none"]
 
 
 @dataclass(frozen=True)
@@ -49,6 +56,8 @@ class Parts:
         many_step_flow_shift: time shift of Stage I's many-step schedule.
         device: where hybrid reference and Stage II work.
         memory: what a run may take; None: everything is on `device`.
+        overlap: what runs beside the denoising of the next segment: `decode` the decoding of the one before and the
+            reader of its frames, `write` the reader only, which takes no more memory of the device, or `none`.
     """
 
     name: str
@@ -61,6 +70,7 @@ class Parts:
     many_step_flow_shift: float = 5.0
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     memory: MemoryLimits | None = None
+    overlap: Overlap = "decode"
 
     def motion_size(self, size: Size) -> Size:
         """Return the size of the motion reference of an output of `size` (640x352 of 2560x1408 for Wan2.2)."""
@@ -88,12 +98,13 @@ def load_parts(
     local_files_only: bool = False,
     few_step: bool = True,
     memory: MemoryLimits | None = None,
+    acceleration: Acceleration | None = None,
 ) -> Parts:
     """Load both stages; arguments as in `TwoStagePipeline.from_pretrained`.
 
     Raises:
         CheckpointError: the checkpoint cannot be found, downloaded or read.
-        InvalidInputError: there is no such device.
+        InvalidInputError: there is no such device, or it cannot be accelerated so.
     """
     place = open_device(device)
     # With limits, networks come to the device when a run needs them (`fitting.py`).
@@ -101,13 +112,19 @@ def load_parts(
     dtype = dtype or (torch.float32 if place.type == "cpu" else torch.bfloat16)
     checkpoint = resolve(name_or_path, revision=revision, local_files_only=local_files_only)
     one, two = checkpoint.index.stage_one, checkpoint.index.stage_two
+    stored = _stored_dtype(checkpoint, memory, "float32" if dtype == torch.float32 else "bfloat16")
     transformer = load_stage_two_transformer(checkpoint, dtype=dtype, refiner=trained_refiner(checkpoint))
+    store_weights(transformer, stored, compute_dtype=dtype)
     codec = load_stage_two_vae(checkpoint, dtype=dtype)
     roles = {adapter.role for adapter in one.adapters}
     applied = roles if few_step else roles - {FEW_STEP_ADAPTER}
-    pipeline = load_stage_one_pipeline(checkpoint, dtype=dtype, roles=applied).to(home)
+    pipeline = load_stage_one_pipeline(checkpoint, dtype=dtype, roles=applied)
+    for network in (pipeline.text_encoder, pipeline.transformer, pipeline.transformer_2):
+        if network is not None:
+            store_weights(network, stored, compute_dtype=dtype)
+    pipeline.to(home)
     pipeline.scheduler = _few_step_scheduler(pipeline.scheduler, one)
-    return Parts(
+    parts = Parts(
         name=_identity(checkpoint.index),
         stage_one=StageOne(pipeline, window_frames=one.window_frames, max_sequence_length=one.max_sequence_length),
         stage_two=StageTwo(transformer.to(home).eval(), open_codec(codec.to(home).eval()), uses_prompt=two.uses_prompt),
@@ -119,6 +136,21 @@ def load_parts(
         device=place,
         memory=memory,
     )
+    return accelerated(parts, acceleration or Acceleration(attention="native"))
+
+
+def _stored_dtype(checkpoint: ResolvedCheckpoint, memory: MemoryLimits | None, loaded: WeightDtype) -> WeightDtype:
+    """Return `float8` where the host has no room for the weights as they are loaded; else they stay as they are."""
+    if memory is None or memory.host_bytes is None:
+        return loaded
+    one, two = checkpoint.index.stage_one, checkpoint.index.stage_two
+    dimensions = read_pipeline_dimensions(
+        checkpoint.folder_of("stage_one"),
+        checkpoint.folder_of("stage_two") / two.transformer_subfolder,
+        checkpoint.folder_of("stage_two") / two.vae_subfolder,
+        text_tokens=one.max_sequence_length,
+    )
+    return loaded if dimensions.stored_bytes(loaded) <= memory.host_bytes else "float8"
 
 
 def open_device(device: str | torch.device | None) -> torch.device:

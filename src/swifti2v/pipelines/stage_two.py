@@ -129,7 +129,8 @@ class StageTwo:
             finished=finished,
             on_step=on_step,
         )
-        yield from starmap(FinishedLatents, sampled)
+        with self.transformer.text_kept():
+            yield from starmap(FinishedLatents, sampled)
 
     def _text(self, embeds: Tensor | None) -> Tensor:
         device = self.transformer.device

@@ -17,6 +17,7 @@ from swifti2v.errors import InvalidInputError
 from swifti2v.geometry import Size
 from swifti2v.media.images import LoadedImage, fit_image, fit_notes, image_to_tensor, load_image
 from swifti2v.media.video_writer import VideoWriter
+from swifti2v.pipelines.ahead import made_ahead
 from swifti2v.pipelines.fitting import frames_within_limits
 from swifti2v.pipelines.loading import load_parts
 from swifti2v.pipelines.run_store import RunStore
@@ -26,8 +27,7 @@ from swifti2v.reference.hybrid import hybrid_reference
 from swifti2v.reference.options import ReferenceOptions
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
-
+    from swifti2v.pipelines.acceleration import Acceleration
     from swifti2v.pipelines.fitting import MemoryLimits
     from swifti2v.pipelines.loading import Parts
     from swifti2v.pipelines.options import GenerationOptions, GenerationSettings
@@ -123,6 +123,7 @@ class TwoStagePipeline:
         local_files_only: bool = False,
         few_step: bool = True,
         memory: MemoryLimits | None = None,
+        acceleration: Acceleration | None = None,
     ) -> TwoStagePipeline:
         """Load a checkpoint: a name (`mini`, `wan2.2`), a folder, or a Hugging Face repository.
 
@@ -134,9 +135,11 @@ class TwoStagePipeline:
             local_files_only: never download.
             few_step: with the few-step adapters of Stage I; False for the many-step way of the base model.
             memory: limits, for which every run is planned (`MemoryLimits.parse("24GiB")`); None: all on the device.
+            acceleration: attention, compilation, several cards; None: diffusers' native attention, nothing else.
 
         Raises:
             CheckpointError: it cannot be found, downloaded or read.
+            InvalidInputError: there is no such device, or it cannot be accelerated so.
         """
         parts = load_parts(
             name_or_path,
@@ -146,6 +149,7 @@ class TwoStagePipeline:
             local_files_only=local_files_only,
             few_step=few_step,
             memory=memory,
+            acceleration=acceleration,
         )
         return cls(parts)
 
@@ -336,34 +340,45 @@ class TwoStagePipeline:
         store: RunStore,
         report: OnProgress,
     ) -> Iterator[Tensor]:
-        """Run Stage II and decode; yield uint8 [f,H,W,3], a latent frame at a time."""
+        """Run Stage II and decode, side by side; yield uint8 [f,H,W,3], a latent frame at a time."""
         settings = request.settings
         stage_two = self.parts.stage_two
         store.claim_segments(settings.stage_two_identity())
         num_segments = len(stage_two.plan(settings))
         num_steps = settings.num_inference_steps
 
-        def on_step(segment: Segment, step: int, _num_steps: int) -> None:
-            done, number = segment.index * num_steps + step + 1, segment.index + 1
-            report(Progress("stage_two", done, num_segments * num_steps, number, num_segments))
+        def kept(notify: OnProgress) -> Iterator[Tensor]:
+            def on_step(segment: Segment, step: int, _num_steps: int) -> None:
+                done, number = segment.index * num_steps + step + 1, segment.index + 1
+                notify(Progress("stage_two", done, num_segments * num_steps, number, num_segments))
 
-        refined = stage_two.refine(
-            reference,
-            settings,
-            prompt_embeds=embeds.prompt,
-            negative_prompt_embeds=embeds.negative,
-            finished=store.segment,
-            on_step=on_step,
-        )
-
-        def kept() -> Iterable[Tensor]:
+            refined = stage_two.refine(
+                reference,
+                settings,
+                prompt_embeds=embeds.prompt,
+                negative_prompt_embeds=embeds.negative,
+                finished=store.segment,
+                on_step=on_step,
+            )
             for item in refined:
                 if item.segment is not None and not store.has(item.segment):
                     store.save_segment(item.segment, item.latents)
                 yield item.latents
                 del item  # or it would live on while the next segment is made
 
-        return stage_two.codec.decode_stream(kept())
+        def decoded(notify: OnProgress) -> Iterator[Tensor]:
+            yield from stage_two.codec.decode_stream(kept(notify))
+
+        # The reader of the frames writes a file, most often; so frames at least are made ahead of it.
+        match self.parts.overlap:
+            case "decode":
+                latents = made_ahead(kept, on_event=report, device=self.parts.device)
+                with closing(latents):
+                    yield from stage_two.codec.decode_stream(latents)
+            case "write":
+                yield from made_ahead(decoded, on_event=report, device=self.parts.device)
+            case "none":
+                yield from decoded(report)
 
     def _identity(self, request: GenerationRequest) -> dict[str, str]:
         digest = hashlib.sha256(request.image.tobytes()).hexdigest()

@@ -19,6 +19,7 @@ from swifti2v.errors import InvalidInputError, OutputError, SwiftI2VError
 from swifti2v.jobs.queue import JobQueue
 from swifti2v.jobs.retention import prune
 from swifti2v.serving.access import Access
+from swifti2v.serving.decoding import PictureDecoder
 from swifti2v.serving.frame import RequestFrame
 from swifti2v.serving.metrics import CONTENT_TYPE, Metrics
 from swifti2v.serving.problems import add_handlers
@@ -34,12 +35,15 @@ LOGGER = logging.getLogger(__name__)
 DESCRIPTION = "One image and a prompt in, a high-resolution video out. The schema is that of OpenAI's /v1/videos."
 
 
-def create_app(settings: ServiceSettings, *, draining: threading.Event | None = None) -> FastAPI:
+def create_app(
+    settings: ServiceSettings, *, draining: threading.Event | None = None, decoder: PictureDecoder | None = None
+) -> FastAPI:
     """Return the service.
 
     Args:
         settings: see `ServiceSettings`.
         draining: when it is set, no video is taken any more, streams end, and the service is not ready.
+        decoder: of pictures; default: one of its own, by the limits of `settings`. It is closed with the service.
 
     Raises:
         InvalidInputError: there is no model to serve.
@@ -49,7 +53,11 @@ def create_app(settings: ServiceSettings, *, draining: threading.Event | None = 
     if not settings.models:
         raise InvalidInputError("there is no model to serve; name one")
     queue = JobQueue.open(settings.data, url=settings.database_url, max_active=settings.limits.max_active_jobs)
-    service = Service(settings, queue, Access(settings.keys), draining or threading.Event())
+    limits = settings.limits
+    decoder = decoder or PictureDecoder(
+        max_pixels=limits.max_image_pixels, seconds=limits.decode_seconds, num_children=limits.concurrent_decodes
+    )
+    service = Service(settings, queue, Access(settings.keys), draining or threading.Event(), decoder)
 
     @contextlib.asynccontextmanager
     async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
@@ -58,6 +66,7 @@ def create_app(settings: ServiceSettings, *, draining: threading.Event | None = 
             yield
         finally:
             pruning.cancel()
+            decoder.close()
             queue.store.database.close()
 
     app = FastAPI(title="SwiftI2V", version=__version__, description=DESCRIPTION, lifespan=lifespan)
@@ -66,7 +75,7 @@ def create_app(settings: ServiceSettings, *, draining: threading.Event | None = 
     app.include_router(video_routes(service))
     _add_operation(app, service, metrics)
     add_handlers(app)
-    app.add_middleware(RequestFrame, limits=settings.limits, metrics=metrics)
+    app.add_middleware(RequestFrame, limits=limits, metrics=metrics)
     app.openapi = lambda: _openapi(app)  # type: ignore[method-assign]  # as FastAPI documents it
     return app
 

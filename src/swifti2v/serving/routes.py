@@ -17,6 +17,7 @@ from swifti2v.jobs.state import ACTIVE_STATES, Job
 from swifti2v.jobs.store import Order  # noqa: TC001 - as above
 from swifti2v.serving.access import Access, Caller
 from swifti2v.serving.content import Follow, Variant, content_response
+from swifti2v.serving.decoding import PictureDecoder  # noqa: TC001 - as above
 from swifti2v.serving.events import event_stream
 from swifti2v.serving.problems import ApiProblem
 from swifti2v.serving.schemas import (
@@ -31,7 +32,7 @@ from swifti2v.serving.schemas import (
     video_object,
 )
 from swifti2v.serving.settings import ServiceSettings  # noqa: TC001 - as above
-from swifti2v.serving.uploads import IMAGE_FIELD, CreateBody, decode_picture, read_body
+from swifti2v.serving.uploads import IMAGE_FIELD, CreateBody, decode_picture, fetch_picture, read_body
 
 MAX_PAGE = 100
 
@@ -79,6 +80,7 @@ class Service:
     queue: JobQueue
     access: Access
     draining: threading.Event
+    decoder: PictureDecoder
 
     def describe(self, job: Job) -> VideoObject:
         """Return a job as clients see it."""
@@ -99,13 +101,15 @@ def video_routes(service: Service) -> APIRouter:
 
 
 def _add_creation(router: APIRouter, service: Service) -> None:
-    decoders = threading.Semaphore(service.settings.limits.concurrent_decodes)
+    limits = service.settings.limits
+    pictures_at_once = threading.Semaphore(limits.concurrent_decodes)
 
     def submit(body: CreateBody, caller: Caller) -> Job:
         request = read_request(body.fields, service.settings)
         _check_room(service)
-        with decoders:
-            loaded = decode_picture(body, service.settings.limits)
+        body = fetch_picture(body, limits)
+        with pictures_at_once:
+            loaded = decode_picture(body, service.decoder)
             request = type(request)(request.model, request.prompt, request.options, loaded.notes)
             return service.queue.submit(
                 loaded.image, request, owner=caller.name, max_active_of_owner=caller.max_active_jobs

@@ -32,8 +32,12 @@ class ServiceLimits:
         max_video_pixels: of one frame.
         max_num_frames: of a video.
         max_active_jobs: that wait or run, of all keys together.
-        concurrent_decodes: pictures decoded at once; memory is bounded by this times `max_image_pixels`.
-        image_hosts: hosts from which a picture may be fetched over https; none by default.
+        concurrent_decodes: pictures decoded at once, each in a process of its own; memory is bounded by this times
+            `max_image_pixels`.
+        decode_seconds: of computing that decoding a picture may take.
+        image_hosts: hosts (``host``, or ``host:port``) from which a picture may be fetched over https; none by default.
+        max_connections: open at once; beyond them requests are answered with 503.
+        header_seconds: in which a connection must have sent a request's head.
     """
 
     max_upload_bytes: int = 32 << 20
@@ -43,7 +47,10 @@ class ServiceLimits:
     max_num_frames: int = 1281
     max_active_jobs: int = 1000
     concurrent_decodes: int = 2
+    decode_seconds: float = 10.0
     image_hosts: tuple[str, ...] = ()
+    max_connections: int = 2000
+    header_seconds: float = 15.0
 
 
 @dataclass(frozen=True)

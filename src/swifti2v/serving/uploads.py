@@ -1,6 +1,6 @@
 """The body of a request to create a video: multipart or JSON, its fields, its picture.
 
-Sizes are bounded before anything is held: the body by the middleware, the picture by its header.
+Sizes are bounded before anything is held: the body by the middleware, the picture by its header (`decoding.py`).
 """
 
 from __future__ import annotations
@@ -8,27 +8,26 @@ from __future__ import annotations
 import base64
 import binascii
 import http.client
-import io
 import json
-import tempfile
+import time
 import urllib.error
 import urllib.request
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
-from PIL import Image
 from starlette.exceptions import HTTPException
 
 from swifti2v.errors import ImageInputError
-from swifti2v.media.images import LoadedImage, load_image
+from swifti2v.serving.decoding import PictureTooLargeError
 from swifti2v.serving.problems import ApiProblem
 
 if TYPE_CHECKING:
     from fastapi import Request
     from starlette.datastructures import UploadFile
 
+    from swifti2v.media.images import LoadedImage
+    from swifti2v.serving.decoding import PictureDecoder
     from swifti2v.serving.settings import ServiceLimits
 
 IMAGE_FIELD = "input_reference"
@@ -37,6 +36,8 @@ _MAX_TEXT_BYTES = 1 << 20  # of one text field of a form: ten times the longest 
 _MAX_FIELDS = 64
 _URL_FIELDS = (f"{IMAGE_FIELD}[image_url]", "image_url")
 _FETCH_SECONDS = 10.0
+_PIECE_BYTES = 1 << 16
+_HTTPS_PORT = 443
 
 
 @dataclass(frozen=True)
@@ -68,26 +69,31 @@ async def read_body(request: Request) -> CreateBody:
     raise ApiProblem(415, "send multipart/form-data, or application/json with the picture as a data URL")
 
 
-def decode_picture(body: CreateBody, limits: ServiceLimits) -> LoadedImage:
-    """Return the picture of a request, by the image loader of the command line.
+def fetch_picture(body: CreateBody, limits: ServiceLimits) -> CreateBody:
+    """Return the body with its picture, which is fetched where it is given by its address.
 
     Raises:
-        ApiProblem: there is none, it cannot be read, is too large, or would have to be fetched from elsewhere.
+        ApiProblem: there is none, or it cannot be fetched, or may not be fetched from there.
     """
-    content = body.picture
-    if content is None and body.picture_url is not None:
-        content = _fetch(body.picture_url, limits)
-    if not content:
+    if body.picture is None and body.picture_url is not None:
+        body = replace(body, picture=_fetch(body.picture_url, limits))
+    if not body.picture:
         raise ApiProblem(400, "a picture is needed to start from; send it as input_reference", param=IMAGE_FIELD)
-    _check_pixels(content, limits)
-    with tempfile.NamedTemporaryFile(prefix="swifti2v-upload-") as file:
-        file.write(content)
-        file.flush()
-        try:
-            return load_image(file.name)
-        except ImageInputError as error:
-            message = str(error).replace(repr(str(Path(file.name))), IMAGE_FIELD)
-            raise ApiProblem(400, message, param=IMAGE_FIELD, code="invalid_image") from error
+    return body
+
+
+def decode_picture(body: CreateBody, decoder: PictureDecoder) -> LoadedImage:
+    """Return the picture of a request.
+
+    Raises:
+        ApiProblem: it cannot be read, or is too large.
+    """
+    try:
+        return decoder.decode(body.picture or b"")
+    except PictureTooLargeError as error:
+        raise ApiProblem(400, str(error), param=IMAGE_FIELD, code="image_too_large") from error
+    except ImageInputError as error:
+        raise ApiProblem(400, str(error), param=IMAGE_FIELD, code="invalid_image") from error
 
 
 async def _read_form(request: Request) -> CreateBody:
@@ -159,20 +165,6 @@ def _data_url(url: str) -> bytes:
         raise ApiProblem(400, "the data URL is not base64", param=IMAGE_FIELD) from error
 
 
-def _check_pixels(content: bytes, limits: ServiceLimits) -> None:
-    """Refuse a large picture from its header; what has no readable header is left to the loader's messages."""
-    try:
-        with Image.open(io.BytesIO(content), formats=("JPEG", "PNG", "WEBP", "TIFF", "BMP", "GIF")) as image:
-            pixels = image.width * image.height
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
-        pixels = limits.max_image_pixels + 1
-    except Exception:  # noqa: BLE001 - many plugins without one exception of their own; the loader will say it
-        return
-    if pixels > limits.max_image_pixels:
-        message = f"the picture is larger than {limits.max_image_pixels / 1e6:.0f} megapixels; scale it down"
-        raise ApiProblem(400, message, param=IMAGE_FIELD, code="image_too_large")
-
-
 class _NoRedirects(urllib.request.HTTPRedirectHandler):
     """An allowed host must not send us to another."""
 
@@ -182,20 +174,30 @@ class _NoRedirects(urllib.request.HTTPRedirectHandler):
 
 def _fetch(url: str, limits: ServiceLimits) -> bytes:
     """Fetch a picture over https from a host on the list; the list is empty unless the operator fills it."""
-    try:
-        parts = urlsplit(url)
-        allowed = parts.scheme == "https" and parts.hostname in limits.image_hosts and parts.username is None
-    except ValueError:
-        allowed = False
-    if not allowed:
+    if not _is_allowed(url, limits):
         message = "pictures are not fetched from there; send the file, or a data URL"
         raise ApiProblem(400, message, param=IMAGE_FIELD, code="url_not_allowed")
     opener = urllib.request.build_opener(_NoRedirects)
+    deadline = time.monotonic() + _FETCH_SECONDS
+    content = bytearray()
     try:
         with opener.open(url, timeout=_FETCH_SECONDS) as response:
-            content: bytes = response.read(limits.max_upload_bytes + 1)
+            # In pieces, since the time limit of a socket begins anew with each byte.
+            while len(content) <= limits.max_upload_bytes and (piece := response.read1(_PIECE_BYTES)):
+                content += piece
+                if time.monotonic() > deadline:
+                    raise TimeoutError
     except (OSError, ValueError, http.client.HTTPException, urllib.error.URLError) as error:
         raise ApiProblem(400, "the picture cannot be fetched", param=IMAGE_FIELD, code="fetch_failed") from error
     if len(content) > limits.max_upload_bytes:
         raise ApiProblem(413, "the picture is too large", param=IMAGE_FIELD)
-    return content
+    return bytes(content)
+
+
+def _is_allowed(url: str, limits: ServiceLimits) -> bool:
+    try:
+        parts = urlsplit(url)
+        place = parts.hostname if parts.port in (None, _HTTPS_PORT) else f"{parts.hostname}:{parts.port}"
+    except ValueError:
+        return False
+    return parts.scheme == "https" and place in limits.image_hosts and parts.username is None

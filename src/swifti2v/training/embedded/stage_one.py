@@ -74,7 +74,7 @@ class StageOneRecipe:
     energy_floor: float = 0.001
     sigma_shift: float = 5.0
     seed: int = 0
-    num_steps: int = 1300
+    num_steps: int = 1500
     shapes: tuple[ClipShape, ...] = field(
         default_factory=lambda: (
             ClipShape(9, 96, 64, 24, 0.5, ends=0.65),

@@ -1,0 +1,111 @@
+"""How the networks of a pipeline are run: which attention, compiled or not, side by side, on how many cards."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import partial
+from math import prod
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from swifti2v.errors import InvalidInputError
+from swifti2v.models.attention_choice import check_attention_name, set_attention
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from swifti2v.pipelines.loading import Parts
+
+
+@dataclass(frozen=True)
+class Acceleration:
+    """Ways to run the same networks faster.
+
+    Args:
+        attention: `auto`, or a name of `swifti2v.models.attention_choice.BACKENDS`.
+        compile_blocks: compile the block of each transformer once (`torch.compile`, regional). Shapes are static: every
+            length of window is a graph of its own. With M targets and one neighbour before, those are the first window
+            (1 + M), the ones in the middle (1 + 1 + M) and, where M does not divide the clip, a shorter last one.
+        overlap: decode and hand out frames beside the denoising of the next segment.
+        num_processes: that share the sequence of every forward (Ulysses), one a card, as torchrun starts them.
+
+    Raises:
+        InvalidInputError: the name of the attention is unknown, or there is less than one process.
+    """
+
+    attention: str = "auto"
+    compile_blocks: bool = False
+    overlap: bool = True
+    num_processes: int = 1
+
+    def __post_init__(self) -> None:
+        check_attention_name(self.attention)
+        if self.num_processes < 1:
+            msg = f"num_processes is {self.num_processes}; use 1, or as many as torchrun has started"
+            raise InvalidInputError(msg)
+
+
+def accelerated(parts: Parts, acceleration: Acceleration) -> Parts:
+    """Set the networks of `parts` up, in place, and return the parts to run with.
+
+    Raises:
+        InvalidInputError: an attention that is not installed, or processes that are not there.
+    """
+    networks = transformers_of(parts)
+    set_attention(networks, acceleration.attention, device=parts.device)
+    if acceleration.num_processes > 1:
+        share_sequence(networks, acceleration.num_processes)
+    if acceleration.compile_blocks:
+        compile_blocks(networks)
+    return parts if acceleration.overlap else replace(parts, overlap="none")
+
+
+def transformers_of(parts: Parts) -> tuple[Any, ...]:
+    """Return the transformers of both stages: one or two experts, and the refiner."""
+    one = parts.stage_one.pipeline
+    found = (one.transformer, one.transformer_2, parts.stage_two.transformer)
+    return tuple(network for network in found if network is not None)
+
+
+def compile_blocks(networks: Sequence[Any], *, backend: str = "inductor") -> None:
+    """Compile the repeated blocks of each network, with static shapes; they are traced when they are first called."""
+    for network in networks:
+        network.compile_repeated_blocks(backend=backend, dynamic=False)
+
+
+def share_sequence(networks: Sequence[Any], num_processes: int) -> None:
+    """Split the tokens of every forward over the processes of the default group, through diffusers' Ulysses attention.
+
+    Every process gives the same input and gets the whole result.
+
+    Raises:
+        InvalidInputError: the processes are not there, the heads of a network do not divide, or, when it is called, the
+            tokens of a window.
+    """
+    from diffusers import ContextParallelConfig
+
+    distributed = torch.distributed
+    present = distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
+    if present != num_processes:
+        msg = f"{num_processes} processes are to share the work and {present} are there; start them with torchrun"
+        raise InvalidInputError(msg)
+    for network in networks:
+        heads = network.config.num_attention_heads
+        if heads % num_processes:
+            msg = f"{heads} heads of attention do not divide among {num_processes} processes; start fewer"
+            raise InvalidInputError(msg)
+    for network in networks:
+        network.enable_parallelism(config=ContextParallelConfig(ulysses_degree=num_processes))
+        network.register_forward_pre_hook(partial(_check_tokens, num_processes), with_kwargs=True)
+
+
+def _check_tokens(num_processes: int, network: Any, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
+    hidden_states = named["hidden_states"] if "hidden_states" in named else arguments[0]
+    num_tokens = hidden_states[0, 0].numel() // prod(network.config.patch_size)
+    if num_tokens % num_processes:
+        msg = (
+            f"{num_tokens} tokens of a window do not divide among {num_processes} processes; "
+            f"choose another size, or fewer processes"
+        )
+        raise InvalidInputError(msg)

@@ -1,0 +1,158 @@
+"""Work ahead of its reader, in a thread of its own: the next segment is denoised while one is decoded and written.
+
+One item ahead and no more, so that memory holds one segment beyond what a run without the thread holds. What the
+producer reports (progress) is called in the reader's thread, where callers expect their callbacks, and an error of
+either side ends both.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+from contextlib import ExitStack, closing, contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, TypeVar, cast
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Generator, Iterator
+
+Event = TypeVar("Event")
+
+THREAD_NAME = "swifti2v-ahead"
+
+
+@dataclass(frozen=True)
+class _Item:
+    tensor: Tensor
+    ready: torch.cuda.Event | None
+
+
+@dataclass(frozen=True)
+class _Event:
+    value: object
+
+
+@dataclass(frozen=True)
+class _End:
+    error: BaseException | None
+
+
+class _ReaderLeft(BaseException):
+    """The reader closed its side while the producer was at work."""
+
+
+def made_ahead(
+    produce: Callable[[Callable[[Event], None]], Iterator[Tensor]],
+    *,
+    on_event: Callable[[Event], None],
+    device: torch.device,
+) -> Generator[Tensor, None, None]:
+    """Yield what ``produce(notify)`` yields, made in a thread at most one item ahead of the reader.
+
+    Args:
+        produce: called in the thread. What it gives to `notify` reaches `on_event` in the reader's thread and in order,
+            at the latest when the reader next asks for an item. `notify` ends the producer if the reader has left.
+        on_event: may raise, for instance `GenerationCancelled`; that ends the producer at its next `notify` or item.
+        device: on a CUDA device the producer works on a stream of its own.
+
+    Yields:
+        The items, in their order. Whoever stops early should close the generator: it waits until the producer has
+        come to its next `notify` or item, and has closed what it iterates over.
+
+    Raises:
+        BaseException: what the producer raised, when the items before it have been read.
+    """
+    messages: queue.SimpleQueue[_Item | _Event | _End] = queue.SimpleQueue()
+    has_left = threading.Event()
+    may_go_on = threading.Semaphore(1)
+    thread = threading.Thread(
+        target=_work,
+        args=(produce, messages, may_go_on, has_left, _recorded(device), device),
+        name=THREAD_NAME,
+        daemon=True,
+    )
+    thread.start()
+    try:
+        while not isinstance(message := messages.get(), _End):
+            if isinstance(message, _Event):
+                on_event(cast("Event", message.value))
+                continue
+            tensor = _received(message)
+            del message
+            may_go_on.release()
+            yield tensor
+            del tensor  # or it would live on while the reader waits for the next one
+        if message.error is not None:
+            raise message.error
+    finally:
+        has_left.set()
+        may_go_on.release()
+        thread.join()
+
+
+def _work(
+    produce: Callable[[Callable[[Event], None]], Iterator[Tensor]],
+    messages: queue.SimpleQueue[_Item | _Event | _End],
+    may_go_on: threading.Semaphore,
+    has_left: threading.Event,
+    before: torch.cuda.Event | None,
+    device: torch.device,
+) -> None:
+    def check() -> None:
+        if has_left.is_set():
+            raise _ReaderLeft
+
+    def notify(event: Event) -> None:
+        check()
+        messages.put(_Event(event))
+
+    error: BaseException | None = None
+    try:
+        # Gradients are a setting of the thread: whoever switched them off did so for the reader.
+        with torch.no_grad(), _own_stream(device, before), closing(cast("Generator[Tensor]", produce(notify))) as items:
+            while True:
+                may_go_on.acquire()
+                check()
+                item = next(items, None)
+                if item is None:
+                    break
+                messages.put(_Item(item, _recorded(device)))
+                del item
+    except _ReaderLeft:
+        pass
+    except BaseException as raised:  # noqa: BLE001 - it is the reader's to handle
+        error = raised
+    messages.put(_End(error))
+
+
+@contextmanager
+def _own_stream(device: torch.device, before: torch.cuda.Event | None) -> Iterator[None]:
+    """Work on another CUDA stream, after what the reader had queued; nothing on other devices."""
+    with ExitStack() as held:
+        if before is not None:
+            held.enter_context(torch.cuda.device(device))
+            stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+            stream.wait_event(before)
+            held.enter_context(torch.cuda.stream(stream))
+        yield
+
+
+def _recorded(device: torch.device) -> torch.cuda.Event | None:
+    """Return an event at the end of what the thread has queued on a CUDA device so far."""
+    if device.type != "cuda":
+        return None
+    event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+    event.record(torch.cuda.current_stream(device))
+    return event
+
+
+def _received(item: _Item) -> Tensor:
+    """Return the tensor, after which the reader's stream waits until it is there."""
+    if item.ready is not None and item.tensor.is_cuda:
+        stream = torch.cuda.current_stream(item.tensor.device)
+        stream.wait_event(item.ready)
+        item.tensor.record_stream(stream)
+    return item.tensor

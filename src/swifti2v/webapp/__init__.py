@@ -1,0 +1,1 @@
+"""The web app: Gradio over the queue of `jobs`; it never makes a video in another way."""

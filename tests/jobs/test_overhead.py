@@ -1,0 +1,69 @@
+"""What a job costs over the bare pipeline: claims, progress, pictures of the video, files.
+
+Measured as computing time of the whole process, so that other work on the machine does not count.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from contextlib import closing
+from typing import TYPE_CHECKING
+
+import pytest
+
+from swifti2v.config import to_mapping
+from swifti2v.geometry import Size
+from swifti2v.jobs.runner import PipelineRunner
+from swifti2v.jobs.state import JobRequest
+from swifti2v.jobs.worker import Outcome, Worker
+from swifti2v.media.video_writer import VideoWriter
+from swifti2v.pipelines.options import GenerationOptions
+from swifti2v.pipelines.two_stage import TwoStagePipeline
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+    import PIL.Image
+
+    from swifti2v.jobs.queue import JobQueue
+
+OPTIONS = GenerationOptions(size=Size(320, 192), num_frames=33, seed=1)
+NUM_RUNS = 5
+
+
+@pytest.mark.slow
+def test_a_job_costs_hardly_more_than_the_pipeline(
+    queue: JobQueue, picture: PIL.Image.Image, tmp_path: Path, record_property: Callable[[str, object], None]
+) -> None:
+    pipeline = TwoStagePipeline.from_pretrained("mini", device="cpu")
+    worker = Worker(queue.store, queue.files, PipelineRunner(lambda _name: pipeline))
+    image = picture.resize((320, 192))
+
+    def bare() -> None:
+        request = pipeline.request(image, "pan", options=OPTIONS)
+        pipeline.prompt_notes(request)
+        with (
+            closing(pipeline.stream(request)) as pieces,
+            VideoWriter(tmp_path / "bare.mp4", size=request.settings.size, fps=request.settings.fps) as writer,
+        ):
+            for piece in pieces:
+                writer.write(piece.frames)
+
+    def job() -> None:
+        queue.submit(image, JobRequest("mini", "pan", to_mapping(OPTIONS)))
+        assert worker.run_one() is Outcome.COMPLETED
+
+    times: dict[Callable[[], None], list[float]] = {bare: [], job: []}
+    bare()  # whatever is done once
+    for _ in range(NUM_RUNS):
+        for way, found in times.items():
+            started = time.process_time()
+            way()
+            found.append(time.process_time() - started)
+    for name, summary in (("minimum", min), ("median", statistics.median)):
+        alone, queued = summary(times[bare]), summary(times[job])
+        record_property(f"{name}_seconds_bare_and_job", (round(alone, 3), round(queued, 3)))
+        record_property(f"{name}_overhead_percent", round(100 * (queued / alone - 1), 2))
+    assert min(times[job]) < 1.1 * min(times[bare])

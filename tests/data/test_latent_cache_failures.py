@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING
 import pytest
 import torch
 
-from swifti2v.data import atomic_files
 from swifti2v.data.latent_cache import LatentCache, fingerprint_of
 from swifti2v.errors import LatentCacheError, OutputError
+from swifti2v.media import atomic_files
 from tests.data.cache_building import FINGERPRINT, Counting, build, shards
 
 if TYPE_CHECKING:

@@ -11,11 +11,11 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from swifti2v.data.atomic_files import write_atomically
 from swifti2v.data.fingerprint import difference, recipe_of
 from swifti2v.data.report import Skipped
 from swifti2v.data.shards import SHARD_FOLDER, SampleRecord, read_records, shard_paths
 from swifti2v.errors import LatentCacheError
+from swifti2v.media.atomic_files import write_atomically
 
 if TYPE_CHECKING:
     from pathlib import Path

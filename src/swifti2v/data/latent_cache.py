@@ -26,7 +26,6 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from swifti2v.data.atomic_files import make_folder
 from swifti2v.data.cache_index import (
     SKIPPED_FOLDER,
     CacheIndex,
@@ -43,6 +42,7 @@ from swifti2v.data.prefetch import prefetched
 from swifti2v.data.report import Skipped
 from swifti2v.data.shards import SHARD_FOLDER, FreshSample, SampleRecord, read_tensors, write_shard
 from swifti2v.errors import InvalidInputError, LatentCacheError
+from swifti2v.media.atomic_files import make_folder
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -9,8 +9,8 @@ from collections import Counter
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from swifti2v.data.atomic_files import write_atomically
 from swifti2v.errors import OutputError
+from swifti2v.media.atomic_files import write_atomically
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING
 import safetensors.torch
 from safetensors import SafetensorError, safe_open
 
-from swifti2v.data.atomic_files import write_atomically
 from swifti2v.errors import LatentCacheError
+from swifti2v.media.atomic_files import write_atomically
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

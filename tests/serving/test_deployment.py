@@ -39,7 +39,7 @@ def served_on_ray(data: Path, port: int) -> Iterator[str]:
     program = "from swifti2v.cli.main import main; main()"
     options = {"model": "mini", "port": port, "workers": 2, "min-workers": 2, "device": "cpu", "lease": 3, "data": data}
     arguments = [text for name, value in options.items() for text in (f"--{name}", str(value))]
-    process = subprocess.Popen([sys.executable, "-c", program, "serve", "--ray", "--open", *arguments])  # noqa: S603
+    process = subprocess.Popen([sys.executable, "-c", program, "serve", "--ray", "--open", *arguments])  # noqa: S603 - our own command
     url = f"http://127.0.0.1:{port}"
 
     def ready() -> bool:

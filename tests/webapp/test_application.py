@@ -13,8 +13,8 @@ gradio = pytest.importorskip("gradio", reason="the app is an extra: pip install 
 
 from starlette.testclient import TestClient  # noqa: E402 - after the question whether there is a Gradio
 
-from swifti2v.webapp.application import _path_of, _Wires, build_application  # noqa: E402
-from swifti2v.webapp.media_routes import POLICY  # noqa: E402
+from swifti2v.webapp.application import _path_of, _Wires, build_application  # noqa: E402 - as above
+from swifti2v.webapp.media_routes import POLICY  # noqa: E402 - as above
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -61,7 +61,7 @@ def address(data: Path) -> Iterator[str]:
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     log = data.parent / "app.log"
     with log.open("wb") as output:
-        process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=environment)  # noqa: S603
+        process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=environment)  # noqa: S603 - our own command
     url = f"http://127.0.0.1:{port}/"
     try:
         deadline = time.monotonic() + START_SECONDS

@@ -135,12 +135,15 @@ def test_another_worker_goes_on_at_the_first_unfinished_segment(
 
     first = worker_of(queue, pipeline, drain_in_the_third)
     assert first.run_one() is Outcome.RELEASED
+    # Beside the decoding of the second segment the third may have been finished before its worker was heard to drain.
+    kept = len(list((queue.files.attempt(broken.id, 1).work / "segments").glob("segment_*.safetensors")))
+    assert kept in (2, 3)
     again: list[JobProgress] = []
     second = worker_of(queue, pipeline, lambda task, progress: again.append(progress))
     assert second.run_one() is Outcome.COMPLETED
     assert {progress.phase for progress in again} == {"", "stage_two"}
-    # The third may have been finished beside the decoding of the second, before its worker was heard to drain.
-    assert sorted({progress.segment for progress in again if progress.segment}) in ([3, 4], [4])
+    made_again = sorted({progress.segment for progress in again if progress.segment})
+    assert made_again == list(range(kept + 1, 5))
     assert video_bytes(queue, broken) == video_bytes(queue, whole)
 
 

@@ -146,5 +146,5 @@ def test_references_depend_on_the_clip_and_not_on_the_order(parts: Parts, clip: 
 
 def test_without_transition_the_reference_is_the_reduced_clip(parts: Parts, clip: Clip, reduced: torch.Tensor) -> None:
     encoder = StageTwoEncoder(parts, EncodingOptions(transition=None, unchanged=True))
-    (only,) = encoder.motion_references(clip)
+    (only,) = encoder.motion_references(clip, parts.stage_one.encode_prompt(clip.prompt))
     assert torch.equal(only, reduced)

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from swifti2v.pipelines.loading import Parts
+    from swifti2v.pipelines.stage_one import PromptEmbeds
 
 
 class TrainingClip(Protocol):
@@ -92,12 +93,12 @@ class StageTwoEncoder:
                     temporal_factor=self.parts.stage_two.geometry.temporal,
                 )
             )
-            for motion in self.motion_references(clip)
+            for motion in self.motion_references(clip, embeds)
             for mode in self.options.modes
         )
         return tensors | {f"{REFERENCE}{number}": latents for number, latents in enumerate(references)}
 
-    def motion_references(self, clip: TrainingClip) -> Iterator[Tensor]:
+    def motion_references(self, clip: TrainingClip, prompt_embeds: PromptEmbeds) -> Iterator[Tensor]:
         """Yield the motion references of a clip, uint8 [F,h,w,3] at Stage I's size, the unchanged one first."""
         height, width = clip.frames.shape[1:3]
         reduced = torch.from_numpy(resized(clip.frames, self.parts.motion_size(Size(width, height))))
@@ -106,12 +107,11 @@ class StageTwoEncoder:
         transition = self.options.transition
         if transition is None:
             return
-        embeds = self.parts.stage_one.encode_prompt(clip.prompt)
         generator = torch.Generator("cpu").manual_seed(_seed_of(clip.name, self.options.seed))
         for _ in range(transition.num_variants):
             sigma = transition.draw(generator)
             seed = int(torch.randint(2**62, (1,), generator=generator))
-            yield lightly_denoised(self.parts.stage_one, reduced, embeds, sigma=sigma, seed=seed)
+            yield lightly_denoised(self.parts.stage_one, reduced, prompt_embeds, sigma=sigma, seed=seed)
 
     def _encoded(self, chunks: Iterator[Tensor]) -> Tensor:
         on_device = (chunk.to(self.parts.device) for chunk in chunks)

@@ -31,6 +31,7 @@ OTHERS = {
     "neighbors_before": 2,
     "neighbors_after": 1,
     "anchor": False,
+    "keep_context": True,
     "positions": "compact",
     "few_step": False,
     "stage_one_steps": 8,

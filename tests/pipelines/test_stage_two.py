@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
+from diffusers import FirstBlockCacheConfig
 
 from swifti2v.errors import InvalidInputError
 from swifti2v.geometry import Size
@@ -103,6 +104,45 @@ def test_segments_see_what_was_finished_before_them(concat: StageTwo) -> None:
     chained = whole(concat, SETTINGS)
     assert torch.equal(alone[:, :, :2], chained[:, :, :2])  # the first segment has nothing before it
     assert not torch.equal(alone[:, :, 2:], chained[:, :, 2:])
+
+
+def given_frames(calls: list[dict[str, Any]]) -> list[int]:
+    return [call["positional"][0].shape[2] for call in calls]
+
+
+def test_context_is_kept_within_a_segment_and_for_each_text(concat: StageTwo) -> None:
+    """The first step of a segment runs its window, the other ones the targets; guidance does both for its text."""
+    settings = replace(SETTINGS, num_inference_steps=3, segment_size=2, guidance_scale=2.0, keep_context=True)
+    calls = count_calls(concat)
+    kept = whole(concat, settings, negative_prompt_embeds=text(7))
+    # Segments of 2 and 1 targets, the first with the anchor, the second with a neighbour too; two texts a step.
+    assert given_frames(calls) == [3, 3, 2, 2, 2, 2, 3, 3, 1, 1, 1, 1]
+    exact = whole(concat, replace(settings, keep_context=False), negative_prompt_embeds=text(7))
+    assert not torch.equal(kept, exact)
+    torch.testing.assert_close(kept, exact, rtol=0, atol=0.2)
+
+
+def test_context_is_not_kept_beside_a_cache_of_diffusers(concat: StageTwo) -> None:
+    concat.transformer.enable_cache(FirstBlockCacheConfig(threshold=0.0))
+    with pytest.raises(InvalidInputError, match=r"disable_cache\(\) first"):
+        whole(concat, replace(SETTINGS, keep_context=True))
+
+
+def test_frozen_context_is_kept_unasked_and_changes_nothing(tiny_wan_dit: Callable[..., Any], tiny_vae22: Any) -> None:
+    transformer = StageTwoTransformer.from_wan(tiny_wan_dit(), reference_channels=48).eval()
+    transformer.register_to_config(context_attention="frozen")
+    stage_two = StageTwo(transformer, open_codec(tiny_vae22))
+    calls = count_calls(stage_two)
+    kept = whole(stage_two, SETTINGS)
+    assert given_frames(calls) == [2, 1, 3, 1, 3, 1]
+
+    def step_by_step(*_: Any, **__: Any) -> bool:
+        return False
+
+    stage_two._keeps_context = step_by_step  # type: ignore[method-assign]
+    torch.testing.assert_close(whole(stage_two, SETTINGS), kept, rtol=0, atol=1e-5)
+    assert len(calls) == 12
+    assert given_frames(calls)[6:] == [2, 2, 3, 3, 3, 3]
 
 
 def test_without_the_anchor_the_network_is_called_on_the_targets_alone(concat: StageTwo) -> None:

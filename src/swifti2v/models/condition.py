@@ -15,6 +15,7 @@ from swifti2v.errors import InvalidInputError
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from swifti2v.models.context_attention import ContextMemory
     from swifti2v.segments import PositionMode, Segment
 
 TIMESTEPS = 1000.0
@@ -40,6 +41,7 @@ class StageTwoNetwork(Protocol):
         frame_positions: Tensor,
         frame_kinds: Tensor,
         output_frames: slice,
+        context_memory: ContextMemory | None,
     ) -> Any:
         """Return an object whose `sample` is ``[B, C, M, h, w]``, the frames `output_frames` of the window."""
 
@@ -54,6 +56,7 @@ def predict_targets(
     sigma: float | Tensor,
     prompt_embeds: Tensor,
     position_mode: PositionMode = "absolute",
+    context_memory: ContextMemory | None = None,
 ) -> Tensor:
     """Predict the clean targets of one segment.
 
@@ -67,6 +70,8 @@ def predict_targets(
         sigma: noise level in 0..1, one for all or ``[B]``.
         prompt_embeds: ``[B, T, text_dim]``.
         position_mode: RoPE positions in time, see `Segment.positions`.
+        context_memory: of this window and this prompt. The first call fills it; later ones do not look at the context
+            in `slots` and `reference` any more.
 
     Returns:
         x0 of the targets ``[B, C, M, h, w]``, float32: ``x - sigma * velocity`` or ``z_ref + residual``.
@@ -77,14 +82,19 @@ def predict_targets(
     _check_shapes(segment, slots, reference, targets, prompt_embeds)
     sigma_B = _sigma_per_sample(sigma, targets)
     places = segment.target_slice
+    is_known = context_memory is not None and context_memory.is_filled
+    given = places if is_known else slice(None)
+    of_given = slice(0, targets.shape[2]) if is_known else places
 
+    shown = _shown(transformer, targets, sigma_B)
     output = transformer(
-        _network_input(transformer, segment, slots, reference, _shown(transformer, targets, sigma_B)),
-        _frame_timesteps(segment, sigma_B),
+        _network_input(transformer, of_given, slots[:, :, given], reference[:, :, given], shown),
+        _frame_timesteps(segment, sigma_B)[:, given],
         prompt_embeds.to(transformer.dtype),
-        frame_positions=torch.tensor(segment.positions(position_mode)),
-        frame_kinds=torch.tensor(segment.kinds),
-        output_frames=places,
+        frame_positions=torch.tensor(segment.positions(position_mode)[given]),
+        frame_kinds=torch.tensor(segment.kinds[given]),
+        output_frames=of_given,
+        context_memory=context_memory,
     )
     prediction = output.sample.float()
     if transformer.config.prediction_type == "residual":
@@ -104,10 +114,9 @@ def _shown(transformer: StageTwoNetwork, targets: Tensor, sigma_B: Tensor) -> Te
 
 
 def _network_input(
-    transformer: StageTwoNetwork, segment: Segment, slots: Tensor, reference: Tensor, targets: Tensor
+    transformer: StageTwoNetwork, places: slice, slots: Tensor, reference: Tensor, targets: Tensor
 ) -> Tensor:
-    """Slots with the noisy targets in their places, then the reference if the network has channels for it."""
-    places = segment.target_slice
+    """Slots with the noisy targets in their `places`, then the reference if the network has channels for it."""
     batch, channels, *shape = slots.shape
     expected = transformer.config.in_channels
     if expected not in {channels, 2 * channels}:

@@ -10,7 +10,7 @@ T text tokens, M modulations: F, or 1 when all frames share a timestep.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Self
 
@@ -24,10 +24,16 @@ from diffusers.utils import apply_lora_scale
 from torch import Tensor, nn
 
 from swifti2v.errors import CheckpointError, InvalidInputError
+from swifti2v.models.context_attention import ContextMemory, WindowAttention, window_attention
 from swifti2v.models.local_detail import LocalDetail
 from swifti2v.models.text_attention import KeptText, TextMemory, keeps_text
 from swifti2v.models.transformer_block import FramePositionRope, StageTwoBlock, modulate
-from swifti2v.models.transformer_configuration import PredictionType, check_configuration, check_frame_numbers
+from swifti2v.models.transformer_configuration import (
+    ContextAttention,
+    PredictionType,
+    check_configuration,
+    check_frame_numbers,
+)
 from swifti2v.segments import FrameKind
 
 # diffusers finds the loader of a component through the names of the module that defines it, hence `ModelMixin` here.
@@ -46,6 +52,8 @@ class StageTwoTransformer(WanTransformer3DModel):
         reference_channels: channels of `z_ref` behind the slots; 0 runs public weights as they are (training-free).
         prediction_type: `velocity` (Wan's own: noise - x0) or `residual` (x0 - reference).
         local_detail_width: hidden channels of `LocalDetail` beside the tokens; 0 for none, as in Wan.
+        context_attention: `bidirectional` (paper: context and targets see each other) or `frozen` (the context sees
+            itself alone).
 
     Raises:
         ConfigurationError: the channels do not add up, or another argument is not of the above.
@@ -87,8 +95,16 @@ class StageTwoTransformer(WanTransformer3DModel):
         reference_channels: int = 0,
         prediction_type: PredictionType = "velocity",
         local_detail_width: int = 0,
+        context_attention: ContextAttention = "bidirectional",
     ) -> None:
-        check_configuration(patch_size, in_channels, out_channels, reference_channels, prediction_type)
+        check_configuration(
+            patch_size,
+            in_channels=in_channels,
+            out_channels=out_channels,
+            reference_channels=reference_channels,
+            prediction_type=prediction_type,
+            context_attention=context_attention,
+        )
         super().__init__(
             patch_size=patch_size,
             num_attention_heads=num_attention_heads,
@@ -220,6 +236,7 @@ class StageTwoTransformer(WanTransformer3DModel):
         frame_positions: Tensor | None = None,
         frame_kinds: Tensor | None = None,
         output_frames: slice | None = None,
+        context_memory: ContextMemory | None = None,
         return_dict: bool = True,
         attention_kwargs: dict[str, Any] | None = None,
     ) -> Transformer2DModelOutput | tuple[Tensor]:
@@ -234,6 +251,8 @@ class StageTwoTransformer(WanTransformer3DModel):
                 Best on the CPU, as `frame_kinds`: the check of their range would wait for a GPU.
             frame_kinds: ``[F]`` integers of `FrameKind`; all targets if None.
             output_frames: of the F frames, those whose output is wanted; all if None.
+            context_memory: keeps keys and values of the frames that are no targets; once it is filled, give the targets
+                alone, with their positions.
             return_dict: return an object with `sample`, else a tuple of one.
             attention_kwargs: ``{"scale": s}`` scales LoRA layers.
 
@@ -241,7 +260,8 @@ class StageTwoTransformer(WanTransformer3DModel):
             ``[B, Cout, F, H, W]`` of the network's dtype, F those of `output_frames`.
 
         Raises:
-            InvalidInputError: a shape or a position does not fit.
+            InvalidInputError: a shape or a position does not fit; or, under context parallelism, the context is frozen
+                or kept.
         """
         frames, rows, columns = self._checked_grid(hidden_states, timestep, frame_positions, frame_kinds)
 
@@ -254,10 +274,12 @@ class StageTwoTransformer(WanTransformer3DModel):
         # Under context parallelism this rank holds a part of the tokens, perhaps a part of a frame.
         is_part = token_frames_1L.shape[1] != frames * rows * columns
         token_frames_L = token_frames_1L[0] if is_part and temb_BMD.shape[1] > 1 else None
+        windows = self._windows(frame_kinds, frames * rows * columns, context_memory, is_part=is_part)
 
         for index, block in enumerate(self.blocks):
             kept_block = kept.blocks[index] if kept is not None else None
-            arguments = (tokens_BLD, text_BTD, table_BM6D, (rotary_cos, rotary_sin), token_frames_L, kept_block)
+            rotary = (rotary_cos, rotary_sin)
+            arguments = (tokens_BLD, text_BTD, table_BM6D, rotary, token_frames_L, kept_block, windows[index])
             if torch.is_grad_enabled() and self.gradient_checkpointing:
                 tokens_BLD = self._gradient_checkpointing_func(block, *arguments)
             else:
@@ -284,6 +306,18 @@ class StageTwoTransformer(WanTransformer3DModel):
         embedded = patches_BDFHW + kinds_FD.T[:, :, None, None]
         # The transposed view would make every layer of the first block copy it.
         return embedded.flatten(2).transpose(1, 2).contiguous()
+
+    def _windows(
+        self, frame_kinds: Tensor | None, num_tokens: int, memory: ContextMemory | None, *, is_part: bool
+    ) -> Sequence[WindowAttention | None]:
+        is_frozen = self.config.context_attention == "frozen"
+        plain = [None] * len(self.blocks)
+        if memory is None and not is_frozen:
+            return plain
+        if is_part:
+            msg = "a context that is frozen or kept is not divided over devices; run it on one, or keep no context"
+            raise InvalidInputError(msg)
+        return window_attention(frame_kinds, num_tokens, is_frozen=is_frozen, kept=memory.blocks if memory else plain)
 
     def _kept_text(self, text: Tensor) -> KeptText | None:
         if self._text_memory is None or torch.is_grad_enabled() or not keeps_text(self.blocks[0].attn2):

@@ -5,14 +5,18 @@ Shape suffixes as in `transformer.py`.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
 from diffusers.models.transformers.transformer_wan import WanRotaryPosEmbed, WanTransformerBlock
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from torch import Tensor
 
+    from swifti2v.models.context_attention import WindowAttention
     from swifti2v.models.text_attention import TextKeysValues
 
 PART_TOKENS = 4096
@@ -86,6 +90,7 @@ class StageTwoBlock(WanTransformerBlock):
         rotary_emb: tuple[Tensor, Tensor],
         token_frames: Tensor | None = None,
         kept_text: TextKeysValues | None = None,
+        window: WindowAttention | None = None,
     ) -> Tensor:
         """Run the block.
 
@@ -96,14 +101,16 @@ class StageTwoBlock(WanTransformerBlock):
             rotary_emb: cosines and sines ``[1, L, 1, head]``.
             token_frames: ``[L]``, the row of `temb` of each token, where the tokens are a part of the sequence.
             kept_text: keys and values of this text, or the place to put them.
+            window: who attends to whom; None: all tokens to all.
         """
         modulation = (self.scale_shift_table + temb.float()).unbind(2)
         if token_frames is None and not torch.is_grad_enabled():
-            return self._forward_by_frames(hidden_states, encoder_hidden_states, modulation, rotary_emb, kept_text)
+            attend = partial(self._attend, rotary=rotary_emb, window=window)
+            return self._forward_by_frames(hidden_states, encoder_hidden_states, modulation, attend, kept_text)
         shift, scale, gate, ffn_shift, ffn_scale, ffn_gate = modulation
 
         normed = modulate(self.norm1(hidden_states.float()), scale, shift, token_frames).type_as(hidden_states)
-        attended = self.attn1(normed, None, None, rotary_emb)
+        attended = self._attend(normed, rotary_emb, window)
         hidden_states = _add_gated(hidden_states, attended, gate, token_frames)
 
         # norm2 computes in float32 and returns its input's dtype by itself.
@@ -117,7 +124,7 @@ class StageTwoBlock(WanTransformerBlock):
         hidden_states: Tensor,
         encoder_hidden_states: Tensor,
         modulation: tuple[Tensor, ...],
-        rotary_emb: tuple[Tensor, Tensor],
+        attend: Callable[[Tensor], Tensor],
         kept_text: TextKeysValues | None,
     ) -> Tensor:
         """Do the same without gradients, all but attention a few frames at a time.
@@ -131,7 +138,7 @@ class StageTwoBlock(WanTransformerBlock):
         for tokens, rows in parts:
             part = self.norm1(hidden_states[:, tokens].float())
             normed[:, tokens] = modulate(part, scale[:, rows], shift[:, rows], None)
-        attended = self.attn1(normed, None, None, rotary_emb)
+        attended = attend(normed)
         # Not in place: a cache of diffusers may still compare the input with the output.
         result = normed
         for tokens, rows in parts:
@@ -144,6 +151,14 @@ class StageTwoBlock(WanTransformerBlock):
             result[:, tokens] = _add_gated(part, self.ffn(inner), ffn_gate[:, rows], None)
             del inner
         return result
+
+    def _attend(self, normed_BLD: Tensor, rotary: tuple[Tensor, Tensor], window: WindowAttention | None) -> Tensor:
+        attended: Tensor = (
+            self.attn1(normed_BLD, None, None, rotary)
+            if window is None
+            else window.attend(self.attn1, normed_BLD, rotary)
+        )
+        return attended
 
     def _read_text(self, tokens_BLD: Tensor, text_BTD: Tensor, kept: TextKeysValues | None) -> Tensor:
         normed = self.norm2(tokens_BLD)

@@ -12,12 +12,20 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 PredictionType = Literal["velocity", "residual"]
+ContextAttention = Literal["bidirectional", "frozen"]
+"""Whether the tokens of the context attend to the targets (`context_attention.py`)."""
 
 
 def check_configuration(
-    patch_size: tuple[int, ...], in_channels: int, out_channels: int, reference_channels: int, prediction_type: str
+    patch_size: tuple[int, ...],
+    *,
+    in_channels: int,
+    out_channels: int,
+    reference_channels: int,
+    prediction_type: str,
+    context_attention: str,
 ) -> None:
-    """Raise `ConfigurationError` unless channels add up, the patch is flat in time and the prediction is known."""
+    """Raise `ConfigurationError` unless channels add up, the patch is flat in time and the ways are known ones."""
     if reference_channels < 0 or in_channels != out_channels + reference_channels:
         msg = (
             f"in_channels is {in_channels}, not out_channels {out_channels} + reference_channels {reference_channels}; "
@@ -27,9 +35,13 @@ def check_configuration(
     if len(patch_size) != 3 or patch_size[0] != 1:
         msg = f"patch_size is {tuple(patch_size)}; Stage II counts latent frames, so the first must be 1 of three"
         raise ConfigurationError(msg)
-    if prediction_type not in get_args(PredictionType):
-        msg = f"prediction_type is {prediction_type!r}; use one of {', '.join(get_args(PredictionType))}"
-        raise ConfigurationError(msg)
+    for name, value, known in (
+        ("prediction_type", prediction_type, get_args(PredictionType)),
+        ("context_attention", context_attention, get_args(ContextAttention)),
+    ):
+        if value not in known:
+            msg = f"{name} is {value!r}; use one of {', '.join(known)}"
+            raise ConfigurationError(msg)
 
 
 def check_frame_numbers(name: str, numbers: Tensor | None, frames: int, stop: int) -> None:

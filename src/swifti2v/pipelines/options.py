@@ -37,6 +37,7 @@ class GenerationOptions:
     neighbors_before: int | None = None
     neighbors_after: int | None = None
     anchor: bool | None = None
+    keep_context: bool | None = None
     positions: PositionMode | None = None
     few_step: bool | None = None
     stage_one_steps: int | None = None
@@ -66,6 +67,8 @@ class GenerationSettings:
         neighbors_before: finished latent frames that it sees (N).
         neighbors_after: unrefined latent frames that it sees behind it.
         anchor: whether it sees the anchor, latent frame 0 (the image); False is for ablations.
+        keep_context: run anchor and neighbours in the first step of a segment only, and keep what they say to the
+            targets for the other steps: less work, an approximation unless the network was trained with frozen context.
         positions: RoPE positions of a window, `absolute` or `compact`.
         few_step: Stage I with the few-step schedule and adapters, or the many-step way of the base model.
         stage_one_steps: steps of Stage I.
@@ -92,6 +95,7 @@ class GenerationSettings:
     neighbors_before: int = 1
     neighbors_after: int = 0
     anchor: bool = True
+    keep_context: bool = False
     positions: PositionMode = "absolute"
     few_step: bool = True
     stage_one_steps: int = 4

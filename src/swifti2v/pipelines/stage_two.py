@@ -16,6 +16,7 @@ from swifti2v.errors import InvalidInputError
 from swifti2v.geometry import CodecGeometry
 from swifti2v.memory.heap import trim_heap
 from swifti2v.models.condition import predict_targets
+from swifti2v.models.context_attention import ContextMemory
 from swifti2v.sampling.schedules import shifted_sigmas
 from swifti2v.sampling.segmented import nothing_finished, sample_segments
 from swifti2v.sampling.solvers import euler, renoise
@@ -41,6 +42,25 @@ class FinishedLatents:
 
     segment: Segment | None
     latents: Tensor
+
+
+class _ContextMemories:
+    """What is kept of the window at hand, one memory for each text; a new window begins anew."""
+
+    def __init__(self, transformer: StageTwoTransformer) -> None:
+        self._num_blocks = len(transformer.blocks)
+        self._window: Window | None = None
+        self._memories: list[tuple[Tensor, ContextMemory]] = []
+
+    def of(self, window: Window, text: Tensor) -> ContextMemory:
+        if window is not self._window:
+            self._window, self._memories = window, []
+        for known, memory in self._memories:
+            if known is text:
+                return memory
+        memory = ContextMemory(self._num_blocks)
+        self._memories.append((text, memory))
+        return memory
 
 
 class StageTwo:
@@ -98,6 +118,8 @@ class StageTwo:
         anchor = next(latents)
         yield FinishedLatents(None, anchor)
 
+        memories = _ContextMemories(self.transformer) if self._keeps_context(settings) else None
+
         def predict(window: Window, targets: Tensor, sigma: float, embeds: Tensor) -> Tensor:
             return predict_targets(
                 self.transformer,
@@ -108,6 +130,7 @@ class StageTwo:
                 sigma=sigma,
                 prompt_embeds=embeds,
                 position_mode=settings.positions,
+                context_memory=memories.of(window, embeds) if memories else None,
             )
 
         def denoise(window: Window, targets: Tensor, sigma: float) -> Tensor:
@@ -131,6 +154,16 @@ class StageTwo:
         )
         with self.transformer.text_kept():
             yield from starmap(FinishedLatents, sampled)
+
+    def _keeps_context(self, settings: GenerationSettings) -> bool:
+        """Whether the context is run once a segment: because it is asked for, or as nothing is lost by it."""
+        if self.transformer.is_cache_enabled:  # it compares the tokens of one step with those of the next
+            if settings.keep_context:
+                msg = "keep_context does not work beside a cache of diffusers; disable_cache() first, or turn it off"
+                raise InvalidInputError(msg)
+            return False
+        is_exact = self.transformer.config.context_attention == "frozen"
+        return settings.num_inference_steps > 1 and (settings.keep_context or is_exact)
 
     def _text(self, embeds: Tensor | None) -> Tensor:
         device = self.transformer.device

@@ -1,0 +1,140 @@
+"""Self-attention of a window in which the context need not look at the targets again.
+
+Two uses of one thing. A network trained with `frozen` context lets anchor and neighbours attend to each other only, as
+a causal model's cache does; the paper's is `bidirectional` (CSG). And either kind may keep the context's keys and
+values from a segment's first step for its later ones, which then run the targets alone: exact where the context is
+frozen, an approximation where it is not, because there it would have seen the targets become cleaner.
+
+Shape suffixes as in `transformer.py`; N tokens of the context.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from diffusers.models.attention_dispatch import dispatch_attention_fn
+from diffusers.models.transformers.transformer_wan import _get_qkv_projections
+
+from swifti2v.errors import InvalidInputError
+from swifti2v.segments import FrameKind
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from torch import Tensor
+
+
+class ContextKeysValues:
+    """Keys, turned by their positions, and values ``[B, N, heads, head]`` of the context in one block, once made."""
+
+    def __init__(self) -> None:
+        self.key: Tensor | None = None
+        self.value: Tensor | None = None
+
+
+class ContextMemory:
+    """Keys and values of one window's context under one text: for TI2V-5B at 2560x1408 and two frames, 2.6 GB.
+
+    Args:
+        num_blocks: of the network.
+    """
+
+    def __init__(self, num_blocks: int) -> None:
+        self.blocks = [ContextKeysValues() for _ in range(num_blocks)]
+
+    @property
+    def is_filled(self) -> bool:
+        """Whether a forward pass has been made: the next ones take the targets alone."""
+        return self.blocks[-1].key is not None
+
+
+@dataclass(frozen=True)
+class WindowAttention:
+    """How the tokens of a window attend to each other in one block.
+
+    Not a tuple or a list: the hooks of accelerate and diffusers copy those on their way into a block.
+
+    Args:
+        targets: the tokens of the targets among those given.
+        is_frozen: whether the context attends to itself alone.
+        kept: where the context's keys and values are put, or come from.
+    """
+
+    targets: slice
+    is_frozen: bool
+    kept: ContextKeysValues | None
+
+    def attend(self, attention: Any, tokens_BLD: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
+        """Return what diffusers' `WanAttnProcessor` returns for self-attention, but for who sees whom.
+
+        Args:
+            attention: a `WanAttention`.
+            tokens_BLD: normed and modulated.
+            rotary: cosines and sines ``[1, L, 1, head]``.
+        """
+        query, key, value = _get_qkv_projections(attention, tokens_BLD, None)
+        query, key = attention.norm_q(query), attention.norm_k(key)
+        query, key, value = (each.unflatten(2, (attention.heads, -1)) for each in (query, key, value))
+        query, key = _turned(query, *rotary), _turned(key, *rotary)
+        attended = self._attended(query, key, value, attention.processor._attention_backend)
+        result: Tensor = attention.to_out[1](attention.to_out[0](attended.flatten(2, 3).type_as(query)))
+        return result
+
+    def _attended(self, query: Tensor, key: Tensor, value: Tensor, backend: Any) -> Tensor:
+        def dispatch(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+            attended: Tensor = dispatch_attention_fn(query, key, value, backend=backend)
+            return attended
+
+        if self.kept is not None and self.kept.key is not None and self.kept.value is not None:
+            return dispatch(query, torch.cat([self.kept.key, key], 1), torch.cat([self.kept.value, value], 1))
+        if self.kept is not None:
+            self.kept.key, self.kept.value = self._context(key), self._context(value)
+        if not self.is_frozen:
+            return dispatch(query, key, value)
+        context = dispatch(self._context(query), self._context(key), self._context(value))
+        targets = dispatch(query[:, self.targets], key, value)
+        start = self.targets.start
+        return torch.cat([context[:, :start], targets, context[:, start:]], dim=1)
+
+    def _context(self, each: Tensor) -> Tensor:
+        return torch.cat([each[:, : self.targets.start], each[:, self.targets.stop :]], dim=1)
+
+
+def window_attention(
+    kinds: Tensor | None, num_tokens: int, *, is_frozen: bool, kept: Sequence[ContextKeysValues | None]
+) -> list[WindowAttention | None]:
+    """Return how each block attends; None where nothing differs from plain attention over the whole window.
+
+    Args:
+        kinds: ``[F]`` integers of `FrameKind` on the CPU; None: all are targets.
+        num_tokens: L of the F frames.
+        is_frozen: see `WindowAttention`.
+        kept: of each block, where the context of this window is kept.
+
+    Raises:
+        InvalidInputError: the targets do not follow each other, or context is given to a filled memory.
+    """
+    values = [] if kinds is None else kinds.tolist()
+    places = [place for place, kind in enumerate(values) if kind == FrameKind.TARGET]
+    has_context = len(places) < len(values)
+    is_known = any(each is not None and each.key is not None for each in kept)
+    if is_known and has_context:
+        msg = "the context of this window is kept already; give its targets alone, or a new ContextMemory"
+        raise InvalidInputError(msg)
+    if is_known or not has_context:
+        return [WindowAttention(slice(0, num_tokens), is_frozen, each) if is_known else None for each in kept]
+    if not places or places[-1] - places[0] + 1 != len(places):
+        msg = f"frame_kinds is {values}; the targets of a window must follow each other, and there must be some"
+        raise InvalidInputError(msg)
+    per_frame = num_tokens // len(values)
+    targets = slice(places[0] * per_frame, (places[-1] + 1) * per_frame)
+    return [WindowAttention(targets, is_frozen, each) if is_frozen or each is not None else None for each in kept]
+
+
+def _turned(each: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
+    """Rotary positions on pairs of neighbouring numbers, as Wan lays them out."""
+    even, odd = torch.unflatten(each, -1, (-1, 2)).unbind(-1)
+    cosine, sine = cosines[..., 0::2], sines[..., 1::2]
+    return torch.stack([even * cosine - odd * sine, even * sine + odd * cosine], dim=-1).flatten(-2).type_as(each)

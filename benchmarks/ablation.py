@@ -182,13 +182,13 @@ def plot(results: Mapping[str, Mapping[str, Numbers]], variants: Sequence[Varian
         return np.asarray(PIL.Image.open(file).convert("RGB"))
 
 
-def documented(document: str, content: str) -> str:
+def documented(document: str, content: str, *, begin: str = BEGIN, end: str = END) -> str:
     """Return a document with `content` between its marks."""
-    if BEGIN not in document or END not in document:
-        msg = f"the document has no marks {BEGIN} and {END}; put them where the table is to stand"
+    if begin not in document or end not in document:
+        msg = f"the document has no marks {begin} and {end}; put them where the table is to stand"
         raise ValueError(msg)
-    pattern = f"{re.escape(BEGIN)}.*?{re.escape(END)}"
-    return re.sub(pattern, lambda _match: f"{BEGIN}\n\n{content}\n\n{END}", document, flags=re.DOTALL)
+    pattern = f"{re.escape(begin)}.*?{re.escape(end)}"
+    return re.sub(pattern, lambda _match: f"{begin}\n\n{content}\n\n{end}", document, flags=re.DOTALL)
 
 
 def main() -> None:

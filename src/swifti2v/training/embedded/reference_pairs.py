@@ -47,9 +47,18 @@ class ReferencePair:
 
 
 def read_clip(
-    path: Path, *, num_frames: int, first_frame: int = 0, stride: int = 1, multiple: int = 32
+    path: Path,
+    *,
+    num_frames: int,
+    first_frame: int = 0,
+    stride: int = 1,
+    multiple: int = 32,
+    max_width: int | None = None,
 ) -> NDArray[np.uint8]:
-    """Read [F,H,W,3] uint8 frames, every `stride`-th, centre-cropped to sides that are multiples of `multiple`."""
+    """Read [F,H,W,3] uint8 frames, every `stride`-th, centre-cropped to sides that are multiples of `multiple`.
+
+    Wider ones than `max_width` are reduced to it first.
+    """
     capture = cv2.VideoCapture(str(path))
     frames = []
     try:
@@ -58,7 +67,7 @@ def read_clip(
             if not found:
                 break
             if index >= first_frame and (index - first_frame) % stride == 0:
-                frames.append(cv2.cvtColor(frame, cv2.COLOR_BGR2RGB))
+                frames.append(_at_most(cv2.cvtColor(frame, cv2.COLOR_BGR2RGB), max_width))
     finally:
         capture.release()
     if not frames:
@@ -76,6 +85,7 @@ class PairOptions:
         num_frames: of a clip, 4k+1.
         procedural_per_photograph: clips rendered over each photograph.
         procedural_width, procedural_height: of their frames.
+        clip_width: wider clips are reduced to it; None: as they are.
         coded_share: share of motion references that have passed through Stage I's codec.
         replaced_share: share of references without transport (`replace`): what transport cannot explain looks so.
     """
@@ -84,6 +94,7 @@ class PairOptions:
     procedural_per_photograph: int = 4
     procedural_width: int = 640
     procedural_height: int = 352
+    clip_width: int | None = None
     coded_share: float = 0.3
     replaced_share: float = 0.3
 
@@ -99,7 +110,7 @@ def make_pair(
     """Encode a clip uint8 [F,H,W,3] and its hybrid reference, F = 4k+1."""
     motion = reduce_frames(frames, REDUCTION)
     if rng.random() < options.coded_share:
-        motion = _through_codec(motion, motion_codec)
+        motion = through_codec(motion, motion_codec)
     mode: ReferenceMode = "replace" if rng.random() < options.replaced_share else "transport"
     truth = from_uint8(frames)
     transport = ReferenceOptions(mode=mode, num_workers=1)
@@ -124,7 +135,13 @@ def clip_pairs(
     size = Size(options.procedural_width, options.procedural_height)
     for item in items:
         for start, stride in PIECES:
-            frames = read_clip(item.path, num_frames=options.num_frames, first_frame=start, stride=stride)
+            frames = read_clip(
+                item.path,
+                num_frames=options.num_frames,
+                first_frame=start,
+                stride=stride,
+                max_width=options.clip_width,
+            )
             if len(frames) == options.num_frames:
                 yield make_pair(frames, codec=codec, motion_codec=motion_codec, options=options, rng=rng)
     for photograph in photographs:
@@ -135,7 +152,15 @@ def clip_pairs(
             )
 
 
-def _through_codec(frames: NDArray[np.uint8], codec: MotionCodec) -> NDArray[np.uint8]:
+def _at_most(frame: NDArray[np.uint8], width: int | None) -> NDArray[np.uint8]:
+    if width is None or frame.shape[1] <= width:
+        return frame
+    height = round(frame.shape[0] * width / frame.shape[1])
+    return np.asarray(cv2.resize(frame, (width, height), interpolation=cv2.INTER_AREA), dtype=np.uint8)
+
+
+def through_codec(frames: NDArray[np.uint8], codec: MotionCodec) -> NDArray[np.uint8]:
+    """Return frames uint8 [F,h,w,3] encoded and decoded; what exceeds a multiple of 8 pixels stays as it is."""
     height, width = (side // 8 * 8 for side in frames.shape[1:3])
     decoded = codec.decode(codec.encode(from_uint8(frames[:, :height, :width])).latents).sample
     result = frames.copy()

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from swifti2v.models.condition import predict_targets
 from swifti2v.models.transform_codec import BLOCK_NUMBERS, TEMPORAL, BlockTransformCodec
 from swifti2v.models.transformer import StageTwoTransformer
+from swifti2v.models.transformer_configuration import ContextAttention  # noqa: TC001 - read from recipes
 from swifti2v.training.embedded.codec import BandStatistics
 from swifti2v.training.engine.loop import Prefetcher
 from swifti2v.training.refiner.windows import WindowOptions, context_slots, with_finished
@@ -38,11 +39,12 @@ class StageTwoRecipe:
 
     Args:
         num_channels: latent channels of the block transform, of 768.
-        width, num_layers, ffn_width, local_detail_width: of the transformer; heads are 128 wide.
+        width, num_layers, ffn_width, local_detail_width, head_width, context_attention: of the transformer.
         patch: latent cells per token side (8 pixels each).
         crops: spatial crops in latent cells (height, width), multiples of `patch`.
         pure_noise_share: share of samples at sigma 1, where a one-step sampler works.
         context_noise: largest standard deviation of the noise on finished context.
+        anchor_share: share of windows that see the anchor.
     """
 
     num_channels: int = 192
@@ -50,6 +52,8 @@ class StageTwoRecipe:
     num_layers: int = 2
     ffn_width: int = 448
     local_detail_width: int = 256
+    head_width: int = 128
+    context_attention: ContextAttention = "bidirectional"
     text_width: int = 96
     patch: int = 4
     segment_size: int = 3
@@ -57,6 +61,7 @@ class StageTwoRecipe:
     crops: tuple[tuple[int, int], ...] = ((32, 32), (24, 44), (44, 24))
     pure_noise_share: float = 0.7
     context_noise: float = 0.05
+    anchor_share: float = 1.0
     seed: int = 0
 
 
@@ -88,8 +93,8 @@ def make_stage_two_transformer(recipe: StageTwoRecipe) -> StageTwoTransformer:
     torch.manual_seed(recipe.seed)
     transformer = StageTwoTransformer(
         patch_size=(1, recipe.patch, recipe.patch),
-        num_attention_heads=recipe.width // 128,
-        attention_head_dim=128,
+        num_attention_heads=recipe.width // recipe.head_width,
+        attention_head_dim=recipe.head_width,
         in_channels=2 * recipe.num_channels,
         out_channels=recipe.num_channels,
         reference_channels=recipe.num_channels,
@@ -99,6 +104,7 @@ def make_stage_two_transformer(recipe: StageTwoRecipe) -> StageTwoTransformer:
         ffn_dim=recipe.ffn_width,
         num_layers=recipe.num_layers,
         local_detail_width=recipe.local_detail_width,
+        context_attention=recipe.context_attention,
         cross_attn_norm=True,
         qk_norm="rms_norm_across_heads",
         rope_max_seq_len=1024,
@@ -123,7 +129,7 @@ class StageTwoObjective:
         self.module: nn.Module = transformer
         self._transformer = transformer
         self._pairs = pairs
-        self._windows = WindowOptions(segment_size=recipe.segment_size)
+        self._windows = WindowOptions(segment_size=recipe.segment_size, anchor_share=recipe.anchor_share)
         # The transform is orthonormal: with this weight, squared errors of latents are those of pixels.
         self._weight = codec.scale.square().view(1, -1, 1, 1, 1) * (codec.num_channels / NUMBERS_OF_A_CELL)
         self._batches = Prefetcher(self._batch)

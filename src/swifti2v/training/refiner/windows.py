@@ -23,6 +23,7 @@ class WindowOptions:
         full_share: share of windows with M targets; the others have fewer, as the last segment of a clip.
         before_share: share of windows that see the finished frame before their targets.
         after_share: share of windows that see the unrefined frame behind them.
+        anchor_share: share of windows that see the anchor; below 1 for ablations, whose networks do without it too.
 
     Raises:
         ConfigurationError: a share is outside 0..1, or there are no targets.
@@ -32,12 +33,13 @@ class WindowOptions:
     full_share: float = 0.6
     before_share: float = 0.75
     after_share: float = 0.3
+    anchor_share: float = 1.0
 
     def __post_init__(self) -> None:
         if self.segment_size < 1:
             msg = f"segment_size is {self.segment_size}; use at least 1"
             raise ConfigurationError(msg)
-        for name in ("full_share", "before_share", "after_share"):
+        for name in ("full_share", "before_share", "after_share", "anchor_share"):
             if not 0 <= getattr(self, name) <= 1:
                 msg = f"{name} is {getattr(self, name)}; it must be within 0..1"
                 raise ConfigurationError(msg)
@@ -59,11 +61,13 @@ class WindowOptions:
         start = int(rng.integers(first, num_latent_frames - targets + 1))
         before = int(needs_before or rng.random() < self.before_share)
         after = int(rng.random() < self.after_share)
+        anchor = self.anchor_share >= 1 or bool(rng.random() < self.anchor_share)
         return Segment(
             index=0,
             targets=range(start, start + targets),
             before=range(max(1, start - before), start),
             after=range(start + targets, min(num_latent_frames, start + targets + after)),
+            anchor=anchor,
         )
 
 

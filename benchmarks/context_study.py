@@ -1,0 +1,331 @@
+"""What context is worth where it has to carry the detail: networks trained in different ways, judged on the same clips.
+
+Command: ``python -m benchmarks.context_study --clips DIR --runs RUNS [--seeds 3] [--document docs/ablation.md]``.
+Trains the networks of `NETWORKS` by ``recipes/mini/context.yaml`` (one that ``RUNS`` holds finished is taken as it is,
+one that was stopped goes on), then judges them on clips that training never saw:
+
+- short, 33 frames: every row changes one thing of the first network's own way;
+- artefacts: trained on references with or without the artefacts of Stage I's codec (stage-transition, as far as `mini`
+  can show it), each fed with both, over the seeds;
+- long, 161 frames, and 321 (the same to and fro): errors have time to add up. Decay: PSNR of the first 15% of the
+  frames less that of the last 15%.
+
+Clips: the held-back ones at a quarter of their size. Motion reference: the truth reduced four times more. Reference:
+``replace``, the paper's: enlarged, its first frame the image. Measures are those of `benchmarks.baselines`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import os
+import shutil
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import PIL.Image
+import torch
+
+from benchmarks import pictures
+from benchmarks.ablation import Variant, documented, measured, plot, table, with_network
+from benchmarks.baselines import Baseline, judged, made_frames
+from benchmarks.clips import held_back_clips, truth_frames
+from benchmarks.fidelity import KnownClip, known_clip
+from benchmarks.results import add_result_arguments, markdown_table, mean, number, say, settings_of, write_results
+from swifti2v.config import load_yaml
+from swifti2v.evaluation.metrics import psnr
+from swifti2v.geometry import Size
+from swifti2v.models.checkpoints import resolve
+from swifti2v.models.motion_codec import MotionCodec
+from swifti2v.pipelines.options import GenerationOptions
+from swifti2v.pipelines.two_stage import TwoStagePipeline
+from swifti2v.pixels import from_uint8
+from swifti2v.reference.replace import replace_first_frame
+from swifti2v.reference.resample import reduce_frames
+from swifti2v.training.embedded.recipes import StageTwoRun, train_stage_two
+from swifti2v.training.embedded.reference_pairs import through_codec
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping, Sequence
+
+    from benchmarks.fidelity import Array, Numbers
+    from swifti2v.pipelines.loading import Parts
+    from swifti2v.pipelines.options import GenerationSettings
+    from swifti2v.training.engine.loop import StepReport
+
+ROOT = Path(__file__).parents[1]
+RECIPE = ROOT / "recipes" / "mini" / "context.yaml"
+IMAGES = ROOT / "docs" / "images"
+BEGIN, END = "<!-- context: begin -->", "<!-- context: end -->"
+SIZE = Size(320, 176)
+SHRINK = 4
+SHORT_FRAMES, LONG_FRAMES = 33, 161
+END_SHARE = 0.15
+
+
+@dataclass(frozen=True)
+class Network:
+    """A way of training: what differs from the recipe."""
+
+    name: str
+    model: Mapping[str, Any] = field(default_factory=dict)
+    pairs: Mapping[str, Any] = field(default_factory=dict)
+
+
+BIDIRECTIONAL = Network("bidirectional")
+FROZEN = Network("frozen", model={"context_attention": "frozen"})
+WITH_ARTEFACTS = Network("artefacts", pairs={"coded_share": 1.0})
+CLEAN_CONTEXT = Network("clean_context", model={"context_noise": 0.0})
+NETWORKS = (BIDIRECTIONAL, FROZEN, WITH_ARTEFACTS, CLEAN_CONTEXT)
+
+SHORT = (
+    Variant("full", "**full CSG**"),
+    Variant("no_anchor", "no anchor", {"anchor": False}),
+    Variant("no_neighbors", "no neighbours", {"neighbors_before": 0}),
+    Variant("neither", "neither anchor nor neighbours", {"anchor": False, "neighbors_before": 0}),
+    Variant("both_sides", "neighbours on both sides", {"neighbors_after": 1}),
+    Variant("two_before", "two neighbours before", {"neighbors_before": 2}),
+    Variant("compact", "compact positions", {"positions": "compact"}),
+    *(Variant(f"m{size}", f"M = {size}", {"segment_size": size}) for size in (1, 2, 4, 6)),
+    Variant("whole", "full sequence", {"segment_size": SHORT_FRAMES}),
+    *(Variant(f"steps{steps}", f"{steps} steps", {"num_inference_steps": steps}) for steps in (2, 4, 20)),
+    Variant("kept", "4 steps, context kept", {"num_inference_steps": 4, "keep_context": True}),
+    Variant(FROZEN.name, "trained with frozen context", network=FROZEN.name),
+    Variant(CLEAN_CONTEXT.name, "trained without noise on the context", network=CLEAN_CONTEXT.name),
+)
+LONG = (
+    Variant("full", "**full CSG**"),
+    Variant("compact", "compact positions", {"positions": "compact"}),
+    Variant("no_neighbors", "independent segments", {"neighbors_before": 0}),
+    Variant("no_anchor", "no anchor", {"anchor": False}),
+    Variant(FROZEN.name, "trained with frozen context", network=FROZEN.name),
+    Variant(CLEAN_CONTEXT.name, "trained without noise on the context", network=CLEAN_CONTEXT.name),
+)
+LONG_COLUMNS = {
+    "psnr": ("PSNR (dB)", 2),
+    "decay": ("decay (dB)", 2),
+    "high_frequency_ratio": ("HF", 3),
+    "seam_luma": ("seam, luma", 3),
+    "seam_detail": ("seam, detail", 3),
+    "drift_sharpness": ("drift, sharpness (%)", 2),
+    "drift_saturation": ("drift, saturation (%)", 2),
+}
+
+
+def trained(network: Network, seed: int, *, clips: Path, runs: Path) -> Path:
+    """Return the folder of a network's weights; trained now, unless it is there."""
+    output = runs / f"{network.name}_{seed}"
+    recipe = load_yaml(StageTwoRun, RECIPE)
+    model, pairs = replace(recipe.model, seed=seed, **network.model), replace(recipe.pairs, **network.pairs)
+    recipe = replace(recipe, model=model, pairs=pairs)
+    if not (output / "finished").exists():
+        _copy_codecs(output)
+        # What is learned from does not change with the seed, and takes longer to make than to link.
+        shared = runs / f"pairs_{pairs.coded_share:g}.pt"
+        own = output / "stage_two" / "pairs.pt"
+        if shared.exists() and not own.exists():
+            os.link(shared, own)
+
+        def report(step: StepReport) -> None:
+            if step.step % 100 == 0:
+                say(f"{output.name}, step {step.step}: {step.numbers.get('gained', 0.0):.2f} dB gained")
+
+        train_stage_two(recipe, index=clips / "INDEX.csv", output=output, on_step=report)
+        if not shared.exists():
+            os.link(own, shared)
+        (output / "finished").touch()
+    return output / "stage_two" / "transformer"
+
+
+def small_clips(folder: Path, num_frames: int) -> Iterator[tuple[str, Array]]:
+    """Yield name and frames uint8 [F, 176, 320, 3] of the held-back clips that are long enough."""
+    large = Size(SIZE.width * SHRINK, SIZE.height * SHRINK)
+    for item in held_back_clips(folder):
+        frames = truth_frames(item.path, large, num_frames)
+        if len(frames) == num_frames:
+            yield item.path.stem, reduce_frames(frames, SHRINK)
+
+
+def to_and_fro(frames: Array) -> Array:
+    """Return the frames and then, without the last, the way back: 2F - 1 frames, all of them true."""
+    return np.concatenate([frames, frames[-2::-1]])
+
+
+def with_artefacts(clip: KnownClip, codec: MotionCodec) -> KnownClip:
+    """Return the clip with a reference whose motion has passed through Stage I's codec."""
+    motion = through_codec(clip.motion, codec)
+    image = from_uint8(clip.truth[:1])[0, :, 0]
+    return replace(clip, motion=motion, reference=list(replace_first_frame([torch.from_numpy(motion)], image)))
+
+
+def settings_for(parts: Parts, num_frames: int) -> GenerationSettings:
+    """Return the way of the first row: one step, three targets, the finished frame before them, the anchor."""
+    options = GenerationOptions(size=SIZE, num_frames=num_frames, reference="replace", num_inference_steps=1)
+    return parts.defaults.settled(options)
+
+
+def judge_short(networks: Mapping[str, Parts], clips: Path) -> dict[str, dict[str, Numbers]]:
+    """Return ``{clip: {row: numbers}}`` of `SHORT`."""
+    results: dict[str, dict[str, Numbers]] = {}
+    settings = settings_for(networks[BIDIRECTIONAL.name], SHORT_FRAMES)
+    for name, truth in small_clips(clips, SHORT_FRAMES):
+        clip = known_clip(truth, settings)
+        rows = [row for row in SHORT if (row.network or BIDIRECTIONAL.name) in networks]
+        results[name] = {
+            row.name: measured(row, clip, networks[row.network or BIDIRECTIONAL.name], settings, None) for row in rows
+        }
+        say(f"short, {name}: {results[name]['full']['psnr']:.2f} dB")
+    return results
+
+
+def judge_long(networks: Mapping[str, Parts], clips: Path, *, is_doubled: bool) -> dict[str, dict[str, Any]]:
+    """Return ``{clip: {row: numbers}}`` of `LONG`; `curve` is PSNR by frame."""
+    results: dict[str, dict[str, Any]] = {}
+    for name, frames in small_clips(clips, LONG_FRAMES):
+        truth = to_and_fro(frames) if is_doubled else frames
+        settings = settings_for(networks[BIDIRECTIONAL.name], len(truth))
+        clip = known_clip(truth, settings)
+        results[name] = {
+            row.name: long_numbers(row, clip, networks[row.network or BIDIRECTIONAL.name], settings)
+            for row in LONG
+            if (row.network or BIDIRECTIONAL.name) in networks
+        }
+        say(f"{len(truth)} frames, {name}: {results[name]['full']['psnr']:.2f} dB")
+    return results
+
+
+def long_numbers(row: Variant, clip: KnownClip, parts: Parts, settings: GenerationSettings) -> dict[str, Any]:
+    """Return the measures of a row on a long clip, with PSNR by frame as `curve` and its `decay`."""
+    made, _ = made_frames(Baseline(row.name, row.label, "stage_two", row.settings), clip, parts, settings, None)
+    curve = [psnr(frame, truth) for frame, truth in zip(made[1:], clip.truth[1:], strict=True)]
+    count = round(END_SHARE * len(curve))
+    numbers = judged(row.name, made, clip, fps=settings.fps, segment_size=settings.segment_size)
+    return {**numbers, "decay": mean(curve[:count]) - mean(curve[-count:]), "curve": curve}
+
+
+def judge_artefacts(
+    parts_of: Mapping[tuple[str, int], Parts], clips: Path, codec: MotionCodec
+) -> dict[str, dict[str, list[float]]]:
+    """Return ``{fed with: {network: PSNR for each seed}}``, means over the clips."""
+    decibels: dict[tuple[str, str, int], list[float]] = {}
+    settings = settings_for(next(iter(parts_of.values())), SHORT_FRAMES)
+    for name, truth in small_clips(clips, SHORT_FRAMES):
+        clean = known_clip(truth, settings)
+        for fed, clip in (("clean", clean), ("with artefacts", with_artefacts(clean, codec))):
+            for (network, seed), parts in parts_of.items():
+                made, _ = made_frames(Baseline(network, network, "stage_two"), clip, parts, settings, None)
+                error = mean(psnr(frame, true) for frame, true in zip(made[1:], truth[1:], strict=True))
+                decibels.setdefault((fed, network, seed), []).append(error)
+        say(f"artefacts, {name}")
+    found: dict[str, dict[str, list[float]]] = {}
+    for (fed, network, _seed), values in decibels.items():
+        found.setdefault(fed, {}).setdefault(network, []).append(mean(values))
+    return found
+
+
+def artefacts_table(found: Mapping[str, Mapping[str, Sequence[float]]]) -> str:
+    """Return the Markdown table of `judge_artefacts`: mean over the seeds and their range."""
+    rows = []
+    for network, label in ((BIDIRECTIONAL.name, "clean references"), (WITH_ARTEFACTS.name, "with artefacts")):
+        cells = [
+            f"{np.mean(values[network]):.3f} ({min(values[network]):.3f} .. {max(values[network]):.3f})"
+            for values in found.values()
+        ]
+        rows.append((f"trained on {label}", *cells))
+    return markdown_table(("PSNR (dB), mean and range over seeds", *(f"fed {fed}" for fed in found)), rows)
+
+
+def long_table(results: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> str:
+    """Return the Markdown table of `judge_long`, means over the clips."""
+    clips = list(results.values())
+    rows = [
+        (
+            row.label,
+            *(
+                number(mean(clip[row.name].get(key) for clip in clips), digits)
+                for key, (_, digits) in LONG_COLUMNS.items()
+            ),
+        )
+        for row in LONG
+        if row.name in clips[0]
+    ]
+    return markdown_table((f"mean of {len(clips)} clips", *(heading for heading, _ in LONG_COLUMNS.values())), rows)
+
+
+def curves(results: Mapping[int, Mapping[str, Mapping[str, Any]]]) -> Array:
+    """Return PSNR by frame, the mean over the clips, as a picture uint8 [H, W, 3]: one panel a length."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 3.6), layout="constrained")
+    for axes, (length, clips) in zip(
+        np.atleast_1d(figure.subplots(1, len(results), sharey=True)), results.items(), strict=True
+    ):
+        for row in LONG:
+            if all(row.name in clip for clip in clips.values()):
+                by_frame = np.mean([clip[row.name]["curve"] for clip in clips.values()], axis=0)
+                axes.plot(np.arange(1, len(by_frame) + 1), by_frame, label=row.label.strip("*"), linewidth=1.2)
+        axes.set(title=f"{length} frames", xlabel="frame")
+        axes.grid(alpha=0.3)
+    figure.axes[0].set_ylabel("PSNR, dB")
+    figure.axes[0].legend(fontsize=8)
+    with io.BytesIO() as file:
+        figure.savefig(file, format="png", dpi=100)
+        return np.asarray(PIL.Image.open(file).convert("RGB"))
+
+
+def main() -> None:
+    """Read the command line, train, measure, print, write."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--clips", type=Path, required=True, help="folder with INDEX.csv: to train on and held back")
+    parser.add_argument("--runs", type=Path, required=True, help="where the networks are, or will be")
+    parser.add_argument("--seeds", type=int, default=3, help="networks of each of the ways that `artefacts` compares")
+    parser.add_argument("--document", type=Path, help="Markdown file whose part between the marks is replaced")
+    add_result_arguments(parser, pictures=False)
+    arguments = parser.parse_args()
+    parts = TwoStagePipeline.from_pretrained("mini").parts
+    place = {"clips": arguments.clips, "runs": arguments.runs}
+    first = {each.name: with_network(parts, trained(each, 0, **place)) for each in NETWORKS}
+    both = {
+        (each.name, seed): with_network(parts, trained(each, seed, **place))
+        for each in (BIDIRECTIONAL, WITH_ARTEFACTS)
+        for seed in range(arguments.seeds)
+    }
+    codec = MotionCodec.from_pretrained(_codec_folder("stage_one"))
+    with torch.no_grad():
+        short = judge_short(first, arguments.clips)
+        artefacts = judge_artefacts(both, arguments.clips, codec)
+        long = {
+            LONG_FRAMES: judge_long(first, arguments.clips, is_doubled=False),
+            2 * LONG_FRAMES - 1: judge_long(first, arguments.clips, is_doubled=True),
+        }
+    sections = [table(short, SHORT), artefacts_table(artefacts)]
+    sections += [f"{length} frames:\n\n{long_table(results)}" for length, results in long.items()]
+    print("\n\n".join(sections))
+    if arguments.document is not None:
+        text = arguments.document.read_text(encoding="utf-8")
+        written = documented(text, "\n\n".join(sections), begin=BEGIN, end=END)
+        arguments.document.write_text(written, encoding="utf-8")
+        pictures.save(plot(short, SHORT), IMAGES / "ablation_context.png")
+        pictures.save(curves(long), IMAGES / "ablation_long.png")
+    content = {"settings": settings_of(arguments), "short": short, "artefacts": artefacts, "long": long}
+    say(f"written to {write_results('context_study', content, arguments.output)}")
+
+
+def _codec_folder(stage: str) -> Path:
+    part: Any = stage
+    return Path(resolve("mini", parts=(part,)).folder_of(part)) / "vae"
+
+
+def _copy_codecs(output: Path) -> None:
+    """Let a run use the codecs of `mini`, so that its network can take the place of the one there."""
+    for stage in ("stage_one", "stage_two"):
+        shutil.copytree(_codec_folder(stage), output / stage / "vae", dirs_exist_ok=True)
+
+
+if __name__ == "__main__":
+    main()

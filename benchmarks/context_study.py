@@ -59,7 +59,7 @@ ROOT = Path(__file__).parents[1]
 RECIPE = ROOT / "recipes" / "mini" / "context.yaml"
 IMAGES = ROOT / "docs" / "images"
 BEGIN, END = "<!-- context: begin -->", "<!-- context: end -->"
-SIZE = Size(320, 176)
+SIZE = Size(320, 160)
 SHRINK = 4
 SHORT_FRAMES, LONG_FRAMES = 33, 161
 END_SHARE = 0.15
@@ -140,7 +140,7 @@ def trained(network: Network, seed: int, *, clips: Path, runs: Path) -> Path:
 
 
 def small_clips(folder: Path, num_frames: int) -> Iterator[tuple[str, Array]]:
-    """Yield name and frames uint8 [F, 176, 320, 3] of the held-back clips that are long enough."""
+    """Yield name and frames uint8 [F, 160, 320, 3] of the held-back clips that are long enough."""
     large = Size(SIZE.width * SHRINK, SIZE.height * SHRINK)
     for item in held_back_clips(folder):
         frames = truth_frames(item.path, large, num_frames)

@@ -17,6 +17,7 @@ KINDS = {
     "mini/stage_one": StageOneRun,
     "mini/stage_one_waves": StageOneRun,
     "mini/stage_two": StageTwoRun,
+    "mini/context": StageTwoRun,
     "mini/transition": TransitionRun,
     "mini/refine": RefinerRun,
     "mini/distill": DistillationRun,

@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import numpy as np
 import pytest
 import torch
 
 from swifti2v.evaluation.metrics import psnr
+from swifti2v.geometry import Size
+from swifti2v.media.video_writer import VideoWriter
 from swifti2v.pixels import to_uint8
-from swifti2v.training.embedded.reference_pairs import ReferencePair
+from swifti2v.training.embedded.reference_pairs import ReferencePair, read_clip
 from swifti2v.training.embedded.stage_two import (
     StageTwoObjective,
     StageTwoRecipe,
     fit_block_codec,
     make_stage_two_transformer,
 )
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 RECIPE = StageTwoRecipe(
     num_channels=768,
@@ -75,3 +84,22 @@ def test_loss_is_a_function_of_the_step(clip: torch.Tensor) -> None:
     first, second = objective.loss(3)[0], objective.loss(3)[0]
     assert torch.equal(first, second)
     assert any(not torch.equal(first, objective.loss(step)[0]) for step in range(4, 10))
+
+
+def test_heads_and_context_are_those_of_the_recipe() -> None:
+    network = make_stage_two_transformer(replace(RECIPE, width=192, head_width=64, context_attention="frozen"))
+    assert (network.config.num_attention_heads, network.config.attention_head_dim) == (3, 64)
+    assert network.config.context_attention == "frozen"
+
+
+def test_wide_clips_are_reduced_and_narrow_ones_are_not(tmp_path: Path) -> None:
+    """Stripes of 4 pixels: gone to grey at an eighth of the width, whole at their own."""
+    stripes = np.zeros((5, 64, 256, 3), dtype=np.uint8)
+    stripes[:, :, (np.arange(256) // 4) % 2 == 0] = 255
+    with VideoWriter(tmp_path / "clip.mp4", size=Size(256, 64), fps=8) as writer:
+        writer.write(stripes)
+    whole = read_clip(tmp_path / "clip.mp4", num_frames=5, multiple=8, max_width=256)
+    small = read_clip(tmp_path / "clip.mp4", num_frames=5, multiple=8, max_width=32)
+    assert (whole.shape, small.shape) == ((5, 64, 256, 3), (5, 8, 32, 3))
+    assert whole.std() > 100
+    assert small.std() < 10

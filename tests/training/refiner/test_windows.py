@@ -42,14 +42,15 @@ def test_clip_that_is_too_short(length: int, needs_before: bool) -> None:
 
 def test_every_kind_of_window_is_met_as_often_as_asked() -> None:
     rng = np.random.default_rng(0)
-    options = WindowOptions(segment_size=3, full_share=0.6, before_share=0.75, after_share=0.3)
+    options = WindowOptions(segment_size=3, full_share=0.6, before_share=0.75, after_share=0.3, anchor_share=0.8)
     drawn = [options.draw(rng, 200) for _ in range(4000)]
     shares = {
         "full": np.mean([len(segment.targets) == 3 for segment in drawn]),
         "before": np.mean([len(segment.before) == 1 for segment in drawn]),
+        "anchor": np.mean([segment.anchor for segment in drawn]),
         "after": np.mean([len(segment.after) == 1 for segment in drawn]),
     }
-    assert shares == pytest.approx({"full": 0.6, "before": 0.75, "after": 0.3}, abs=0.04)
+    assert shares == pytest.approx({"full": 0.6, "before": 0.75, "anchor": 0.8, "after": 0.3}, abs=0.04)
 
 
 @pytest.mark.parametrize("options", [{"segment_size": 0}, {"full_share": 1.5}, {"after_share": -0.1}])

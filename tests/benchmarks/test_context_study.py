@@ -1,0 +1,194 @@
+"""The study trains each network once, changes one thing a row, and its tables say what was measured."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pytest
+
+from benchmarks import context_study
+from benchmarks.ablation import DOCUMENT, Variant, with_network
+from benchmarks.context_study import (
+    BEGIN,
+    BIDIRECTIONAL,
+    END,
+    FROZEN,
+    LONG,
+    NETWORKS,
+    RECIPE,
+    SHORT,
+    WITH_ARTEFACTS,
+    artefacts_table,
+    curves,
+    judge_artefacts,
+    judge_short,
+    long_numbers,
+    long_table,
+    settings_for,
+    small_clips,
+    to_and_fro,
+    trained,
+    with_artefacts,
+)
+from benchmarks.fidelity import known_clip
+from swifti2v.config import load_yaml
+from swifti2v.geometry import Size
+from swifti2v.media.video_writer import VideoWriter
+from swifti2v.models.checkpoints import resolve
+from swifti2v.models.motion_codec import MotionCodec
+from swifti2v.models.transformer import StageTwoTransformer
+from swifti2v.pipelines.loading import Parts, load_parts
+from swifti2v.training.embedded.recipes import StageTwoRun
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+SMALL = Size(64, 64)
+FRAMES = 9
+
+
+def moving(num_frames: int, size: Size) -> np.ndarray:
+    """Noise that slides by a pixel a frame, uint8 [F, H, W, 3]."""
+    picture = np.random.default_rng(0).integers(0, 255, (size.height, size.width + num_frames, 3), dtype=np.uint8)
+    return np.stack([picture[:, t : t + size.width] for t in range(num_frames)])
+
+
+@pytest.fixture(scope="module")
+def clips(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An index: a narrow clip to train on, a photograph, and one wide clip that is held back."""
+    import cv2
+
+    folder = tmp_path_factory.mktemp("clips")
+    cv2.imwrite(str(folder / "photo.png"), cv2.resize(moving(1, Size(40, 20))[0], (480, 320)))
+    for name, size in (("narrow", Size(96, 64)), ("wide", Size(1152, 128))):
+        with VideoWriter(folder / f"{name}.mp4", size=size, fps=8) as writer:
+            writer.write(moving(12, size))
+    (folder / "INDEX.csv").write_text(
+        "file,kind,width,caption,licence_tier,licence\n"
+        "narrow.mp4,clip,96,hills,A,CC0\nwide.mp4,clip,1152,sea,A,CC0\nphoto.png,photo,480,a lake,A,CC0\n"
+    )
+    return folder
+
+
+@pytest.fixture
+def small(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Clips of 64x64 and nine frames, and a recipe of three steps."""
+    recipe = load_yaml(StageTwoRun, RECIPE)
+    text = RECIPE.read_text(encoding="utf-8")
+    for old, new in {
+        f"num_steps: {recipe.loop.num_steps}": "num_steps: 3",
+        "checkpoint_every: 100": "checkpoint_every: 3",
+        "width: 256": "width: 64",
+        "head_width: 64": "head_width: 32",
+        "num_layers: 3": "num_layers: 1",
+        "num_frames: 33": f"num_frames: {FRAMES}",
+        "procedural_width: 320": "procedural_width: 96",
+        "procedural_height: 192": "procedural_height: 64",
+        "crops: [[16, 16]]": "crops: [[8, 8]]",
+        "per_photograph: 3": "per_photograph: 1",
+    }.items():
+        assert text.count(old) == 1, old
+        text = text.replace(old, new)
+    (tmp_path / "context.yaml").write_text(text, encoding="utf-8")
+    monkeypatch.setattr(context_study, "RECIPE", tmp_path / "context.yaml")
+    monkeypatch.setattr(context_study, "SIZE", SMALL)
+    monkeypatch.setattr(context_study, "SHRINK", 2)
+    monkeypatch.setattr(context_study, "SHORT_FRAMES", FRAMES)
+
+
+@pytest.fixture(scope="module")
+def parts() -> Parts:
+    return load_parts("mini", device="cpu")
+
+
+@pytest.mark.parametrize("rows", [SHORT, LONG])
+def test_every_row_changes_one_thing(rows: tuple[Variant, ...], parts: Parts) -> None:
+    settings = settings_for(parts, 33)
+    assert len({row.name for row in rows}) == len(rows)
+    for row in rows[1:]:
+        changed = replace(settings, **row.settings)
+        assert (changed != settings) != (row.network is not None), row.name
+        assert row.network is None or row.network in {network.name for network in NETWORKS}
+
+
+@pytest.mark.usefixtures("small")
+def test_networks_are_trained_once_and_share_their_pairs(clips: Path, tmp_path: Path, parts: Parts) -> None:
+    runs = tmp_path / "runs"
+    folders = [trained(network, seed, clips=clips, runs=runs) for network, seed in ((BIDIRECTIONAL, 0), (FROZEN, 1))]
+    weights = [folder / "diffusion_pytorch_model.safetensors" for folder in folders]
+    made = [path.stat().st_mtime_ns for path in weights]
+    pairs = [folder.parent / "pairs.pt" for folder in folders]
+    assert pairs[0].samefile(pairs[1])
+    assert [StageTwoTransformer.from_pretrained(each).config.context_attention for each in folders] == [
+        "bidirectional",
+        "frozen",
+    ]
+    trained(BIDIRECTIONAL, 0, clips=clips, runs=runs)
+    assert [path.stat().st_mtime_ns for path in weights] == made
+
+    coded = trained(WITH_ARTEFACTS, 0, clips=clips, runs=runs)
+    assert not (coded.parent / "pairs.pt").samefile(pairs[0])
+
+    networks = {"bidirectional": with_network(parts, folders[0]), "frozen": with_network(parts, folders[1])}
+    results = judge_short(networks, clips)
+    assert list(results) == ["wide"]
+    assert {"full", "neither", "kept", "frozen"} <= results["wide"].keys()
+    assert "clean_context" not in results["wide"], "no such network was given"
+    codec = MotionCodec.from_pretrained(resolve("mini", parts=("stage_one",)).folder_of("stage_one") / "vae")
+    by_seed = {("bidirectional", 0): networks["bidirectional"], ("artefacts", 0): with_network(parts, coded)}
+    found = judge_artefacts(by_seed, clips, codec)
+    assert found["clean"]["bidirectional"][0] > found["with artefacts"]["bidirectional"][0]
+
+
+@pytest.mark.usefixtures("small")
+def test_clips_are_reduced_and_short_ones_left_out(clips: Path) -> None:
+    found = dict(small_clips(clips, FRAMES))
+    assert {name: frames.shape for name, frames in found.items()} == {"wide": (FRAMES, 64, 64, 3)}
+    assert dict(small_clips(clips, 33)) == {}
+
+
+def test_to_and_fro_ends_where_it_began() -> None:
+    frames = moving(5, Size(8, 8))
+    doubled = to_and_fro(frames)
+    assert len(doubled) == 9
+    assert np.array_equal(doubled[:5], frames)
+    assert np.array_equal(doubled[4:], frames[::-1])
+
+
+def test_artefacts_are_those_of_the_codec_and_spare_the_image(parts: Parts) -> None:
+    clip = known_clip(moving(FRAMES, Size(128, 64)), settings_for(parts, FRAMES))
+    codec = MotionCodec.from_pretrained(resolve("mini", parts=("stage_one",)).folder_of("stage_one") / "vae")
+    coded = with_artefacts(clip, codec)
+    assert np.array_equal(coded.reference[0].numpy(), clip.reference[0].numpy())
+    assert float((coded.reference[1] - clip.reference[1]).abs().mean()) > 0.01
+
+
+def test_decay_is_what_is_lost_from_beginning_to_end(parts: Parts, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Noise whose deviation doubles half-way: 6.02 dB."""
+    settings = replace(settings_for(parts, 41), size=Size(128, 64))
+    truth = np.full((41, 64, 128, 3), 128, dtype=np.uint8)
+    clip = known_clip(truth, settings)
+    rng = np.random.default_rng(0)
+    made = [np.clip(frame + rng.normal(0, 4 if t < 21 else 8, frame.shape), 0, 255) for t, frame in enumerate(truth)]
+    frames = [frame.round().astype(np.uint8) for frame in made]
+    monkeypatch.setattr(context_study, "made_frames", lambda *_: (frames, 0.0))
+    numbers = long_numbers(SHORT[0], clip, parts, settings)
+    assert numbers["decay"] == pytest.approx(6.02, abs=0.2)
+    assert len(numbers["curve"]) == 40
+
+
+def test_tables_and_plot() -> None:
+    found = {"clean": {"bidirectional": [30.0, 31.0], "artefacts": [29.0, 29.5]}}
+    assert "| trained on clean references | 30.500 (30.000 .. 31.000) |" in artefacts_table(found)
+    rows: dict[str, Any] = {row.name: {"psnr": 30.0, "decay": 0.5, "curve": [30.0] * 8} for row in LONG}
+    other = {name: numbers | {"psnr": 32.0} for name, numbers in rows.items()}
+    text = long_table({"one": rows, "two": other})
+    assert text.splitlines()[2].startswith("| **full CSG** | 31.00 | 0.50 |")
+    assert curves({9: {"one": rows}, 17: {"one": rows}}).shape[2] == 3
+
+
+def test_the_document_has_the_place_of_the_tables() -> None:
+    text = DOCUMENT.read_text(encoding="utf-8")
+    assert text.count(BEGIN) == text.count(END) == 1

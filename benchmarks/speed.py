@@ -28,7 +28,7 @@ from benchmarks.results import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
 TINY: dict[str, Any] = {
     "num_attention_heads": 2,
@@ -142,6 +142,46 @@ def segments_against_full_sequence(num_latent_frames: int, goal: float, *, repea
         ours = best_seconds(by_segment, repeats=repeats)
         full = best_seconds(lambda: forward(clip), repeats=repeats)
     return Ratio(f"segments against the full sequence, {num_latent_frames} latent frames", full, ours, goal)
+
+
+def kept_context(num_latent_frames: int, goal: float, *, repeats: int) -> Ratio:
+    """Compare four steps by segments whose context runs in the first of them with four over the whole clip."""
+    import torch
+
+    from swifti2v.models.context_attention import ContextMemory
+    from swifti2v.models.transformer import StageTwoTransformer
+    from swifti2v.segments import Segment, plan_segments
+
+    torch.manual_seed(0)
+    network = StageTwoTransformer(in_channels=96, reference_channels=48, out_channels=48, **TINY).eval()
+    clip, text = torch.randn(1, 96, num_latent_frames, ROWS, COLUMNS), torch.randn(1, 16, 64)
+
+    def forward(frames: Sequence[int], kinds: Sequence[int], memory: ContextMemory | None) -> None:
+        network(
+            clip[:, :, list(frames)],
+            torch.full((1, len(frames)), 500.0),
+            text,
+            frame_kinds=torch.tensor(kinds),
+            context_memory=memory,
+        )
+
+    def steps(segment: Segment) -> None:
+        memory = ContextMemory(len(network.blocks))
+        forward(segment.window, segment.kinds, memory)
+        for _ in range(3):
+            forward(segment.targets, segment.kinds[segment.target_slice], memory)
+
+    def by_segment() -> None:
+        for segment in plan_segments(num_latent_frames):
+            steps(segment)
+
+    everything = range(num_latent_frames)
+    with torch.no_grad():
+        steps(plan_segments(5)[0])
+        ours = best_seconds(by_segment, repeats=repeats)
+        full = 4 * best_seconds(lambda: forward(everything, [0] * num_latent_frames, None), repeats=repeats)
+    name = f"segments with context kept over 4 steps against the full sequence, {num_latent_frames} latent frames"
+    return Ratio(name, full, ours, goal)
 
 
 def streaming_decode(repeats: int) -> Ratio:
@@ -259,6 +299,8 @@ def main() -> None:
         lambda: kept_text(arguments.repeats),
         lambda: segments_against_full_sequence(41, 2.0, repeats=max(2, arguments.repeats // 2)),
         lambda: segments_against_full_sequence(arguments.longest, 6.0, repeats=1),
+        lambda: kept_context(41, 2.0, repeats=max(2, arguments.repeats // 2)),
+        lambda: kept_context(arguments.longest, 6.0, repeats=1),
         lambda: streaming_decode(arguments.repeats),
     ):
         ratios.append(measure())

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from itertools import count
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from benchmarks import speed
-from benchmarks.speed import Ratio, best_seconds, checks, kept_text, segments_against_full_sequence
+from benchmarks.speed import Ratio, best_seconds, checks, kept_context, kept_text, segments_against_full_sequence
 from swifti2v.models.text_attention import TextKeysValues
 
 if TYPE_CHECKING:
@@ -54,3 +54,19 @@ def test_segments_see_every_frame_and_the_full_sequence_sees_them_once(monkeypat
     segments_against_full_sequence(8, 2.0, repeats=1)
     # A warm-up of five; targets 1-3, 4-6 and 7 with the anchor and one neighbour; the clip.
     assert seen == [5, 4, 5, 3, 8]
+
+
+def test_kept_context_is_seen_in_the_first_step_of_a_segment(monkeypatch: pytest.MonkeyPatch) -> None:
+    from swifti2v.models.transformer import StageTwoTransformer
+
+    seen: list[int] = []
+    forward = StageTwoTransformer.forward
+
+    def watched(self: StageTwoTransformer, frames: torch.Tensor, *arguments: Any, **options: Any) -> Any:
+        seen.append(frames.shape[2])
+        return forward(self, frames, *arguments, **options)
+
+    monkeypatch.setattr(StageTwoTransformer, "forward", watched)
+    kept_context(6, 2.0, repeats=1)
+    # A warm-up of one segment; targets 1-3 and 4-5 with the anchor and one neighbour; the clip.
+    assert seen == [4, 3, 3, 3, 4, 3, 3, 3, 4, 2, 2, 2, 6]

@@ -15,7 +15,7 @@ def test_every_metric_is_explained() -> None:
     for metric in METRICS:
         assert len(metric.formula) > 20
         assert metric.source
-        assert metric.value_range.startswith((">= ", "0 .. ", "-1 .. ", "2 .. "))
+        assert metric.value_range.startswith((">= ", "<= ", "0 .. ", "-1 .. ", "2 .. "))
 
 
 @pytest.mark.parametrize("name", ["warping_error", "flow_magnitude", "seam_luma", "detail_retention", "still_share"])

@@ -37,7 +37,7 @@ HARNESS = """<!DOCTYPE html><meta charset="utf-8">
 <iframe src="report.html" style="width:420px;height:900px;border:0"></iframe>
 <script>
 const pause = (ms) => new Promise((done) => setTimeout(done, ms));
-const until = async (test) => { for (let i = 0; i < 200 && !test(); i++) await pause(50); };
+const until = async (test) => { for (let i = 0; i < 6000 && !test(); i++) await pause(50); };
 window.addEventListener("load", async () => {
   const page = document.querySelector("iframe").contentDocument;
   const find = (selector) => page.querySelector(selector);
@@ -63,9 +63,9 @@ window.addEventListener("load", async () => {
   find("[data-action=back]").click();
   await settled();
   seen.back = slider.value;
+  const begun = videos.map((video) => new Promise((done) => video.addEventListener("play", () => done(true))));
   find("[data-action=play]").click();
-  await until(() => find("[data-action=play]").textContent === "Pause");
-  seen.started = videos.map((video) => !video.paused);
+  seen.started = await Promise.all(begun);
   find("[data-action=play]").click();
   await until(() => find("[data-action=play]").textContent === "Play");
   seen.paused = videos.map((video) => video.paused);
@@ -73,7 +73,7 @@ window.addEventListener("load", async () => {
   slider.dispatchEvent(new Event("input"));
   await settled();
   find("[data-action=play]").click();
-  await until(() => find("[data-action=play]").textContent === "Pause");
+  await until(() => videos.every((video) => video.currentTime > 1.9));
   await until(() => find("[data-action=play]").textContent === "Play");
   seen.ended = [slider.value, ...videos.map((video) => video.paused && video.currentTime > 1.9)];
   await fetch("seen", { method: "POST", body: JSON.stringify(seen) });
@@ -108,7 +108,7 @@ def console(log: str) -> list[str]:
 def browse(page: Path, *options: str, profile: Path) -> list[str]:
     """Open a file and return what it writes to the console."""
     done = subprocess.run(  # noqa: S603 - a browser found by its name, and files of this test
-        command(page.as_uri(), *options, profile=profile), capture_output=True, text=True, timeout=120, check=True
+        command(page.as_uri(), *options, profile=profile), capture_output=True, text=True, timeout=600, check=True
     )
     return console(done.stderr)
 
@@ -189,10 +189,10 @@ def seen(report: Path) -> dict[str, Any]:
             command(address, profile=report.with_name("profile")), stdout=subprocess.DEVNULL, stderr=stderr
         )
         try:
-            content = server.received.get(timeout=90)
+            content = server.received.get(timeout=600)
         finally:
             browser.terminate()
-            browser.wait(timeout=30)
+            browser.wait(timeout=600)
             server.shutdown()
     # The browser asks for an icon on its own.
     assert not [line for line in console(log.read_text(encoding="utf-8")) if "favicon" not in line]

@@ -22,7 +22,46 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 
+# Rows of the VBench-I2V leaderboard as Shopee-MUG/MUG-V-Megatron-LM-Training prints them (examples/mugv/README.md at
+# 26da251, "VBench-I2V Quantitative Comparison"): nine scores, then I2V, Quality and Total.
+ORDER = (
+    "camera_motion",
+    "i2v_subject",
+    "i2v_background",
+    "subject_consistency",
+    "background_consistency",
+    "motion_smoothness",
+    "dynamic_degree",
+    "aesthetic_quality",
+    "imaging_quality",
+)
+PUBLISHED = {
+    "CogVideoX": (67.68, 97.19, 96.74, 94.34, 96.42, 98.40, 33.17, 61.87, 70.01, 94.79, 78.61, 86.70),
+    "STIV": (11.17, 98.96, 97.35, 98.40, 98.39, 99.61, 15.28, 66.00, 70.81, 93.48, 79.98, 86.73),
+    "Step-Video": (49.23, 97.86, 98.63, 96.02, 97.06, 99.24, 48.78, 62.29, 70.44, 95.50, 81.22, 88.36),
+    "Dynamic-I2V": (88.10, 98.83, 98.97, 96.21, 98.39, 98.88, 27.15, 60.10, 69.23, 98.12, 78.78, 88.45),
+    "HunyuanVideo": (49.91, 98.53, 97.37, 95.26, 96.70, 99.23, 22.20, 62.55, 70.14, 95.10, 78.54, 86.82),
+    "Wan2.1": (34.76, 96.95, 96.44, 94.86, 97.07, 97.90, 51.38, 64.75, 70.44, 92.90, 80.82, 86.86),
+    "MAGI-1": (50.85, 98.39, 99.00, 93.96, 96.74, 98.68, 68.21, 64.74, 69.71, 96.12, 82.44, 89.28),
+    "MUG-V": (23.17, 98.82, 99.51, 95.73, 98.52, 98.90, 57.24, 61.37, 68.48, 95.37, 81.55, 88.46),
+}
+ROUNDING = 0.0127
+"""Half a unit in the last digit of a total, and what half a unit of every score can move it by: most of all Quality."""
+
+
+def published_scores(name: str) -> dict[str, float]:
+    return {dimension: score / 100 for dimension, score in zip(ORDER, PUBLISHED[name], strict=False)}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_rows(name: str) -> None:
+    totals = total_scores(published_scores(name))
+    found = [100 * value for value in (totals.i2v, totals.quality, totals.total)]
+    assert found == pytest.approx(PUBLISHED[name][-3:], abs=ROUNDING)
+
+
 def test_the_published_row_of_magi_one() -> None:
+    assert published_scores("MAGI-1") == pytest.approx(MAGI_ONE)
     totals = total_scores(MAGI_ONE)
     assert round(100 * totals.quality, 2) == 82.44
     assert round(100 * totals.i2v, 2) == 96.12

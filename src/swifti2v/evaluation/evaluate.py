@@ -13,6 +13,7 @@ import numpy as np
 
 from swifti2v import __version__
 from swifti2v.errors import InvalidInputError
+from swifti2v.evaluation.colorvideovdp import open_colorvideovdp
 from swifti2v.evaluation.registry import FLOW, FLOW_LONG_SIDE, metrics_of
 from swifti2v.evaluation.results import Evaluation, VideoResult
 from swifti2v.evaluation.sources import FrameSource, first_frame, open_truth, open_video, still_video
@@ -42,9 +43,10 @@ class EvaluationRequest:
         image: the input image, or None.
         truth: the true video, or None.
         segment_size: latent frames in a segment, >= 2; None finds the likeliest for each video.
+        cvvdp: interpreter of an environment with the package cvvdp, for ColorVideoVDP; None leaves it out.
 
     Raises:
-        InvalidInputError: there is no video, or `segment_size` is below 2.
+        InvalidInputError: there is no video, `segment_size` is below 2, or ColorVideoVDP has no truth.
     """
 
     videos: tuple[Path, ...]
@@ -52,6 +54,7 @@ class EvaluationRequest:
     image: Path | None = None
     truth: Path | None = None
     segment_size: int | None = DEFAULT_SEGMENT_SIZE
+    cvvdp: str | None = None
 
     def __post_init__(self) -> None:
         if not self.videos:
@@ -59,6 +62,9 @@ class EvaluationRequest:
             raise InvalidInputError(msg)
         if self.segment_size is not None and self.segment_size < 2:
             msg = f"segment size {self.segment_size} has borders everywhere; use at least 2, or auto"
+            raise InvalidInputError(msg)
+        if self.cvvdp is not None and self.truth is None:
+            msg = "ColorVideoVDP compares with the true video; give --truth, or leave --cvvdp out"
             raise InvalidInputError(msg)
 
 
@@ -68,6 +74,8 @@ def evaluate_videos(request: EvaluationRequest, *, on_progress: OnProgress | Non
     Raises:
         VideoInputError: a video or the truth is missing, damaged, too small or, the truth, smaller than the video.
         ImageInputError: the image is missing or unreadable.
+        InvalidInputError: ColorVideoVDP is asked for, and cannot be run.
+        MemoryBudgetError: ColorVideoVDP runs out of memory.
     """
     image = None if request.image is None else load_image(request.image)
     paths = (*request.videos, *request.against)
@@ -77,6 +85,8 @@ def evaluate_videos(request: EvaluationRequest, *, on_progress: OnProgress | Non
     if request.truth is not None:
         truth = open_truth(request.truth, size=first.size, fps=first.fps)
         standard = replace(standard, truth=truth, vmaf=open_vmaf(first.size))
+    if request.cvvdp is not None:
+        standard = replace(standard, colorvideovdp=open_colorvideovdp(request.cvvdp))
     image_notes: tuple[str, ...] = ()
     if image is not None:
         standard = replace(standard, image=np.asarray(fit_image(image.image, first.size)))
@@ -91,7 +101,7 @@ def evaluate_videos(request: EvaluationRequest, *, on_progress: OnProgress | Non
         metrics_of(name for result in results for name in result.values),
         image=None if request.image is None else str(request.image),
         truth=None if request.truth is None else str(request.truth),
-        settings=_settings(request, first),
+        settings=_settings(request, standard, first),
     )
 
 
@@ -150,14 +160,17 @@ def _truth_notes(standard: Standard) -> tuple[str, ...]:
     return (*(f"truth: {note}" for note in standard.truth.notes), *missing)
 
 
-def _settings(request: EvaluationRequest, first: FrameSource) -> dict[str, Any]:
-    return {
+def _settings(request: EvaluationRequest, standard: Standard, first: FrameSource) -> dict[str, Any]:
+    settings: dict[str, Any] = {
         "size": str(first.size),
         "segment_size": "auto" if request.segment_size is None else request.segment_size,
         "optical_flow": f"{FLOW}, long side at most {FLOW_LONG_SIDE} px between neighbouring frames",
         "against": [path.name for path in request.against],
         "versions": {"swifti2v": __version__} | dict(_versions()),
     }
+    if standard.colorvideovdp is not None:
+        settings["colorvideovdp"] = standard.colorvideovdp.conditions
+    return settings
 
 
 def _versions() -> Iterator[tuple[str, str]]:

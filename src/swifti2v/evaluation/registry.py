@@ -91,6 +91,16 @@ METRICS: tuple[Metric, ...] = (
         f"Netflix/vmaf, computed by {VMAF_PACKAGE}",
     ),
     Metric(
+        "colorvideovdp",
+        "ColorVideoVDP (JOD)",
+        "higher",
+        "<= 10",
+        "10 less the just-objectionable differences that a viewer is predicted to see beside the truth, on a 4K screen "
+        "of 30 inches and 200 cd/m2 from 0.75 m (standard_4k), whatever the size of the video; of all frames together. "
+        "A point of its curve: if all frames were like this one; it follows the frames by about an eighth of a second",
+        "Mantiuk et al., SIGGRAPH 2024, computed by cvvdp",
+    ),
+    Metric(
         "high_frequency_ratio",
         "high-frequency ratio",
         "one",

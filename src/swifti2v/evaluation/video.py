@@ -11,6 +11,7 @@ from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import cv2
@@ -33,13 +34,14 @@ from swifti2v.evaluation.results import Curve, VideoResult
 from swifti2v.evaluation.seams import FrameChange, SeamRatio, frame_change, seam_ratio_of_changes
 
 if TYPE_CHECKING:
+    from swifti2v.evaluation.colorvideovdp import ColorVideoVdp
     from swifti2v.evaluation.sources import FrameSource
     from swifti2v.evaluation.vmaf import VmafFeatures, VmafMeter
     from swifti2v.geometry import Size
 
 Array = np.ndarray[Any, Any]
 OnFrame = Callable[[int, int | None], None]
-"""Called with the number of frames read, and their total if it is known."""
+"""Called with the number of frames read, and their total if it is known; ColorVideoVDP counts anew."""
 
 NUM_THREADS = 2
 # Two frames at work, one ready and one being decoded.
@@ -62,12 +64,14 @@ class Standard:
         truth: or None.
         segment_size: latent frames in a segment; None finds the likeliest of 2 .. 8.
         vmaf: of frames with their truth, or None.
+        colorvideovdp: of the video with its truth, or None.
     """
 
     image: Array | None = None
     truth: FrameSource | None = None
     segment_size: int | None = 3
     vmaf: VmafMeter | None = None
+    colorvideovdp: ColorVideoVdp | None = None
 
 
 class PairMeasures(NamedTuple):
@@ -99,6 +103,8 @@ def judge_video(source: FrameSource, standard: Standard, *, on_frame: OnFrame | 
 
     Raises:
         VideoInputError: the video or the truth is damaged, or the video is too small.
+        InvalidInputError: ColorVideoVDP is asked for, and fails.
+        MemoryBudgetError: ColorVideoVDP runs out of memory.
     """
     if min(source.size) < SMALLEST_SIDE:
         msg = f"{source.label} is {source.size}; videos of at least {SMALLEST_SIDE}x{SMALLEST_SIDE} can be judged"
@@ -118,6 +124,7 @@ def judge_video(source: FrameSource, standard: Standard, *, on_frame: OnFrame | 
     _say_seams(findings, judge, standard.segment_size)
     _say_image(findings, judge)
     _say_truth(findings, judge, standard)
+    _say_visible(findings, source, standard, num_frames=len(judge.fidelities), on_frame=on_frame)
     num_frames = len(judge.looks)
     values, curves, notes = findings.values, tuple(findings.curves), tuple(findings.notes)
     return VideoResult(
@@ -342,6 +349,26 @@ def _say_truth(findings: _Findings, judge: _Judge, standard: Standard) -> None:
         findings.notes.append(f"the truth ends after {compared} of {shown} frames: compared on those")
     elif judge.truth_goes_on:
         findings.notes.append(f"the truth is longer: compared on its first {shown} frames")
+
+
+def _say_visible(
+    findings: _Findings, source: FrameSource, standard: Standard, *, num_frames: int, on_frame: OnFrame | None
+) -> None:
+    """Ask ColorVideoVDP in a pass of its own: it has to know the number of frames beforehand."""
+    meter, truth = standard.colorvideovdp, standard.truth
+    if meter is None or truth is None or not num_frames:
+        return
+    with closing(source.frames()) as frames, closing(truth.frames()) as truths:
+
+        def pairs() -> Generator[tuple[Array, Array]]:
+            for done, pair in enumerate(islice(zip(frames, truths, strict=False), num_frames), start=1):
+                yield pair
+                if on_frame is not None:
+                    on_frame(done, num_frames)
+
+        scores = meter.scores(pairs(), size=source.size, fps=source.fps, num_frames=num_frames)
+    findings.add("colorvideovdp", scores.total)
+    findings.add_curve("colorvideovdp", scores.frames, frames=range(num_frames))
 
 
 def _detail(image: Array, frame: Array) -> float:

@@ -15,13 +15,13 @@ Seven of the nine dimensions see the video at 512 pixels or fewer; only motion_s
 from __future__ import annotations
 
 import json
-import shutil
 import subprocess
 import time
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
 from swifti2v.errors import InvalidInputError, MemoryBudgetError, OutputError, VideoInputError
+from swifti2v.evaluation.interpreter import find_interpreter, last_line
 from swifti2v.evaluation.vbench.clips import NUM_SAMPLES, video_name
 from swifti2v.evaluation.vbench.suite import PROMPTS_PATH, checkout_commit
 from swifti2v.evaluation.vbench.total import DIMENSION_NAMES, RESULT_SUFFIX, check_dimensions, read_results, read_scores
@@ -146,16 +146,17 @@ def check_judge(judge: Judge, dimensions: Iterable[str]) -> dict[str, str]:
         if not (judge.checkout / part).exists():
             msg = f"{str(judge.checkout)!r} lacks {part}; give a git checkout of Vchitect/VBench, not the PyPI package"
             raise InvalidInputError(msg)
-    command = [_interpreter(judge), "-c", _PROBE, str(judge.checkout.resolve()), ",".join(names), ",".join(_PACKAGES)]
+    python = find_interpreter(judge.python, owner="VBench")
+    command = [python, "-c", _PROBE, str(judge.checkout.resolve()), ",".join(names), ",".join(_PACKAGES)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603 - the interpreter that the user named
     marked = [line for line in done.stdout.splitlines() if line.startswith("PROBE")]
     if done.returncode or not marked:
-        why = _last_line(done.stderr)
+        why = last_line(done.stderr)
         msg = f"{judge.python!r} cannot run the check ({why}); name the Python of VBench's environment"
         raise InvalidInputError(msg)
     found = json.loads(marked[-1].removeprefix("PROBE"))
     for name, failure in found["failures"].items():
-        msg = f"{name} cannot be scored by {judge.python!r} ({_last_line(failure)}); {_remedy(failure)}"
+        msg = f"{name} cannot be scored by {judge.python!r} ({last_line(failure)}); {_remedy(failure)}"
         raise InvalidInputError(msg)
     if found["origin"] and not found["origin"].startswith(str(judge.checkout.resolve())):
         msg = f"{judge.python!r} imports VBench from {found['origin']!r}, not from the checkout; uninstall vbench there"
@@ -288,14 +289,6 @@ def score_videos(
     return scoring
 
 
-def _interpreter(judge: Judge) -> str:
-    path = shutil.which(judge.python)
-    if path is None:
-        msg = f"{judge.python!r} is no program that can be run; name the Python of VBench's environment"
-        raise InvalidInputError(msg)
-    return path
-
-
 def _link_weights(judge: Judge, suite: Suite) -> None:
     """DreamSim keeps its weights in ``models`` of the folder it is started in: use those of the checkout, if any."""
     weights, link = judge.checkout.resolve() / "models", suite.folder / "models"
@@ -316,12 +309,12 @@ def _evaluate(name: str, videos: Path, suite: Suite, judge: Judge, output: Path)
     }
     log = output / "logs" / f"{name}.log"
     with log.open("wb") as file:
-        command = [_interpreter(judge), "-c", _EVALUATE, json.dumps(job)]
+        command = [find_interpreter(judge.python, owner="VBench"), "-c", _EVALUATE, json.dumps(job)]
         done = subprocess.run(command, cwd=suite.folder, stdout=file, stderr=subprocess.STDOUT, check=False)  # noqa: S603 - the interpreter that the user named
     if done.returncode == 0:
         return
     said = log.read_text(encoding="utf-8", errors="replace")[-20_000:]
-    msg = f"VBench failed on {name} ({_last_line(said)}); {_remedy(said)}; its words are in {str(log)!r}"
+    msg = f"VBench failed on {name} ({last_line(said)}); {_remedy(said)}; its words are in {str(log)!r}"
     raise (MemoryBudgetError if "out of memory" in said else InvalidInputError)(msg)
 
 
@@ -356,8 +349,3 @@ def _notes(names: tuple[str, ...], size: Size, num_samples: int, *, allow_missin
 
 def _remedy(said: str) -> str:
     return next((remedy for sign, remedy in _REMEDIES if sign in said), "read the README of VBench")
-
-
-def _last_line(said: str) -> str:
-    lines = [line.strip() for line in said.splitlines() if line.strip()]
-    return lines[-1][:300] if lines else "it said nothing"

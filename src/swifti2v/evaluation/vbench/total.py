@@ -2,7 +2,7 @@
 
 Bounds and weights are those of `scripts/constant.py` of Vchitect/VBench at 45e79ec (2026-03-23); the sums are those of
 its `scripts/cal_i2v_final_score.py` (`cal_final_score.py` beside it is for text-to-video and weighs otherwise). The
-published row of MAGI-1 (2x decoder) comes out: Quality 82.44, I2V 96.12, Total 89.28.
+published rows come out, that of MAGI-1 for one: Quality 82.44, I2V 96.12, Total 89.28.
 """
 
 from __future__ import annotations

@@ -6,7 +6,7 @@ import json
 from dataclasses import asdict
 from importlib.resources import as_file, files
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 
 import typer
 from rich.box import SIMPLE_HEAD
@@ -18,6 +18,7 @@ from swifti2v.geometry import Size
 from swifti2v.memory.budget import BITS_PER_WEIGHT, WAN22, RunSettings, plan_run
 from swifti2v.memory.checkpoint_dimensions import read_pipeline_dimensions
 from swifti2v.memory.devices import DEVICES, device_rates
+from swifti2v.memory.light_cost import with_light_decoder
 from swifti2v.memory.plan import MemoryPlan, parse_bytes, plan_memory
 from swifti2v.models.checkpoint_index import INDEX_NAME, is_hub_id, read_index
 
@@ -29,6 +30,7 @@ EMBEDDED_MODELS = ("mini",)
 
 def plan(  # noqa: PLR0913 - typer makes an option of each parameter
     *,
+    train: Annotated[Path | None, typer.Option(help="Plan a training instead: a recipe of `swifti2v train`.")] = None,
     model: Annotated[str, typer.Option(help="wan2.2, mini, or a checkpoint folder.")] = "wan2.2",
     size: Annotated[str, typer.Option(help="Output size, WIDTHxHEIGHT.")] = "2560x1408",
     frames: Annotated[int, typer.Option(help="Pixel frames, 4k+1.")] = 81,
@@ -49,11 +51,20 @@ def plan(  # noqa: PLR0913 - typer makes an option of each parameter
         str | None, typer.Option(help="Plan for so much device memory: auto (no limit), 24GiB, 16GiB, ...")
     ] = None,
     host_memory: Annotated[str | None, typer.Option(help="Host memory for weights and parked features.")] = None,
+    decoder: Annotated[
+        Literal["exact", "light"], typer.Option(help="The checkpoint's decoder, or TAEHV's for the same latents.")
+    ] = "exact",
     gpu: Annotated[str, typer.Option(help=f"Card whose seconds are predicted: {', '.join(DEVICES)}.")] = "rtx4090",
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")] = False,
 ) -> None:
     """Print tokens, TFLOP and bytes of a run without loading anything, and how it fits into --memory."""
+    if train is not None:
+        from swifti2v.cli.plan_training import print_training_plan
+
+        print_training_plan(train, size=Size.parse(size), num_frames=frames, as_json=as_json)
+        return
     planned = planned_model(model)
+    dimensions = planned.dimensions if decoder == "exact" else with_light_decoder(planned.dimensions)
     settings = RunSettings(
         size=Size.parse(size),
         num_frames=frames,
@@ -68,8 +79,8 @@ def plan(  # noqa: PLR0913 - typer makes an option of each parameter
     if weight_dtype is None:
         msg = f"dtype {dtype!r} is not known; use one of {', '.join(BITS_PER_WEIGHT)}"
         raise InvalidInputError(msg)
-    run = plan_run(planned.dimensions, settings, weight_dtype=weight_dtype)
-    fitted = _fitted(planned.dimensions, settings, gpu, memory, host_memory) if memory is not None else None
+    run = plan_run(dimensions, settings, weight_dtype=weight_dtype)
+    fitted = _fitted(dimensions, settings, gpu, memory, host_memory) if memory is not None else None
     if as_json:
         mapping = plan_as_mapping(model, settings, run) | memory_as_mapping(gpu, fitted)
         typer.echo(json.dumps(mapping, indent=2))

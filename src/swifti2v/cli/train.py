@@ -121,8 +121,10 @@ def _check_one_source(cache: Path | None, data: Path | None, maker: str) -> None
 
 
 def _encode(build: Callable[..., Any], run: Any, data: Path, output: Path) -> None:
+    from swifti2v.cli.generate import quiet_libraries
     from swifti2v.cli.progress import progress_bars
 
+    quiet_libraries()
     with progress_bars(quiet=False) as on_bar:
         cache = build(
             run,
@@ -142,7 +144,7 @@ def _train_low_res_lora(
     from swifti2v.training.low_res.run import LowResLoraRun, train_low_res_lora
 
     run = _from_checkpoint(load_yaml(LowResLoraRun, recipe), initial)
-    with joined_processes() as processes:
+    with joined_processes(run.loop.context_parallel) as processes:
         train_low_res_lora(
             run,
             cache=LatentCache.open(cache),
@@ -156,8 +158,10 @@ def _train_low_res_lora(
 @contextmanager
 def _training() -> Iterator[Callable[[Any], None] | None]:
     """Yield what shows the steps of a run in a terminal."""
+    from swifti2v.cli.generate import quiet_libraries
     from swifti2v.cli.progress import progress_bars
 
+    quiet_libraries()
     with progress_bars(quiet=False) as on_bar:
         yield None if on_bar is None else _shown_on(on_bar)
 

@@ -18,8 +18,8 @@ from swifti2v.memory.transformer_cost import TERA
 if TYPE_CHECKING:
     from swifti2v.memory.transformer_cost import TransformerDimensions
 
-Optimizer = Literal["adamw", "adamw_8bit"]
-MOMENT_BYTES: dict[Optimizer, float] = {"adamw": 8.0, "adamw_8bit": 2 * (1 + 4 / 256)}
+Optimizer = Literal["adamw", "adamw8bit"]
+MOMENT_BYTES: dict[Optimizer, float] = {"adamw": 8.0, "adamw8bit": 2 * (1 + 4 / 256)}
 """Bytes per trained weight of both moments; 8 bits with a float32 scale for each 256."""
 
 MASTER_BYTES = 4
@@ -95,7 +95,10 @@ class TrainingSetup:
         optimizer: AdamW in float32 or with 8-bit moments.
         averages: whether an average of the trained weights is held.
         gradient_checkpointing: keep the input of each block and compute the rest again.
-        num_devices: over which weights, gradients, optimiser and average are sharded (FSDP2).
+        num_devices: that train together.
+        shards: whether weights, gradients, optimiser and average are divided over them (FSDP2).
+        context_parallel: devices that share a sample, each with a part of its tokens.
+        has_teacher: whether each device holds a frozen copy of the network as well.
     """
 
     work: TrainingWork
@@ -105,11 +108,17 @@ class TrainingSetup:
     averages: bool = True
     gradient_checkpointing: bool = True
     num_devices: int = 1
+    shards: bool = True
+    context_parallel: int = 1
+    has_teacher: bool = False
 
     def __post_init__(self) -> None:
-        """Raise `InvalidInputError` for a count below 1, or a LoRA without a rank."""
-        if min(self.num_tokens, self.batch_size, self.num_devices) < 1:
-            msg = "num_tokens, batch_size and num_devices must be at least 1"
+        """Raise `InvalidInputError` for a count below 1, devices that do not divide, or a LoRA without a rank."""
+        if min(self.num_tokens, self.batch_size, self.num_devices, self.context_parallel) < 1:
+            msg = "num_tokens, batch_size, num_devices and context_parallel must be at least 1"
+            raise InvalidInputError(msg)
+        if self.num_devices % self.context_parallel:
+            msg = f"context_parallel {self.context_parallel} does not divide {self.num_devices} devices; choose another"
             raise InvalidInputError(msg)
         if not self.work.trains_all and self.work.lora_rank < 1:
             msg = f"the rank of the LoRA is {self.work.lora_rank}; it must be at least 1"
@@ -127,7 +136,7 @@ class TrainingMemory:
     """Bytes on one device.
 
     Args:
-        weight_bytes: its part of frozen weights and masters.
+        weight_bytes: its part of frozen weights and masters, and the teacher if there is one.
         gradient_bytes: its part of the gradients.
         optimizer_bytes: its part of the moments.
         average_bytes: its part of the averaged weights.
@@ -151,12 +160,13 @@ class TrainingMemory:
 
 def training_memory(setup: TrainingSetup) -> TrainingMemory:
     """Count the bytes of a setup on each device."""
-    trained, devices = setup.num_trained, setup.num_devices
+    trained, devices = setup.num_trained, setup.num_devices if setup.shards else 1
     frozen = 0 if setup.work.trains_all else setup.work.transformer.num_parameters
+    teacher = FROZEN_BYTES * setup.work.transformer.num_parameters * setup.has_teacher
     return TrainingMemory(
-        weight_bytes=(FROZEN_BYTES * frozen + MASTER_BYTES * trained) // devices,
+        weight_bytes=(FROZEN_BYTES * frozen + MASTER_BYTES * trained) // devices + teacher,
         gradient_bytes=MASTER_BYTES * trained // devices,
-        optimizer_bytes=round(MOMENT_BYTES[setup.optimizer] * trained) // devices,
+        optimizer_bytes=_moment_bytes(setup) // devices,
         average_bytes=MASTER_BYTES * trained * setup.averages // devices,
         gathered_bytes=_gathered_bytes(setup),
         activation_bytes=_activation_bytes(setup),
@@ -198,6 +208,34 @@ def gpu_hours(
     return num_samples * step / tflop_per_second / 3600
 
 
+def window_shares(segment_size: int, *, full_share: float, before_share: float, after_share: float) -> dict[int, float]:
+    """Return how often windows of each length, in latent frames, are drawn in training; ends of clips left out.
+
+    Args:
+        segment_size: most targets.
+        full_share: of windows with that many; the others have fewer, all numbers alike.
+        before_share: of windows that see a finished neighbour.
+        after_share: of windows that see an unrefined one.
+    """
+    fewer = range(1, segment_size)
+    targets = {count: (1 - full_share) / len(fewer) for count in fewer}
+    targets[segment_size] = full_share if fewer else 1.0
+    shares: dict[int, float] = {}
+    for count, share in targets.items():
+        for before, is_before in ((0, 1 - before_share), (1, before_share)):
+            for after, is_after in ((0, 1 - after_share), (1, after_share)):
+                length = 1 + before + count + after
+                shares[length] = shares.get(length, 0.0) + share * is_before * is_after
+    return {length: share for length, share in sorted(shares.items()) if share}
+
+
+def _moment_bytes(setup: TrainingSetup) -> int:
+    if setup.work.trains_all:
+        return round(MOMENT_BYTES[setup.optimizer] * setup.num_trained)
+    # Of a LoRA's two matrices only the one with long rows is kept in 8 bits (`training.engine.optimizers`).
+    return round((MOMENT_BYTES[setup.optimizer] + MOMENT_BYTES["adamw"]) / 2 * setup.num_trained)
+
+
 def _activation_bytes(setup: TrainingSetup) -> int:
     network = setup.work.transformer
     block = saved_bytes_per_token(setup.work)
@@ -207,7 +245,8 @@ def _activation_bytes(setup: TrainingSetup) -> int:
     # two bfloat16 of the feed-forward net).
     in_work = (block if setup.gradient_checkpointing else 0) + 20 * network.dim + 4 * network.ffn_dim
     rotary = 2 * 4 * network.attention_head_dim
-    return setup.batch_size * setup.num_tokens * (layers * kept + in_work + rotary)
+    tokens = -(-setup.num_tokens // setup.context_parallel)
+    return setup.batch_size * tokens * (layers * kept + in_work + rotary)
 
 
 def _gathered_bytes(setup: TrainingSetup) -> int:

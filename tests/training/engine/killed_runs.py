@@ -1,6 +1,8 @@
-"""A script for `test_resume.py`: train in a child process, kill it at random steps, let another one go on.
+"""A script for `test_resume.py`: train in a child process, kill it at random moments, let another one go on.
 
-One interpreter forks all children, so that importing torch is paid once; it starts no threads of its own.
+One interpreter forks all children, so that importing torch is paid once; it starts no threads of its own. The moments
+are counted in what a run does (steps, then files that are opened, renamed, ...) and not in seconds, so that no machine
+is too slow or too fast for them: in the middle of a checkpoint, of a line of the log, between two steps.
 """
 
 from __future__ import annotations
@@ -10,8 +12,8 @@ import os
 import random
 import signal
 import sys
-import time
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch.utils import tensorboard  # noqa: F401 - so that the children do not import it one by one
@@ -19,9 +21,11 @@ from torch.utils import tensorboard  # noqa: F401 - so that the children do not 
 from swifti2v.training.engine.loop import LoopOptions, TrainingLoop
 
 OPTIONS = LoopOptions(
-    num_steps=90, learning_rate=0.01, warmup_steps=5, checkpoint_every=5, keep_last=2, log_every=1, bfloat16=False
+    num_steps=150, learning_rate=0.01, warmup_steps=5, checkpoint_every=5, keep_last=2, log_every=1, bfloat16=False
 )
 NUM_KILLS = 10
+MOST_STEPS, MOST_EVENTS = 4, 8
+"""From the last step to the one at which a child is armed, and from there to its end; a step has an event at least."""
 
 
 class Dropped:
@@ -36,8 +40,24 @@ class Dropped:
         return (self.module(inputs) - inputs.prod(dim=1, keepdim=True)).square().mean(), {}
 
 
-def train(folder: Path, *, seconds_per_step: float = 0.0) -> None:
-    TrainingLoop(Dropped(), folder, OPTIONS).run(on_step=lambda _report: time.sleep(seconds_per_step))
+class Killer:
+    """Kills its own process a number of file events after a step, as the kernel would: nothing is cleaned up."""
+
+    def __init__(self, step: int, num_events: int) -> None:
+        self._step = step
+        self._left = num_events
+        self._is_armed = False
+        sys.addaudithook(self._count)
+
+    def watch(self, report: Any) -> None:
+        self._is_armed |= report.step == self._step
+
+    def _count(self, event: str, _arguments: tuple[Any, ...]) -> None:
+        if self._is_armed and event.startswith(("open", "os.")):
+            self._left -= 1
+            if self._left < 0:
+                self._is_armed = False  # killing is an event too
+                os.kill(os.getpid(), signal.SIGKILL)
 
 
 def last_step(folder: Path) -> int:
@@ -45,32 +65,29 @@ def last_step(folder: Path) -> int:
     lines = log.read_text().splitlines() if log.exists() else []
     try:
         return int(json.loads(lines[-1])["step"]) if lines else 0
-    except ValueError:  # it is being written
-        return 0
+    except ValueError:  # the last line is torn
+        return int(json.loads(lines[-2])["step"]) if len(lines) > 1 else 0
 
 
-def kill_at(folder: Path, step: int, delay: float) -> None:
+def killed_at(folder: Path, step: int, num_events: int) -> None:
     child = os.fork()
     if child == 0:
-        train(folder, seconds_per_step=0.01)
+        killer = Killer(step, num_events)
+        TrainingLoop(Dropped(), folder, OPTIONS).run(on_step=killer.watch)
         os._exit(0)
-    while last_step(folder) < step:
-        time.sleep(0.001)
-    time.sleep(delay)
-    os.kill(child, signal.SIGKILL)
     _, status = os.waitpid(child, 0)
     if not os.WIFSIGNALED(status) or os.WTERMSIG(status) != signal.SIGKILL:
-        sys.exit(f"the child had ended by itself before step {step} was seen: {status}")
+        sys.exit(f"the child was not killed after step {step}: {status}")
 
 
 def main(folder: Path, seed: int) -> None:
     chance = random.Random(seed)  # noqa: S311 - no secrets here
-    train(folder / "whole")
+    TrainingLoop(Dropped(), folder / "whole", OPTIONS).run()
     killed = []
     for _ in range(NUM_KILLS):
-        killed.append(last_step(folder / "killed") + chance.randint(1, 6))
-        kill_at(folder / "killed", killed[-1], chance.uniform(0, 0.03))
-    train(folder / "killed")
+        killed.append(last_step(folder / "killed") + chance.randint(1, MOST_STEPS))
+        killed_at(folder / "killed", killed[-1], chance.randint(0, MOST_EVENTS))
+    TrainingLoop(Dropped(), folder / "killed", OPTIONS).run()
     (folder / "killed_at.json").write_text(json.dumps(killed))
 
 

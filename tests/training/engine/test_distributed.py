@@ -50,7 +50,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[3])}
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
     command = [*torchrun, str(SCRIPT), str(folder)]
-    subprocess.run(command, check=True, timeout=300, env=environment)  # noqa: S603 - our own script
+    subprocess.run(command, check=True, timeout=1800, env=environment)  # noqa: S603 - our own script
     trained_in_one(folder / "one")
     return folder
 

@@ -111,5 +111,5 @@ def test_export_needs_names_only(trained, tmp_path) -> None:
 
 def test_a_folder_that_cannot_be_written_is_one_line(trained, tmp_path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(OutputError, match="make room or choose another"):
+    with pytest.raises(OutputError, match="make room and start again"):
         save_lora(lora_state(trained), trained, tmp_path / "file" / "lora")

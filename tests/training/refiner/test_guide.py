@@ -56,6 +56,7 @@ def test_the_guide_runs_as_it_is_written(place: Path) -> None:
     assert [command[1:3] for command in commands()] == [
         ["data", "check"],
         ["train", "transition"],
+        ["plan", "--train"],
         ["train", "stage-two"],
         ["train", "distill"],
         ["generate", "photo.jpg"],

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from contextlib import nullcontext
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import cv2
@@ -20,7 +22,9 @@ from swifti2v.media.video_writer import VideoWriter
 from swifti2v.models.transformer import StageTwoTransformer
 from swifti2v.pipelines.options import GenerationOptions
 from swifti2v.pipelines.two_stage import TwoStagePipeline
+from swifti2v.training.engine.distributed import Processes
 from swifti2v.training.engine.loop import LoopOptions
+from swifti2v.training.refiner import run as refiner_run
 from swifti2v.training.refiner.distillation import DistillationOptions
 from swifti2v.training.refiner.encoding import EncodingOptions
 from swifti2v.training.refiner.network import NetworkOptions, load_network, plain_state, save_network
@@ -213,3 +217,17 @@ def generated(checkpoint: Path, **options: Any) -> torch.Tensor:
     pipe = TwoStagePipeline.from_pretrained(checkpoint, device="cpu")
     image = PIL.Image.fromarray(np.full((64, 64, 3), 90, dtype=np.uint8))
     return pipe(image, "words", options=GenerationOptions(size=Size(64, 64), num_frames=9, **options)).frames
+
+
+def test_windows_that_cannot_be_shared_are_refused(
+    run: RefinerRun, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before anything is spread: a frame of 8x8 latents has 16 tokens, which three processes cannot divide."""
+    three = Processes(count=3, context=3)
+    monkeypatch.setattr(refiner_run, "joined_processes", lambda _context_parallel: nullcontext(three))
+    with pytest.raises(ConfigurationError, match="has 16 tokens, which context_parallel 3 does not divide"):
+        train_refiner(run, cache=cache, output=tmp_path)
+    detailed = SimpleNamespace(local_detail=torch.nn.Identity())
+    monkeypatch.setattr(refiner_run, "load_network", lambda *_arguments: detailed)
+    with pytest.raises(ConfigurationError, match="local_detail cannot be trained with context_parallel"):
+        train_refiner(run, cache=cache, output=tmp_path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -16,10 +17,16 @@ from hypothesis import strategies as st
 
 from swifti2v.errors import ConfigurationError, InvalidInputError
 from swifti2v.geometry import Size
-from swifti2v.pipelines.loading import Parts, load_parts
+from swifti2v.pipelines.loading import load_parts
 from swifti2v.pixels import from_uint8
 from swifti2v.sampling.schedules import FEW_STEP_SIGMAS
-from swifti2v.training.refiner.encoding import EncodingOptions, StageTwoEncoder, resized
+from swifti2v.training.refiner.encoding import (
+    EncodingOptions,
+    EncodingParts,
+    StageTwoEncoder,
+    load_encoding_parts,
+    resized,
+)
 from swifti2v.training.refiner.transition import TransitionOptions, light_schedule, lightly_denoised
 
 
@@ -31,8 +38,8 @@ class Clip:
 
 
 @pytest.fixture(scope="module")
-def parts(tiny_checkpoint: Path) -> Parts:
-    return load_parts(tiny_checkpoint, device="cpu")
+def parts(tiny_checkpoint: Path) -> EncodingParts:
+    return load_encoding_parts(tiny_checkpoint, device=torch.device("cpu"))
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +51,7 @@ def clip() -> Clip:
 
 
 @pytest.fixture(scope="module")
-def reduced(clip: Clip, parts: Parts) -> torch.Tensor:
+def reduced(clip: Clip, parts: EncodingParts) -> torch.Tensor:
     return torch.from_numpy(resized(clip.frames, parts.motion_size(Size(128, 128))))
 
 
@@ -86,7 +93,7 @@ def test_ranges_that_make_no_sense(options: dict[str, Any]) -> None:
         TransitionOptions(**options)
 
 
-def test_more_noise_leads_further_from_the_clip(parts: Parts, reduced: torch.Tensor) -> None:
+def test_more_noise_leads_further_from_the_clip(parts: EncodingParts, reduced: torch.Tensor) -> None:
     embeds = parts.stage_one.encode_prompt("a red ball")
     vae = parts.stage_one.pipeline.vae
     with torch.no_grad():
@@ -102,31 +109,31 @@ def test_more_noise_leads_further_from_the_clip(parts: Parts, reduced: torch.Ten
     assert distance(near, coded) < 0.1 * distance(far, coded)
 
 
-def test_the_same_seed_gives_the_same_clip(parts: Parts, reduced: torch.Tensor) -> None:
+def test_the_same_seed_gives_the_same_clip(parts: EncodingParts, reduced: torch.Tensor) -> None:
     embeds = parts.stage_one.encode_prompt("a red ball")
     one, same, other = (lightly_denoised(parts.stage_one, reduced, embeds, sigma=0.9, seed=seed) for seed in (1, 1, 2))
     assert torch.equal(one, same)
     assert not torch.equal(one, other)
 
 
-def test_stage_one_is_given_back_as_it_was(parts: Parts, reduced: torch.Tensor) -> None:
+def test_stage_one_is_given_back_as_it_was(parts: EncodingParts, reduced: torch.Tensor) -> None:
     before = parts.stage_one.pipeline.scheduler
     lightly_denoised(parts.stage_one, reduced, parts.stage_one.encode_prompt(""), sigma=0.7, seed=0)
     assert parts.stage_one.pipeline.scheduler is before
 
 
-def test_clip_longer_than_a_window_is_refused(parts: Parts) -> None:
+def test_clip_longer_than_a_window_is_refused(parts: EncodingParts) -> None:
     frames = torch.zeros(13, 32, 32, 3, dtype=torch.uint8)
     with pytest.raises(InvalidInputError, match=r"longer than Stage I's 9; cut it"):
         lightly_denoised(parts.stage_one, frames, parts.stage_one.encode_prompt(""), sigma=0.7, seed=0)
 
 
-def test_encoder_gives_truth_and_every_reference(parts: Parts, clip: Clip) -> None:
+def test_encoder_gives_truth_and_every_reference(parts: EncodingParts, clip: Clip) -> None:
     options = EncodingOptions(TransitionOptions(num_variants=2), unchanged=True)
     tensors = StageTwoEncoder(parts, options)(clip)
     assert sorted(tensors) == ["latents", "prompt_embeds", *(f"reference.{n}" for n in range(6))]
     assert {tuple(tensors[f"reference.{n}"].shape) for n in range(6)} == {(48, 3, 8, 8)}
-    vae = parts.stage_two.codec.vae
+    vae = parts.codec.vae
     with torch.no_grad():
         whole = vae.encode(from_uint8(clip.frames)).latent_dist.mode()[0]
     assert torch.allclose(tensors["latents"].float(), whole, atol=5e-3)
@@ -136,7 +143,7 @@ def test_encoder_gives_truth_and_every_reference(parts: Parts, clip: Clip) -> No
         assert not torch.allclose(tensors[f"reference.{number}"][:, 1:], tensors["latents"][:, 1:], atol=5e-3)
 
 
-def test_references_depend_on_the_clip_and_not_on_the_order(parts: Parts, clip: Clip) -> None:
+def test_references_depend_on_the_clip_and_not_on_the_order(parts: EncodingParts, clip: Clip) -> None:
     encoder = StageTwoEncoder(parts, EncodingOptions(TransitionOptions(num_variants=1), modes=("replace",)))
     first, again = encoder(clip), encoder(clip)
     other = encoder(Clip("other", clip.prompt, clip.frames))
@@ -144,7 +151,24 @@ def test_references_depend_on_the_clip_and_not_on_the_order(parts: Parts, clip: 
     assert not torch.equal(first["reference.0"], other["reference.0"])
 
 
-def test_without_transition_the_reference_is_the_reduced_clip(parts: Parts, clip: Clip, reduced: torch.Tensor) -> None:
+def test_without_transition_the_reference_is_the_reduced_clip(
+    parts: EncodingParts, clip: Clip, reduced: torch.Tensor
+) -> None:
     encoder = StageTwoEncoder(parts, EncodingOptions(transition=None, unchanged=True))
     (only,) = encoder.motion_references(clip, parts.stage_one.encode_prompt(clip.prompt))
     assert torch.equal(only, reduced)
+
+
+def test_nothing_is_loaded_that_is_not_used(tiny_checkpoint: Path, clip: Clip, tmp_path: Path) -> None:
+    """Without the weights of Stage II's transformer, and with the size of motion that inference has."""
+    folder = tmp_path / "checkpoint"
+    shutil.copytree(tiny_checkpoint, folder)
+    for weights in (folder / "stage_two" / "transformer").glob("*.safetensors"):
+        weights.unlink()
+    parts = load_encoding_parts(folder, device=torch.device("cpu"))
+    encoder = StageTwoEncoder(parts, EncodingOptions(transition=None, unchanged=True, modes=("replace",)))
+    assert sorted(encoder(clip)) == ["latents", "prompt_embeds", "reference.0"]
+    whole = load_parts(tiny_checkpoint, device="cpu")
+    for size in (Size(128, 128), Size(256, 128)):
+        assert parts.motion_size(size) == whole.motion_size(size)
+    assert parts.geometry == whole.stage_two.geometry

@@ -28,7 +28,7 @@ def run_on_two(*arguments: str | Path) -> None:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     given = [str(argument) for argument in arguments]
     done = subprocess.run(  # noqa: S603 - our own command
-        [*command, "-m", "swifti2v.cli.main", *given], capture_output=True, text=True, timeout=240, check=False
+        [*command, "-m", "swifti2v.cli.main", *given], capture_output=True, text=True, timeout=1800, check=False
     )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
 

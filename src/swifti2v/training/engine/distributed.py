@@ -4,6 +4,9 @@ Both ways to spread a network are PyTorch's `fully_shard`, so there is one path 
 
 * `replicate`: every process holds all weights, gradients are averaged (what DDP does; a mesh of processes x 1).
 * `shard`: every process holds its part of weights, gradients and optimiser, and gathers a block while it runs.
+
+Samples too long for one device are shared by several (context parallelism): each has a part of the tokens, and in
+attention a part of the heads (diffusers' Ulysses attention). Such a group counts as one process that has a batch.
 """
 
 from __future__ import annotations
@@ -14,10 +17,13 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar
 
 import torch
 import torch.distributed as dist
+from diffusers import ContextParallelConfig
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
+
+from swifti2v.errors import ConfigurationError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -29,11 +35,29 @@ CPU = torch.device("cpu")
 
 @dataclass(frozen=True)
 class Processes:
-    """The processes that train together, seen from one of them; by default the only one, on the CPU."""
+    """The processes that train together, seen from one of them; by default the only one, on the CPU.
+
+    Args:
+        rank: of this one.
+        count: of all.
+        device: of this one.
+        context: how many neighbours in rank share their samples.
+    """
 
     rank: int = 0
     count: int = 1
     device: torch.device = CPU
+    context: int = 1
+
+    @property
+    def batch_rank(self) -> int:
+        """Which of the batches of a step this process has."""
+        return self.rank // self.context
+
+    @property
+    def batch_count(self) -> int:
+        """How many batches the processes have at a time."""
+        return self.count // self.context
 
     @property
     def is_main(self) -> bool:
@@ -66,6 +90,9 @@ class Processes:
 
         Blocks (members of the outermost `ModuleList`s) are gathered one at a time. All processes must hold the same
         weights. With one process nothing but the move happens.
+
+        Raises:
+            ConfigurationError: the network cannot share samples.
         """
         if self.count == 1:
             module.to(self.device)
@@ -75,9 +102,37 @@ class Processes:
         else:
             mesh = init_device_mesh(self.device.type, (self.count, 1), mesh_dim_names=("replicate", "shard"))
         for network in networks_of(module):
+            self.share_tokens(network)
             for block in _blocks(network):
                 fully_shard(block, mesh=mesh)
             fully_shard(network, mesh=mesh)
+
+    def share_tokens(self, network: nn.Module) -> None:
+        """Let the processes of a group pass the tokens of a sample through `network` together; alone, do nothing.
+
+        A loss is then that of the whole sample in each of them, and a weight's gradient, summed over the group, too:
+        every process has the gradient by its own tokens.
+
+        Raises:
+            ConfigurationError: not a network of diffusers, heads that do not divide, or no accelerators.
+        """
+        if self.context == 1:
+            return
+        heads = getattr(getattr(network, "config", None), "num_attention_heads", 0)
+        if not getattr(network, "_cp_plan", None) or heads % self.context:
+            msg = (
+                f"{type(network).__name__} of {heads} heads cannot be shared by {self.context}; set context_parallel: 1"
+            )
+            raise ConfigurationError(msg)
+        if not torch.accelerator.device_count():
+            msg = "context_parallel needs an accelerator for each process; set it to 1 on CPUs"
+            raise ConfigurationError(msg)
+        for name, module in network.named_modules():
+            if name.endswith((".norm_q", ".norm_k")):
+                module.register_forward_hook(_as_autocast)
+        shape, names = (self.batch_count, 1, self.context), ("batches", "ring", "ulysses")
+        mesh = init_device_mesh(self.device.type, shape, mesh_dim_names=names)
+        network.enable_parallelism(config=ContextParallelConfig(ulysses_degree=self.context, mesh=mesh))  # type: ignore[operator]
 
 
 class Batches(Protocol):
@@ -92,13 +147,14 @@ class BatchesOfProcess:
     """Batches by the numbers that the loop counts, which go through all processes: each takes its own of the step.
 
     Args:
-        batches: made with the rank and the count of `processes`, so that all get samples of one shape at a time.
+        batches: made with the `batch_rank` and `batch_count` of `processes`, so that all get samples of one shape at a
+            time.
         processes: those of the loop.
     """
 
     def __init__(self, batches: Batches, processes: Processes) -> None:
         self._batches = batches
-        self._count = processes.count
+        self._count = processes.batch_count
 
     def batch_of(self, step: int) -> Sequence[int]:
         """Return the indices of batch number `step`."""
@@ -106,15 +162,22 @@ class BatchesOfProcess:
 
 
 @contextmanager
-def joined_processes() -> Iterator[Processes]:
+def joined_processes(context_parallel: int = 1) -> Iterator[Processes]:
     """Join the processes that torchrun started (NCCL on CUDA devices, gloo on CPUs); without it, be the only one.
 
     ```
     torchrun --nproc-per-node 8 -m swifti2v train ...
     ```
+
+    Args:
+        context_parallel: how many share their samples.
+
+    Raises:
+        ConfigurationError: their number does not divide by that.
     """
     has_cuda = torch.cuda.is_available()
     if not dist.is_torchelastic_launched():
+        _check_groups(1, context_parallel)
         yield Processes(device=torch.device("cuda", 0) if has_cuda else CPU)
         return
     device = torch.device("cuda", dist.get_node_local_rank()) if has_cuda else CPU
@@ -122,7 +185,8 @@ def joined_processes() -> Iterator[Processes]:
         torch.cuda.set_device(device)
     dist.init_process_group("nccl" if has_cuda else "gloo")
     try:
-        yield Processes(rank=dist.get_rank(), count=dist.get_world_size(), device=device)
+        _check_groups(dist.get_world_size(), context_parallel)
+        yield Processes(dist.get_rank(), dist.get_world_size(), device, context_parallel)
     finally:
         dist.destroy_process_group()
 
@@ -156,6 +220,22 @@ def placed_like(reference: Tensor, tensor: Tensor) -> Tensor:
         return tensor
     # Every process has read the whole tensor, so each takes its part without asking the first one.
     return distribute_tensor(tensor, reference.device_mesh, reference.placements, src_data_rank=None)
+
+
+def _as_autocast(_norm: nn.Module, _inputs: Any, output: Tensor) -> Tensor:
+    # Autocast norms in float32 on a GPU. Diffusers' backward pass of shared attention is outside of autocast, where
+    # queries, keys and values have to be of one dtype: the one in which attention is computed anyway.
+    device = output.device.type
+    return output.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else output
+
+
+def _check_groups(count: int, context_parallel: int) -> None:
+    if count % context_parallel:
+        msg = (
+            f"context_parallel {context_parallel} does not divide {count} processes; set it to 1, or start a multiple "
+            "of it with torchrun"
+        )
+        raise ConfigurationError(msg)
 
 
 def _blocks(network: nn.Module) -> Iterator[nn.Module]:

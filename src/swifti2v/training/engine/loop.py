@@ -11,28 +11,35 @@ from __future__ import annotations
 import math
 import time
 from collections import Counter
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from diffusers.training_utils import EMAModel
 from torch.distributed.tensor import DTensor
 
 from swifti2v.errors import CheckpointError, ConfigurationError, TrainingError
+from swifti2v.memory.training_cost import Optimizer  # noqa: TC001 - `config` asks for it at run time
 from swifti2v.training.engine.checkpoints import CHECKPOINT_NAME, CheckpointFolder
 from swifti2v.training.engine.distributed import Processes, Sharding, whole
 from swifti2v.training.engine.failures import InputRecorder, save_failure
 from swifti2v.training.engine.interruption import interruption_as_request
 from swifti2v.training.engine.observers import NumbersLog, Tracker, open_logs
+from swifti2v.training.engine.optimizers import (
+    load_whole_state,
+    make_optimizer,
+    set_learning_rate,
+    take_step,
+    whole_state,
+)
+from swifti2v.training.engine.prefetcher import Prefetcher
 from swifti2v.training.engine.throughput import AMOUNTS, peak_tflop_per_second, rates
 from swifti2v.training.engine.trained_state import (
     load_own_state,
     own_state,
     placed_average,
-    placed_optimizer,
     trained_parameters,
 )
 
@@ -42,8 +49,6 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 __all__ = ["CHECKPOINT_NAME", "LoopOptions", "Objective", "Prefetcher", "StepReport", "TrainingLoop"]
-
-Batch = TypeVar("Batch")
 
 MAX_SKIPPED_STEPS = 10
 """Steps in a row whose gradient may overflow before the run is given up."""
@@ -55,6 +60,7 @@ class LoopOptions:
 
     Args:
         num_steps: optimiser steps of the whole run.
+        optimizer: AdamW with moments in float32, or in 8 bits (`swifti2v.training.engine.optimizers`).
         learning_rate: peak; linear warm-up over `warmup_steps`, cosine to `final_rate_share` of it at the end.
         betas: of AdamW.
         gradient_clip: largest norm of the gradient.
@@ -65,12 +71,15 @@ class LoopOptions:
         bfloat16: multiply matrices in bfloat16 with float32 master weights, where the device has units for that (on a
             CPU: AMX; elsewhere it would be a hundred times slower, and float32 is used).
         sharding: of the weights over several processes; see `swifti2v.training.engine.distributed`.
+        context_parallel: processes that share a sample, each with a part of its tokens; their number must divide that
+            of all. They see the same batches and the same noise.
         trackers: where the numbers go besides ``log.jsonl`` and TensorBoard.
         max_seconds: stop (with a checkpoint) after this much wall time; the schedule still counts `num_steps`.
         seed: of what networks draw themselves (dropout); data and noise have the seed of the objective.
     """
 
     num_steps: int
+    optimizer: Optimizer = "adamw"
     learning_rate: float = 1e-3
     weight_decay: float = 0.01
     betas: tuple[float, float] = (0.9, 0.98)
@@ -87,11 +96,12 @@ class LoopOptions:
     max_seconds: float = math.inf
     bfloat16: bool = True
     sharding: Sharding = "shard"
+    context_parallel: int = 1
     trackers: tuple[Tracker, ...] = ()
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("gradient_accumulation", "checkpoint_every", "keep_last", "log_every"):
+        for name in ("gradient_accumulation", "checkpoint_every", "keep_last", "log_every", "context_parallel"):
             if getattr(self, name) < 1:
                 msg = f"{name} is {getattr(self, name)}; it must be at least 1"
                 raise ConfigurationError(msg)
@@ -121,24 +131,6 @@ class StepReport:
     seconds: float
 
 
-class Prefetcher(Generic[Batch]):
-    """Make the next batch in a thread while this one trains; a batch depends on its number only."""
-
-    def __init__(self, make: Callable[[int], Batch]) -> None:
-        self._make = make
-        self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="batches")
-        self._pending: dict[int, Future[Batch]] = {}
-        self._last: int | None = None
-
-    def take(self, step: int) -> Batch:
-        """Return the batch of `step` and begin the next, as far on as this one is from the last."""
-        stride = step - self._last if self._last is not None and step > self._last else 1
-        self._last = step
-        current = self._pending.pop(step, None)
-        self._pending = {step + stride: self._executor.submit(self._make, step + stride)}
-        return current.result() if current is not None else self._make(step)
-
-
 class TrainingLoop:
     """Run an objective; see the module for what makes a resumed run equal.
 
@@ -156,11 +148,18 @@ class TrainingLoop:
         self.options = options
         self.step = 0
         self.processes = processes or Processes()
+        if options.context_parallel != self.processes.context:
+            msg = f"context_parallel is {options.context_parallel}, but this training shares no samples; set it to 1"
+            raise ConfigurationError(msg)
         self.processes.distribute(objective.module, options.sharding)
         self._inputs = InputRecorder(objective.module)
         self._parameters = trained_parameters(objective.module)
-        self._optimizer = torch.optim.AdamW(
-            self._parameters, lr=options.learning_rate, weight_decay=options.weight_decay, betas=options.betas
+        self._optimizer = make_optimizer(
+            options.optimizer,
+            self._parameters,
+            learning_rate=options.learning_rate,
+            weight_decay=options.weight_decay,
+            betas=options.betas,
         )
         self._average = EMAModel(self._parameters, decay=options.ema_decay)
         self._checkpoints = CheckpointFolder(directory, options.keep_last, options.keep_every)
@@ -255,8 +254,7 @@ class TrainingLoop:
         return StepReport(self.step, self.options.num_steps, numbers, seconds)
 
     def _train_step(self) -> dict[str, float]:
-        for group in self._optimizer.param_groups:
-            group["lr"] = self.learning_rate_at(self.step)
+        set_learning_rate(self._optimizer, self.learning_rate_at(self.step))
         self._optimizer.zero_grad(set_to_none=True)
         numbers: Counter[str] = Counter()
         parts = self.options.gradient_accumulation
@@ -268,7 +266,7 @@ class TrainingLoop:
         # bfloat16 can overflow in one gradient of thousands of steps; that step is left out and counted.
         usable = bool(torch.isfinite(norm))
         if usable:
-            self._optimizer.step()
+            take_step(self._optimizer, self.processes.device)
             self._average.step(self._parameters)
         self._count_skipped(usable)
         self.step += 1
@@ -277,7 +275,7 @@ class TrainingLoop:
     def _backward(self, part: int) -> dict[str, float]:
         """Add the gradient of one batch; return its numbers."""
         processes, parts = self.processes, self.options.gradient_accumulation
-        draw = (self.step * parts + part) * processes.count + processes.rank
+        draw = (self.step * parts + part) * processes.batch_count + processes.batch_rank
         torch.manual_seed(self.options.seed * 1_000_003 + draw)
         # A weight is used once in a pass: cached casts would save nothing, and keep what sharding frees.
         with torch.autocast(processes.device.type, torch.bfloat16, enabled=self._autocast, cache_enabled=False):
@@ -285,7 +283,8 @@ class TrainingLoop:
         value = float(loss.detach())
         if processes.any(not math.isfinite(value)):
             self._give_up(draw, value)
-        (loss / parts).backward()  # type: ignore[no-untyped-call]
+        # Gradients are averaged over all processes; those that share a sample have parts, which are to be summed.
+        (loss * processes.context / parts).backward()  # type: ignore[no-untyped-call]
         return {"loss": value} | numbers
 
     def _give_up(self, draw: int, value: float) -> None:
@@ -313,7 +312,7 @@ class TrainingLoop:
         totals: Counter[str] = Counter()
         for numbers in window:
             totals.update({name: value for name, value in numbers.items() if name in window[0]})
-        amounts = {name: totals.pop(name) for name in AMOUNTS if name in totals}
+        amounts = {name: totals.pop(name) / self.processes.context for name in AMOUNTS if name in totals}
         means = {name: value / steps / len(window) for name, value in totals.items()}
         peak = peak_tflop_per_second(self.processes.device)
         speed = rates(amounts, seconds=seconds, peak=peak * len(window) if peak else None)
@@ -359,7 +358,7 @@ class TrainingLoop:
             "step": self.step,
             "module": whole(own_state(self.objective.module), keep=keep),
             "average": whole(self._average.state_dict(), keep=keep),
-            "optimizer": whole(self._optimizer.state_dict(), keep=keep),
+            "optimizer": whole_state(self._optimizer, keep=keep),
             "window": self.processes.gather(dict(self._window)),
         }
         if keep:
@@ -390,8 +389,7 @@ class TrainingLoop:
         load_own_state(self.objective.module, state["module"])
         average = placed_average(state["average"], self._parameters)
         self._average.load_state_dict(average | {"decay": self.options.ema_decay})
-        settings = {"weight_decay": self.options.weight_decay, "betas": self.options.betas}
-        self._optimizer.load_state_dict(placed_optimizer(state["optimizer"], self._parameters, settings=settings))
+        load_whole_state(self._optimizer, state["optimizer"])
         windows = state.get("window", [])
         self._window = Counter(windows[self.processes.rank] if len(windows) == self.processes.count else {})
         self.step = state["step"]

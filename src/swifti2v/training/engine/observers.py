@@ -8,6 +8,7 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from swifti2v.errors import ConfigurationError
+from swifti2v.training.engine.writing import writing
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -46,9 +47,9 @@ class JsonLinesLog:
                 partial.replace(path)
 
     def write(self, step: int, numbers: Mapping[str, float]) -> None:
-        """Append a line."""
+        """Append a line; raise `OutputError` if that is not possible."""
         entry = {"step": step} | {name: float(f"{value:.7g}") for name, value in numbers.items()}
-        with self._path.open("a", encoding="utf-8") as file:
+        with writing(self._path), self._path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(entry) + "\n")
 
     def close(self) -> None:

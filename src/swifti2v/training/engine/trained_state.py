@@ -1,4 +1,4 @@
-"""The part of a run that changes: trained weights, their average and the optimiser, whole or spread over processes."""
+"""The part of a run that changes: trained weights and their average, whole or spread over processes."""
 
 from __future__ import annotations
 
@@ -56,18 +56,3 @@ def placed_average(saved: Mapping[str, Any], parameters: Sequence[Tensor]) -> di
     """Return the state of a diffusers `EMAModel` with its tensors placed as `parameters` are."""
     pairs = zip(parameters, saved["shadow_params"], strict=True)
     return dict(saved) | {"shadow_params": [placed_like(parameter, tensor) for parameter, tensor in pairs]}
-
-
-def placed_optimizer(
-    saved: Mapping[str, Any], parameters: Sequence[Tensor], *, settings: Mapping[str, Any]
-) -> dict[str, Any]:
-    """Return the state of a torch optimiser placed as `parameters` are, with `settings` in its groups."""
-    moments = {
-        place: {
-            # What is a single number (the step) belongs to no place.
-            name: placed_like(parameters[place], value) if value.ndim else value.clone()
-            for name, value in entry.items()
-        }
-        for place, entry in saved["state"].items()
-    }
-    return {"state": moments, "param_groups": [group | settings for group in saved["param_groups"]]}

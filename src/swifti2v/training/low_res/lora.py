@@ -16,7 +16,7 @@ from peft import LoraConfig
 from swifti2v.errors import ConfigurationError
 from swifti2v.memory.training_cost import TrainingWork
 from swifti2v.memory.transformer_cost import TransformerDimensions
-from swifti2v.training.engine.loop import Prefetcher
+from swifti2v.training.engine.prefetcher import Prefetcher
 from swifti2v.training.low_res.encoding import CONDITION, LATENTS, PROMPT
 
 if TYPE_CHECKING:
@@ -185,12 +185,14 @@ class LowResLoraObjective:
         level = sigma.view(-1, 1, 1, 1, 1)
         noisy = (1 - level) * clean + level * noise
         dtype = self._transformer.patch_embedding.weight.dtype
-        velocity = self._transformer(
+        # A tuple, since diffusers' hooks that share a sample between processes take no other output.
+        (velocity,) = self._transformer(
             hidden_states=torch.cat([noisy, batch[CONDITION].float()], dim=1).to(dtype),
             # float32: in bfloat16 the timestep 833.3 would be 832.
             timestep=sigma * NUM_TIMESTEPS,
             encoder_hidden_states=batch[PROMPT].to(dtype),
-        ).sample
+            return_dict=False,
+        )
         errors = (velocity.float() - (noise - clean)).square().mean(dim=(1, 2, 3, 4))
         numbers = {"error": float(errors.detach().mean()), "sigma": float(sigma.mean())}
         return (errors * weights).mean(), numbers | self._amounts(batch)

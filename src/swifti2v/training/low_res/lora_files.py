@@ -10,10 +10,10 @@ from diffusers import WanImageToVideoPipeline
 from peft.utils import get_peft_model_state_dict
 from safetensors.torch import save_file
 
-from swifti2v.errors import OutputError
 from swifti2v.models.adapter_keys import native_name
 from swifti2v.models.adapters import load_adapter, read_adapter_file
 from swifti2v.training.engine.distributed import whole
+from swifti2v.training.engine.writing import writing
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -52,7 +52,7 @@ def save_lora(state: dict[str, Tensor], transformer: Any, folder: Path, *, adapt
     # diffusers writes the settings as JSON, which knows no sets.
     plain = {name: sorted(value) if isinstance(value, set) else value for name, value in settings.items()}
     partial = f".{LORA_NAME}.part.safetensors"
-    try:
+    with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
         WanImageToVideoPipeline.save_lora_weights(
             folder,
@@ -61,9 +61,6 @@ def save_lora(state: dict[str, Tensor], transformer: Any, folder: Path, *, adapt
             weight_name=partial,
         )
         return (folder / partial).replace(folder / LORA_NAME)
-    except OSError as error:
-        msg = f"cannot write the LoRA into {folder} ({error}); make room or choose another folder"
-        raise OutputError(msg) from error
 
 
 def export_comfyui(lora: Path, transformer: Any, output: Path, *, dtype: torch.dtype = torch.float16) -> None:
@@ -86,9 +83,6 @@ def export_comfyui(lora: Path, transformer: Any, output: Path, *, dtype: torch.d
         tensors[f"{stem}.lora_down.weight"] = delta.down.to(dtype).contiguous()
         tensors[f"{stem}.lora_up.weight"] = delta.up.to(dtype).contiguous()
         tensors[f"{stem}.alpha"] = torch.tensor(delta.scale * delta.rank, dtype=torch.float32)
-    try:
+    with writing(output):
         output.parent.mkdir(parents=True, exist_ok=True)
         save_file(tensors, output, metadata={"format": "pt"})
-    except OSError as error:
-        msg = f"cannot write {output} ({error}); make room or choose another place"
-        raise OutputError(msg) from error

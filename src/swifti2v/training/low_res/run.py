@@ -166,10 +166,10 @@ def train_low_res_lora(
         TrainingError, OutputError, KeyboardInterrupt: see `TrainingLoop.run`.
     """
     processes = processes or Processes()
-    options = run.loop_on(processes.count)
+    options = run.loop_on(processes.batch_count)
     for expert in run.experts:
         transformer = _expert_with_lora(run, expert, processes.device)
-        batches = BucketBatches(cache, run.batch_size, run.seed, processes.rank, processes.count)
+        batches = BucketBatches(cache, run.batch_size, run.seed, processes.batch_rank, processes.batch_count)
         objective = LowResLoraObjective(
             transformer,
             expert=expert,

@@ -8,15 +8,21 @@ itself, which is what Stage II would meet if Stage I were perfect.
 from __future__ import annotations
 
 import hashlib
+import math
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import PIL.Image
 import torch
 from torch import Tensor
 
-from swifti2v.geometry import Size
+from swifti2v.data.fingerprint import weights_digest
+from swifti2v.geometry import CodecGeometry, Size, reduced_size
+from swifti2v.models.checkpoint_files import read_json
+from swifti2v.models.checkpoints import load_stage_one_pipeline, load_stage_two_vae, resolve
+from swifti2v.models.vae import open_codec
+from swifti2v.pipelines.stage_one import StageOne
 from swifti2v.pixels import from_uint8
 from swifti2v.reference.hybrid import hybrid_reference
 from swifti2v.reference.options import ReferenceMode, ReferenceOptions
@@ -25,8 +31,9 @@ from swifti2v.training.refiner.transition import TransitionOptions, lightly_deno
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from pathlib import Path
 
-    from swifti2v.pipelines.loading import Parts
+    from swifti2v.models.vae import StreamingCodec
     from swifti2v.pipelines.stage_one import PromptEmbeds
 
 
@@ -65,15 +72,70 @@ class EncodingOptions:
     seed: int = 0
 
 
+@dataclass(frozen=True)
+class EncodingParts:
+    """What of a checkpoint makes references: all but Stage II's transformer.
+
+    Args:
+        stage_one: with all its adapters.
+        codec: of Stage II.
+        codec_digest: of its weights as they were loaded, for the fingerprint of a cache.
+        geometry: of Stage II's latents and tokens.
+        motion_reduction: output size over motion size.
+        motion_max_area: pixels of a motion frame at most, None for no limit.
+        device: where all of it is.
+    """
+
+    stage_one: StageOne
+    codec: StreamingCodec
+    codec_digest: str
+    geometry: CodecGeometry
+    motion_reduction: float
+    motion_max_area: int | None
+    device: torch.device
+
+    def motion_size(self, size: Size) -> Size:
+        """Return the size of the motion reference of clips of `size`, as `pipelines.loading.Parts` has it."""
+        factor = self.motion_reduction
+        if self.motion_max_area is not None:
+            factor = max(factor, math.sqrt(size.width * size.height / self.motion_max_area))
+        return reduced_size(size, factor, self.stage_one.geometry.size_multiple)
+
+
+def load_encoding_parts(checkpoint: str | Path, *, device: torch.device) -> EncodingParts:
+    """Load what `StageTwoEncoder` needs, float32 on a CPU and bfloat16 elsewhere.
+
+    Raises:
+        CheckpointError: the checkpoint cannot be found, downloaded or read.
+    """
+    resolved = resolve(checkpoint)
+    one, two = resolved.index.stage_one, resolved.index.stage_two
+    dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
+    vae: Any = load_stage_two_vae(resolved, dtype=dtype)
+    codec_digest = weights_digest(dict(vae.config), vae.state_dict())
+    codec = open_codec(vae.to(device).eval())
+    pipeline = load_stage_one_pipeline(resolved, dtype=dtype).to(device)
+    config = read_json(resolved.folder_of("stage_two") / two.transformer_subfolder / "config.json")
+    return EncodingParts(
+        stage_one=StageOne(pipeline, window_frames=one.window_frames, max_sequence_length=one.max_sequence_length),
+        codec=codec,
+        codec_digest=codec_digest,
+        geometry=CodecGeometry(codec.spatial_factor, codec.temporal_factor, config["patch_size"][1]),
+        motion_reduction=one.reference_reduction,
+        motion_max_area=one.max_area,
+        device=device,
+    )
+
+
 class StageTwoEncoder:
     """Encodes clips with the parts of a checkpoint; one clip is held in memory at a time.
 
     Args:
-        parts: loaded; Stage II's transformer is not used.
+        parts: of `load_encoding_parts`.
         options: see `EncodingOptions`.
     """
 
-    def __init__(self, parts: Parts, options: EncodingOptions) -> None:
+    def __init__(self, parts: EncodingParts, options: EncodingOptions) -> None:
         self.parts = parts
         self.options = options
 
@@ -90,7 +152,7 @@ class StageTwoEncoder:
                     pixels[0, :, 0],
                     options=ReferenceOptions(mode=mode, flow_scale=self.options.flow_scale),
                     device=self.parts.device,
-                    temporal_factor=self.parts.stage_two.geometry.temporal,
+                    temporal_factor=self.parts.geometry.temporal,
                 )
             )
             for motion in self.motion_references(clip, embeds)
@@ -115,7 +177,7 @@ class StageTwoEncoder:
 
     def _encoded(self, chunks: Iterator[Tensor]) -> Tensor:
         on_device = (chunk.to(self.parts.device) for chunk in chunks)
-        latents = self.parts.stage_two.codec.encode_stream(on_device)
+        latents = self.parts.codec.encode_stream(on_device)
         return torch.cat([latent.to("cpu", torch.float16) for latent in latents], dim=2)[0]
 
 

@@ -15,6 +15,7 @@ from swifti2v.models.checkpoints import load_stage_two_transformer, resolve
 from swifti2v.models.transformer import StageTwoTransformer
 from swifti2v.pipelines.loading import trained_refiner
 from swifti2v.training.engine.distributed import whole
+from swifti2v.training.engine.writing import writing
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -104,9 +105,15 @@ def plain_state(transformer: StageTwoTransformer, *, keep: bool = True) -> dict[
 
 
 def save_network(transformer: StageTwoTransformer, folder: Path, *, keep: bool = True) -> None:
-    """Write the network as diffusers does, its LoRA merged; see `plain_state` for `keep`."""
+    """Write the network as diffusers does, its LoRA merged; see `plain_state` for `keep`.
+
+    Raises:
+        OutputError: it cannot be written; an older one stays as it was.
+    """
     state = plain_state(transformer, keep=keep)
-    if keep:
+    if not keep:
+        return
+    with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
         transformer.save_config(folder)
         partial = folder / f".{WEIGHTS_NAME}.part"

@@ -15,17 +15,17 @@ from typing import TYPE_CHECKING, Any
 
 from swifti2v.config import to_mapping
 from swifti2v.data.batches import BucketBatches
-from swifti2v.data.fingerprint import weights_digest
 from swifti2v.data.latent_cache import CacheOptions, LatentCache, build_cache, fingerprint_of
+from swifti2v.errors import ConfigurationError
 from swifti2v.models.checkpoint_index import INDEX_NAME, is_within, write_index
 from swifti2v.models.checkpoints import load_stage_two_vae, resolve
-from swifti2v.pipelines.loading import load_parts
 from swifti2v.training.engine.distributed import BatchesOfProcess, Processes, joined_processes
 from swifti2v.training.engine.loop import LoopOptions, Objective, TrainingLoop
+from swifti2v.training.engine.writing import writing
 from swifti2v.training.refiner.distillation import DistillationObjective, DistillationOptions
-from swifti2v.training.refiner.encoding import EncodingOptions, StageTwoEncoder
+from swifti2v.training.refiner.encoding import EncodingOptions, StageTwoEncoder, load_encoding_parts
 from swifti2v.training.refiner.network import NetworkOptions, load_network, load_teacher, save_network
-from swifti2v.training.refiner.segment_flow import SegmentFlowObjective, SegmentFlowOptions
+from swifti2v.training.refiner.segment_flow import LATENTS, SegmentFlowObjective, SegmentFlowOptions
 from swifti2v.training.refiner.validation import HeldOut, RefinerValidation, ValidationOfRefiner
 from swifti2v.training.videos import VideoSelection
 
@@ -105,19 +105,14 @@ def build_references(
         LatentCacheError: `output` holds a cache of another codec or other settings.
     """
     with joined_processes() as processes:
-        parts = load_parts(run.checkpoint, device=processes.device)
+        parts = load_encoding_parts(run.checkpoint, device=processes.device)
         requests = run.videos.requests(
             data,
-            size_multiple=parts.stage_two.geometry.size_multiple,
+            size_multiple=parts.geometry.size_multiple,
             report=output if processes.is_main else None,
             on_video=on_video,
         )
-        vae: Any = load_stage_two_vae(resolve(run.checkpoint, parts=STAGE_TWO))
-        fingerprint = fingerprint_of(
-            codec=weights_digest(dict(vae.config), vae.state_dict()),
-            settings=to_mapping(run),
-            clips=requests,
-        )
+        fingerprint = fingerprint_of(codec=parts.codec_digest, settings=to_mapping(run), clips=requests)
         return build_cache(
             requests,
             output,
@@ -134,12 +129,13 @@ def train_refiner(
     """Train Stage II on a cache; return the folder of the checkpoint, which `swifti2v generate --model` takes."""
     samples = LatentCache.open(cache)
     kept = HeldOut(samples, run.validation.num_samples)
-    with joined_processes() as processes:
+    with joined_processes(run.loop.context_parallel) as processes:
         batches = _batches(kept, run.batch_size, run.flow.seed, processes)
         transformer = load_network(run.checkpoint, run.network)
+        _check_sharing(transformer, samples, processes)
         validation = RefinerValidation(transformer, samples=samples, indices=kept.indices, options=run.validation)
         objective = SegmentFlowObjective(
-            transformer, samples=samples, batches=batches, options=run.flow, num_processes=processes.count
+            transformer, samples=samples, batches=batches, options=run.flow, num_processes=processes.batch_count
         )
         setup = _Setup(run.checkpoint, output, run.loop, validate=validation)
         _train(objective, transformer, setup, processes=processes, on_step=on_step)
@@ -152,19 +148,21 @@ def distill_refiner(
     """Distil Stage II to few steps without guidance; return the folder of its checkpoint, which says how many."""
     samples = LatentCache.open(cache)
     kept = HeldOut(samples, run.validation.num_samples)
-    with joined_processes() as processes:
+    with joined_processes(run.loop.context_parallel) as processes:
         batches = _batches(kept, run.batch_size, run.distillation.flow.seed, processes)
         student = load_network(run.checkpoint, run.network)
+        _check_sharing(student, samples, processes)
         options = replace(run.validation, num_steps=run.distillation.num_student_steps)
         validation = RefinerValidation(student, samples=samples, indices=kept.indices, options=options)
-        teacher = load_teacher(run.checkpoint, run.network)
+        teacher = load_teacher(run.checkpoint, run.network).to(processes.device)
+        processes.share_tokens(teacher)
         objective = DistillationObjective(
             student,
-            teacher.to(processes.device),
+            teacher,
             samples=samples,
             batches=batches,
             options=run.distillation,
-            num_processes=processes.count,
+            num_processes=processes.batch_count,
         )
         setup = _Setup(
             run.checkpoint, output, run.loop, num_steps=run.distillation.num_student_steps, validate=validation
@@ -174,7 +172,29 @@ def distill_refiner(
 
 
 def _batches(samples: HeldOut, batch_size: int, seed: int, processes: Processes) -> BatchesOfProcess:
-    return BatchesOfProcess(BucketBatches(samples, batch_size, seed, processes.rank, processes.count), processes)
+    return BatchesOfProcess(
+        BucketBatches(samples, batch_size, seed, processes.batch_rank, processes.batch_count), processes
+    )
+
+
+def _check_sharing(transformer: StageTwoTransformer, samples: LatentCache, processes: Processes) -> None:
+    """Raise `ConfigurationError` if the processes of a group cannot divide the tokens of every window alike."""
+    if processes.context == 1:
+        return
+    if transformer.local_detail is not None:
+        # It works on whole frames in every process, so that its gradient would count once for each.
+        msg = "a network with local_detail cannot be trained with context_parallel; set it to 1"
+        raise ConfigurationError(msg)
+    _, patch_height, patch_width = transformer.config.patch_size
+    for bucket, indices in samples.buckets.items():
+        height, width = samples[indices[0]].tensors[LATENTS].shape[-2:]
+        tokens = (height // patch_height) * (width // patch_width)
+        if tokens % processes.context:
+            msg = (
+                f"a frame of {bucket} has {tokens} tokens, which context_parallel {processes.context} does not divide; "
+                "choose another number, or another size of clips"
+            )
+            raise ConfigurationError(msg)
 
 
 @dataclass(frozen=True)
@@ -200,7 +220,8 @@ def _train(
     is_first = processes.is_main
     folder = setup.output / CHECKPOINT_FOLDER
     if is_first:
-        begin_checkpoint(setup.base, folder, num_steps=setup.num_steps)
+        with writing(folder):
+            begin_checkpoint(setup.base, folder, num_steps=setup.num_steps)
     loop = TrainingLoop(objective, setup.output, setup.loop, processes=processes)
 
     def save(_step: int) -> None:

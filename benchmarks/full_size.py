@@ -3,6 +3,7 @@
 Commands:
     python -m benchmarks.full_size                   on a GPU: the real pipeline, seconds, GiB, TFLOP/s a phase
     python -m benchmarks.full_size --cap 24GiB       the same while PyTorch may take no more than that, planned for it
+    python -m benchmarks.full_size --decoder light   the same with TAEHV's small decoder
     python -m benchmarks.full_size --baseline        diffusers' own classes on the same shapes as well
     python -m benchmarks.full_size --device meta     anywhere: exact FLOPs and peak live bytes of each phase
 
@@ -56,6 +57,7 @@ def accounts(size: Size, *, baseline: bool) -> list[Row]:
     rows = [_stage_one_row(size), *(_stage_two_row(size, frames) for frames in (4, 5))]
     for tiling in (None, (2, 2)):
         rows += _codec_rows(codec, size, tiling, num_chunks=3)
+    rows += [_light_row(size, wide=wide, num_chunks=3) for wide in (False, True)]
     if baseline:
         rows += [_diffusers_stage_two_row(size, 5), *_diffusers_codec_rows(codec, size)]
     return rows
@@ -135,6 +137,20 @@ def _codec_rows(codec: AutoencoderKLWan, size: Size, tiles: tuple[int, int] | No
             _counted(f"decode, {num_chunks} latent frames, {words}", decode)]  # fmt: skip
 
 
+def _light_row(size: Size, *, wide: bool, num_chunks: int) -> Row:
+    """Decode a few latent frames with a light decoder."""
+    import torch
+
+    decoder = networks.light_decoder("meta", wide=wide)
+
+    def decode() -> None:
+        shape = (1, 48, 1, size.height // 16, size.width // 16)
+        for frames in decoder.decode_pixel_stream(torch.empty(shape, device="meta") for _ in range(num_chunks)):
+            del frames
+
+    return _counted(f"decode, {num_chunks} latent frames, light{', wide' * wide}", decode)
+
+
 def _codec_settings(size: Size, tiles: tuple[int, int] | None) -> CodecSettings:
     from swifti2v.memory.ways import tile_size
     from swifti2v.models.tiling import Tiling
@@ -210,13 +226,15 @@ def measured(arguments: argparse.Namespace, size: Size) -> tuple[list[Row], dict
     from PIL import Image
 
     from swifti2v.memory.budget import WAN22, RunSettings, plan_run
+    from swifti2v.memory.light_cost import with_light_decoder
+    from swifti2v.models.light_decoder import LightDecoder
     from swifti2v.models.vae import WanStreamingCodec
     from swifti2v.pipelines.fitting import MemoryLimits
     from swifti2v.pipelines.options import GenerationOptions
     from swifti2v.pipelines.two_stage import TwoStagePipeline
 
     limits = MemoryLimits.parse(arguments.cap) if arguments.cap else None
-    parts = networks.parts(arguments.device, limits)
+    parts = networks.parts(arguments.device, limits, light=arguments.decoder == "light")
     torch.cuda.empty_cache()
     # From here on: the networks were made on the device one by one, each larger than some caps.
     if limits is not None and limits.device_bytes is not None:
@@ -228,6 +246,7 @@ def measured(arguments: argparse.Namespace, size: Size) -> tuple[list[Row], dict
     clock.wrap(parts.stage_two.transformer, "forward", "stage two")
     clock.wrap(WanStreamingCodec, "_encode_chunk", "reference encode")
     clock.wrap(WanStreamingCodec, "_decode_group", "decode")
+    clock.wrap(LightDecoder, "_decode", "decode")
     pipeline = TwoStagePipeline(parts)
     options = GenerationOptions(size=size, num_frames=arguments.frames, num_inference_steps=arguments.steps)
     request = pipeline.request(Image.linear_gradient("L").convert("RGB").resize(size), "a wave", options=options)
@@ -237,9 +256,10 @@ def measured(arguments: argparse.Namespace, size: Size) -> tuple[list[Row], dict
         first_seconds = first_seconds or time.perf_counter() - started
         del piece
     whole = {"seconds": time.perf_counter() - started, "first_frames_seconds": first_seconds}
+    dimensions = with_light_decoder(WAN22) if arguments.decoder == "light" else WAN22
     costs = {
         p.name: p
-        for p in plan_run(WAN22, RunSettings(size, arguments.frames, num_inference_steps=arguments.steps)).phases
+        for p in plan_run(dimensions, RunSettings(size, arguments.frames, num_inference_steps=arguments.steps)).phases
     }
     roofline = next(
         (rate for name, rate in BF16_TFLOP_PER_SECOND.items() if name in torch.cuda.get_device_name()), None
@@ -323,6 +343,7 @@ def main() -> None:
     parser.add_argument("--frames", type=int, default=81)
     parser.add_argument("--steps", type=int, default=4, help="of Stage II")
     parser.add_argument("--cap", help="device memory that the run may take, for instance 24GiB")
+    parser.add_argument("--decoder", choices=("exact", "light"), default="exact", help="of the run on a GPU")
     parser.add_argument("--baseline", action="store_true", help="diffusers' own classes on the same shapes as well")
     add_result_arguments(parser, pictures=False)
     arguments = parser.parse_args()

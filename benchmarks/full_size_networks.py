@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from diffusers import AutoencoderKLWan, WanImageToVideoPipeline, WanTransformer3DModel
     from transformers import PreTrainedTokenizerFast
 
+    from swifti2v.models.light_decoder import LightDecoder
     from swifti2v.models.transformer import StageTwoTransformer
     from swifti2v.pipelines.fitting import MemoryLimits
     from swifti2v.pipelines.loading import Parts
@@ -92,7 +93,16 @@ def codec(settings: dict[str, Any], device: str) -> AutoencoderKLWan:
         return AutoencoderKLWan(**settings).eval()
 
 
-def parts(device: str, memory: MemoryLimits | None) -> Parts:
+def light_decoder(device: str, *, wide: bool = False) -> LightDecoder:
+    """TAEHV's decoder of Wan2.2's latents: ``taew2_2``, or ``taew2_2_super``."""
+    from swifti2v.models.light_decoder import LightDecoder, LightDecoderNetwork, LightLayout
+
+    widths = (512, 256, 128, 64) if wide else (256, 128, 64, 64)
+    with built_on(device):
+        return LightDecoder(LightDecoderNetwork(LightLayout(48, widths, patch_size=2, is_wide=wide)).eval())
+
+
+def parts(device: str, memory: MemoryLimits | None, *, light: bool = False) -> Parts:
     """Both stages, as a checkpoint would give them; with limits the weights wait in host memory."""
     from swifti2v.geometry import Size
     from swifti2v.models.vae import open_codec
@@ -109,6 +119,7 @@ def parts(device: str, memory: MemoryLimits | None) -> Parts:
         defaults=GenerationSettings(size=Size(2560, 1408), num_frames=81, fps=16, refiner="concat"),
         device=torch.device(device),
         memory=memory,
+        decoder=light_decoder(device) if light else None,
     )
 
 

@@ -9,6 +9,7 @@ from benchmarks import full_size, full_size_networks, speed
 from swifti2v.geometry import Size
 from swifti2v.memory.budget import WAN22
 from swifti2v.memory.codec_cost import WAN22_VAE
+from swifti2v.memory.light_cost import LightDecoderDimensions
 from swifti2v.memory.transformer_cost import STAGE_TWO_5B
 from swifti2v.segments import FrameKind
 
@@ -31,6 +32,8 @@ def test_rows_hold_the_flops_of_the_account() -> None:
     encode, decode = full_size._codec_rows(codec, size, None, num_chunks=3)
     assert encode.tflop == pytest.approx(WAN22_VAE.encode_tflop(size, 9), rel=1e-3)
     assert decode.tflop == pytest.approx(WAN22_VAE.decode_tflop(size, 9), rel=1e-3)
+    light = full_size._light_row(size, wide=False, num_chunks=3)
+    assert light.tflop == pytest.approx(LightDecoderDimensions().decode_tflop(size, 9), rel=1e-9)
     row = full_size._stage_two_row(size, 5)
     assert row.tflop == pytest.approx(STAGE_TWO_5B.forward_cost(5 * 32, num_timesteps=5).tflop, rel=1e-3)
     network = full_size_networks.stage_two("meta")

@@ -120,6 +120,8 @@ def test_a_still_video_is_flagged_and_a_name_is_no_markup(folder: Path) -> None:
         (("clip.mp4", "--against", "none.mp4"), "does not exist"),
         (("clip.mp4", "--segment-size", "1"), "use at least 2, or auto"),
         (("clip.mp4", "--segment-size", "three"), "use a number from 2 on, or auto"),
+        (("clip.mp4", "--cvvdp", "python"), "give --truth"),
+        (("clip.mp4", "--truth", "clip.mp4", "--cvvdp", "no.python"), "name the Python of ColorVideoVDP's environment"),
         (("clip.mp4", "-o", "clip.mp4"), "give a folder that can be written"),
     ],
 )

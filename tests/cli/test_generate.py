@@ -18,6 +18,7 @@ from swifti2v.errors import GenerationCancelled
 from swifti2v.geometry import Size
 from swifti2v.media.video_reader import VideoReader
 from swifti2v.pipelines.two_stage import TwoStagePipeline
+from tests.pipelines.light_weights import write_light_weights
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -142,6 +143,24 @@ def test_options_reach_the_pipeline(run: Run, monkeypatch: pytest.MonkeyPatch) -
     assert (settings.segment_size, settings.neighbors_before, settings.neighbors_after) == (2, 0, 1)
     assert (settings.positions, settings.negative_prompt) == ("compact", "blurry")
     assert (settings.few_step, settings.stage_one_steps, settings.stage_one_guidance_scale) == (False, 3, 1.25)
+
+
+def test_the_light_decoder_writes_another_video_of_the_same_clip(run: Run, tmp_path: Path) -> None:
+    work, weights = tmp_path / "work", write_light_weights(tmp_path / "light.safetensors")
+    few = ("--prompt", "pan left", "--work-dir", str(work), *SHORT)
+    assert run(*few).exit_code == 0
+    exact = np.concatenate(list(VideoReader(tmp_path / "out.mp4")))
+    segments = {path: path.stat().st_mtime_ns for path in (work / "segments").iterdir()}
+    result = run(*few, "--decoder", "light", "--decoder-weights", str(weights))
+    assert result.exit_code == 0, result.stderr
+    light = np.concatenate(list(VideoReader(tmp_path / "out.mp4")))
+    assert exact.shape == light.shape == (9, 64, 64, 3)
+    assert np.abs(exact.astype(int) - light).max() > 16
+    # The latents are those of the run before.
+    assert segments == {path: path.stat().st_mtime_ns for path in (work / "segments").iterdir()}
+    result = run(*few, "--decoder-weights", str(weights))
+    assert result.exit_code == EXIT_ERROR
+    assert "use decoder light" in result.stderr
 
 
 def test_progress_in_a_terminal(run: Run) -> None:

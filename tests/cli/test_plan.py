@@ -128,3 +128,17 @@ def test_memory_refusals_are_one_line(arguments: tuple[str, ...], words: str) ->
     assert result.exit_code == 2
     assert words in result.stderr
     assert result.stderr.count("\n") == 1
+
+
+def test_the_light_decoder_is_planned_for() -> None:
+    def decode(*arguments: str) -> dict[str, float]:
+        plan = json.loads(run("--json", *arguments).stdout)
+        return next(phase for phase in plan["phases"] if phase["name"] == "decode")
+
+    exact, light = decode(), decode("--decoder", "light")
+    assert light["tflop"] < exact["tflop"] / 150
+    assert light["peak_bytes"] < exact["peak_bytes"] / 10
+    refused = run("--model", "mini", "--decoder", "light")
+    assert refused.exit_code != 0
+    assert refused.stderr.startswith("error: light decoders are for the latents of Wan's codecs")
+    assert "use decoder exact" in refused.stderr

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,9 +13,18 @@ import pytest
 import torch
 
 from swifti2v.errors import InvalidInputError
+from swifti2v.geometry import Size
 from swifti2v.models.transformer import StageTwoTransformer
-from swifti2v.pipelines.acceleration import Acceleration, accelerated, compile_blocks, share_sequence, transformers_of
+from swifti2v.pipelines.acceleration import (
+    Acceleration,
+    accelerated,
+    check_shared,
+    compile_blocks,
+    share_sequence,
+    transformers_of,
+)
 from swifti2v.pipelines.loading import load_parts
+from swifti2v.pipelines.options import GenerationOptions
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -42,6 +52,20 @@ def test_heads_that_do_not_divide(tiny_wan_dit: Callable[..., Any], monkeypatch:
     monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 3)
     with pytest.raises(InvalidInputError, match="2 heads of attention do not divide among 3 processes"):
         share_sequence([tiny_wan_dit()], 3)
+
+
+def test_runs_that_do_not_divide_are_refused_before_they_begin(tiny_checkpoint: Path) -> None:
+    """Of 64x64, Stage I has one token a frame and three frames; of 128x64 twice as many."""
+    parts = load_parts(tiny_checkpoint, device="cpu")
+    wide = GenerationOptions(size=Size(128, 64))
+    check_shared(parts, parts.defaults, 1)
+    check_shared(parts, parts.defaults.settled(wide), 2)
+    with pytest.raises(InvalidInputError, match="3 tokens of a window do not divide among 2 processes"):
+        check_shared(parts, parts.defaults, 2)
+    kept = parts.defaults.settled(replace(wide, keep_context=True))
+    check_shared(parts, kept, 1)
+    with pytest.raises(InvalidInputError, match="start one process, or keep no context"):
+        check_shared(parts, kept, 2)
 
 
 @pytest.mark.slow
@@ -83,3 +107,25 @@ def test_compiled_blocks_give_the_eager_output_for_every_length_of_window(tiny_w
     counts = torch._dynamo.utils.counters
     assert counts["stats"]["unique_graphs"] >= 3
     assert not counts["graph_break"]
+
+
+@pytest.mark.slow
+def test_a_clip_takes_three_graphs_and_later_sizes_are_compiled_too(tiny_wan_dit: Callable[..., Any]) -> None:
+    """The windows of 81 frames: the first (which reads the text once), the middle ones, and one like the first."""
+    network = StageTwoTransformer.from_wan(tiny_wan_dit(num_layers=1)).eval()
+    text = torch.randn(1, 5, 32)
+    torch._dynamo.reset()
+    compile_blocks([network], backend="eager")
+    counts = torch._dynamo.utils.counters
+    before = counts["stats"]["unique_graphs"]
+
+    def graphs_after_a_clip(width: int) -> int:
+        with torch.no_grad(), network.text_kept():
+            for frames in (4, 5, 5, 5, 5, 5, 4):
+                for _step in range(2):
+                    timestep = torch.tensor([[0.0] + [500.0] * (frames - 1)])
+                    network(torch.randn(1, 48, frames, 4, width), timestep, text)
+        return int(counts["stats"]["unique_graphs"]) - before
+
+    # PyTorch gives up at 8 unless it is told otherwise.
+    assert [graphs_after_a_clip(width) for width in (4, 4, 6, 8)] == [3, 3, 6, 9]

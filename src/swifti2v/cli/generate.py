@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import time
 from contextlib import closing, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from swifti2v.cli.processes import ProcessGroup, launched_processes
 from swifti2v.cli.progress import progress_bars
 from swifti2v.errors import InvalidInputError, MemoryBudgetError
 from swifti2v.geometry import Size
@@ -71,6 +72,15 @@ def generate(  # noqa: PLR0913 - typer makes an option of each parameter
     host_memory: Annotated[str | None, typer.Option(help="Host memory to plan for, with --memory.")] = None,
     attention: Annotated[str, typer.Option(help="auto, native, cudnn, flash, flash3, sage or xformers.")] = "auto",
     compile_blocks: Annotated[bool, typer.Option("--compile", help="Compile the transformers' blocks.")] = False,
+    decoder: Annotated[
+        Literal["exact", "light"], typer.Option(help="The checkpoint's decoder, or a small one of lower fidelity.")
+    ] = "exact",
+    decoder_weights: Annotated[
+        str | None, typer.Option(help="Of the light decoder: a file, or OWNER/NAME/FILE on the hub.")
+    ] = None,
+    decode_device: Annotated[
+        str | None, typer.Option(help="Decode there, cuda:1 for instance, beside the denoising.")
+    ] = None,
     work_dir: WorkDirOption = None,
     device: DeviceOption = None,
     as_json: JsonOption = False,
@@ -99,7 +109,11 @@ def generate(  # noqa: PLR0913 - typer makes an option of each parameter
     if host_memory is not None and memory is None:
         msg = "--host-memory belongs to --memory; give both, --memory auto for instance"
         raise InvalidInputError(msg)
-    speed = _Speed(attention, compile_blocks, None if memory is None else (memory, host_memory))
+    speed = _Speed(
+        memory=None if memory is None else (memory, host_memory),
+        acceleration={"attention": attention, "compile_blocks": compile_blocks},
+        decoding={"decoder": decoder, "decoder_weights": decoder_weights, "decode_device": decode_device},
+    )
     job.run(model, device=device, few_step=not many_step, speed=speed)
 
 
@@ -122,16 +136,19 @@ def preview(  # noqa: PLR0913 - typer makes an option of each parameter
         size=Size.parse(size) if size is not None else None, num_frames=frames, fps=fps, seed=seed
     )
     job = _Job(image, prompt, output, options, work_dir, as_json)
-    job.run(model, device=device, few_step=True, stage_one_only=True)
+    job.run(model, device=device, few_step=True, stage_one_only=True, speed=_Speed())
 
 
 @dataclass(frozen=True)
 class _Speed:
-    """How the networks run, and in which memory (of the device, of the host)."""
+    """In which memory (of the device, of the host) the networks run, and how: arguments of `Acceleration`.
 
-    attention: str = "auto"
-    compile_blocks: bool = False
+    Those of `decoding` are for the process that decodes.
+    """
+
     memory: tuple[str, str | None] | None = None
+    acceleration: dict[str, Any] = field(default_factory=dict)
+    decoding: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass
@@ -144,6 +161,7 @@ class _Job:
     options: GenerationOptions
     work_dir: Path | None
     as_json: bool
+    processes: ProcessGroup = field(default_factory=ProcessGroup)
     notes: list[str] = field(default_factory=list)
     started: float = field(default_factory=time.monotonic)
 
@@ -153,31 +171,23 @@ class _Job:
         *,
         device: str | None,
         few_step: bool,
+        speed: _Speed,
         stage_one_only: bool = False,
-        speed: _Speed | None = None,
     ) -> None:
         """Load, generate, write, and say what was done."""
-        self._check(model, few_step=few_step)
-        from swifti2v.memory.heap import map_large_blocks
-        from swifti2v.pipelines.acceleration import Acceleration
-        from swifti2v.pipelines.fitting import MemoryLimits
-        from swifti2v.pipelines.two_stage import TwoStagePipeline
-
-        map_large_blocks()
-        speed = speed or _Speed()
-        pipeline = TwoStagePipeline.from_pretrained(
-            model,
-            device=device,
-            few_step=few_step,
-            memory=MemoryLimits.parse(*speed.memory) if speed.memory is not None else None,
-            acceleration=Acceleration(speed.attention, speed.compile_blocks),
-        )
-        loaded = time.monotonic()
-        request = pipeline.request(self.image, self.prompt, options=self.options)
-        for note in (*request.notes, *pipeline.prompt_notes(request)):
-            self._say(note)
-        with _memory_errors():
-            first_seconds = self._write(pipeline, request, stage_one_only=stage_one_only)
+        with launched_processes() as processes:
+            self.processes = processes
+            processes.together(lambda: self._check(model, device, few_step=few_step, speed=speed))
+            pipeline = processes.together(lambda: self._load(model, device, few_step=few_step, speed=speed))
+            loaded = time.monotonic()
+            request = processes.together(lambda: self._request(pipeline))
+            if not processes.is_first:
+                self._take_part(pipeline, request, stage_one_only=stage_one_only)
+                return
+            for note in (*request.notes, *pipeline.prompt_notes(request)):
+                self._say(note)
+            with _memory_errors(), processes.work_directory(self.work_dir) as work_dir:
+                first_seconds = self._write(pipeline, request, work_dir, stage_one_only=stage_one_only)
         summary = {
             "output": str(self.output),
             "size": str(pipeline.parts.motion_size(request.settings.size) if stage_one_only else request.settings.size),
@@ -195,8 +205,45 @@ class _Job:
                 f"{summary['output']}: {summary['num_frames']} frames of {summary['size']}, {summary['seconds']} s"
             )
 
-    def _check(self, model: str, *, few_step: bool) -> None:
+    def _load(self, model: str, device: str | None, *, few_step: bool, speed: _Speed) -> TwoStagePipeline:
+        from swifti2v.memory.heap import map_large_blocks
+        from swifti2v.pipelines.acceleration import Acceleration
+        from swifti2v.pipelines.fitting import MemoryLimits
+        from swifti2v.pipelines.two_stage import TwoStagePipeline
+
+        map_large_blocks()
+        decoding = speed.decoding if self.processes.is_first else {}
+        return TwoStagePipeline.from_pretrained(
+            model,
+            device=device or self.processes.device,
+            few_step=few_step,
+            memory=MemoryLimits.parse(*speed.memory) if speed.memory is not None else None,
+            acceleration=Acceleration(num_processes=self.processes.count, **speed.acceleration, **decoding),
+        )
+
+    def _request(self, pipeline: TwoStagePipeline) -> GenerationRequest:
+        from swifti2v.pipelines.acceleration import check_shared
+
+        request = pipeline.request(self.image, self.prompt, options=self.options)
+        check_shared(pipeline.parts, request.settings, self.processes.count)
+        return request
+
+    def _take_part(self, pipeline: TwoStagePipeline, request: GenerationRequest, *, stage_one_only: bool) -> None:
+        """Do what a process does that neither prints nor writes: its share of every forward pass."""
+        from swifti2v.pipelines.decoders import Undecoded
+
+        pipeline.parts = replace(pipeline.parts, decoder=Undecoded())
+        make = pipeline.preview if stage_one_only else pipeline.stream
+        with _memory_errors(), self.processes.work_directory(self.work_dir) as work_dir:
+            for piece in make(request, work_dir=work_dir):
+                del piece
+
+    def _check(self, model: str, device: str | None, *, few_step: bool, speed: _Speed) -> None:
         """Find what can be found wrong before a model is loaded, which may take minutes."""
+        for name, given in (("--device", device), ("--memory", speed.memory)):
+            if self.processes.count > 1 and given is not None:
+                msg = f"{name} is for one process, and torchrun gives each a card; leave it out"
+                raise InvalidInputError(msg)
         from swifti2v.media.images import load_image
         from swifti2v.media.video_writer import check_output_path
 
@@ -211,7 +258,9 @@ class _Job:
         if self.work_dir is not None:
             RunStore(self.work_dir)
 
-    def _write(self, pipeline: TwoStagePipeline, request: GenerationRequest, *, stage_one_only: bool) -> float:
+    def _write(
+        self, pipeline: TwoStagePipeline, request: GenerationRequest, work_dir: Path | None, *, stage_one_only: bool
+    ) -> float:
         """Write the file; return when the first frames were in it."""
         from swifti2v.media.video_writer import VideoWriter
 
@@ -219,7 +268,7 @@ class _Job:
         make = pipeline.preview if stage_one_only else pipeline.stream
         with (
             _phase_bars(quiet=self.as_json) as on_progress,
-            closing(make(request, work_dir=self.work_dir, on_progress=on_progress)) as pieces,
+            closing(make(request, work_dir=work_dir, on_progress=on_progress)) as pieces,
         ):
             first = next(pieces)
             height, width = first.frames.shape[1:3]

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from swifti2v.memory.codec_cost import CodecCost
+    from swifti2v.memory.light_cost import LightDecoderDimensions
     from swifti2v.memory.transformer_cost import TextEncoderDimensions, TransformerDimensions
     from swifti2v.segments import Segment
 
@@ -47,6 +48,7 @@ class PipelineDimensions:
         max_reference_area: pixels of a frame of the motion reference at most; None: no limit.
         window_frames: longest clip that Stage I makes at once, in pixel frames.
         overlap_frames: pixel frames that a later window of Stage I shares with the one before it.
+        light_decoder: decodes in the place of Stage II's codec; None: that codec does.
     """
 
     text_encoder: TextEncoderDimensions
@@ -60,6 +62,7 @@ class PipelineDimensions:
     max_reference_area: int | None = None
     window_frames: int = 81
     overlap_frames: int = 5
+    light_decoder: LightDecoderDimensions | None = None
 
     def reference_size(self, size: Size) -> Size:
         """Return the size of the motion reference of an output of `size`."""
@@ -71,12 +74,19 @@ class PipelineDimensions:
     @property
     def num_parameters(self) -> int:
         """Weights of all networks, every expert counted."""
-        networks = (self.text_encoder, self.stage_one_codec, self.stage_two, self.stage_two_codec)
-        return self.num_experts * self.stage_one.num_parameters + sum(network.num_parameters for network in networks)
+        networks = (self.text_encoder, self.stage_two)
+        transformers = self.num_experts * self.stage_one.num_parameters + sum(one.num_parameters for one in networks)
+        return transformers + self.stage_one_codec.num_parameters + self.decoding_parameters
+
+    @property
+    def decoding_parameters(self) -> int:
+        """Weights of Stage II's codec, and of the light decoder where there is one."""
+        light = 0 if self.light_decoder is None else self.light_decoder.num_parameters
+        return self.stage_two_codec.num_parameters + light
 
     def stored_bytes(self, dtype: WeightDtype) -> int:
         """Bytes of all weights where transformers and text encoder are stored as `dtype`, the codecs as they are."""
-        codecs = weight_bytes(self.stage_one_codec.num_parameters + self.stage_two_codec.num_parameters, "bfloat16")
+        codecs = weight_bytes(self.stage_one_codec.num_parameters + self.decoding_parameters, "bfloat16")
         experts = self.num_experts * stored_bytes(self.stage_one, dtype)
         return codecs + experts + stored_bytes(self.text_encoder, dtype) + stored_bytes(self.stage_two, dtype)
 
@@ -295,14 +305,18 @@ def _encode_phase(dimensions: PipelineDimensions, settings: RunSettings, dtype: 
 
 
 def _decode_phase(dimensions: PipelineDimensions, settings: RunSettings, dtype: WeightDtype) -> PhaseCost:
-    codec = dimensions.stage_two_codec
+    codec, light = dimensions.stage_two_codec, dimensions.light_decoder
+    if light is None:
+        working = _coding_bytes(codec, settings.size, lean_decode_bytes, codec.decode_bytes)
+    else:
+        working = light.decode_bytes(settings.size)
     return PhaseCost(
         name="decode",
         num_tokens=0,
         num_forwards=0,
-        tflop=codec.decode_tflop(settings.size, settings.num_frames),
-        weight_bytes=weight_bytes(codec.num_parameters, dtype),
-        activation_bytes=_coding_bytes(codec, settings.size, lean_decode_bytes, codec.decode_bytes),
+        tflop=(light or codec).decode_tflop(settings.size, settings.num_frames),
+        weight_bytes=weight_bytes((light or codec).num_parameters, dtype),
+        activation_bytes=working,
     )
 
 

@@ -177,8 +177,8 @@ def _refinement_ways(
 ) -> Iterator[Way]:
     transformer = dimensions.stage_two
     weights = stored_bytes(transformer, dtype)
-    codec_weights = weight_bytes(dimensions.stage_two_codec.num_parameters, "bfloat16")
-    compute, num_forwards = _stage_two_seconds(dimensions, settings, rates)
+    codec_weights = weight_bytes(dimensions.decoding_parameters, "bfloat16")
+    compute, num_forwards = stage_two_seconds(dimensions, settings, rates)
     transfer_seconds = weights / rates.host_bytes_per_second
     activation = phases["stage two"].activation_bytes + _text_bytes(dimensions, settings)
     placements: tuple[tuple[Literal["loaded", "streamed"], int, int, float], ...] = (
@@ -212,7 +212,8 @@ def _text_bytes(dimensions: PipelineDimensions, settings: RunSettings) -> int:
     return texts * 2 * 2 * dimensions.text_tokens * transformer.dim * transformer.num_layers
 
 
-def _stage_two_seconds(dimensions: PipelineDimensions, settings: RunSettings, rates: DeviceRates) -> tuple[float, int]:
+def stage_two_seconds(dimensions: PipelineDimensions, settings: RunSettings, rates: DeviceRates) -> tuple[float, int]:
+    """Return the predicted seconds of Stage II's forward passes, and how many they are."""
     codec = dimensions.stage_two_codec
     geometry = CodecGeometry(codec.spatial_factor, codec.temporal_factor, dimensions.stage_two.patch_size[1])
     segments = plan_segments(
@@ -237,19 +238,25 @@ def _codec_ways(
     dimensions: PipelineDimensions, settings: RunSettings, rates: DeviceRates
 ) -> Iterator[tuple[CodecWay, int, int, int, int, float]]:
     """Yield each way with its bytes at work, its bytes on the device otherwise, parked, parking and its seconds."""
-    codec, size = dimensions.stage_two_codec, settings.size
-    tflop = codec.encode_tflop(size, settings.num_frames) + codec.decode_tflop(size, settings.num_frames)
+    codec, light, size = dimensions.stage_two_codec, dimensions.light_decoder, settings.size
+    encode_tflop = codec.encode_tflop(size, settings.num_frames)
+    decode_tflop = (light or codec).decode_tflop(size, settings.num_frames)
     num_latent_frames = CodecGeometry(temporal=codec.temporal_factor).latent_frames(settings.num_frames)
     picture = 3 * 4 * size.width * size.height * codec.temporal_factor
     if not isinstance(codec, WanCodecDimensions):
         whole = max(codec.encode_bytes(size), codec.decode_bytes(size))
-        yield CodecWay(1, 1, size, 1, False), whole, 0, 0, 0, tflop / rates.convolution_tflop_per_second
+        seconds = (encode_tflop + decode_tflop) / rates.convolution_tflop_per_second
+        yield CodecWay(1, 1, size, 1, False), whole, 0, 0, 0, seconds
         return
+    # A light decoder is never cut into tiles, nor parked.
+    remembered = 0 if light is None else light.remembered_bytes(size)
     for columns, rows in GRIDS:
         tile = tile_size(size, columns, rows, multiple=codec.spatial_factor)
         share = tile.width * tile.height * columns * rows / (size.width * size.height)
-        seconds = tflop * share / rates.convolution_tflop_per_second
-        encode_cache, decode_cache = codec.encode_cache_bytes(tile), codec.decode_cache_bytes(tile)
+        tflop = encode_tflop * share + decode_tflop * (share if light is None else 1)
+        seconds = tflop / rates.convolution_tflop_per_second
+        encode_cache = codec.encode_cache_bytes(tile)
+        decode_cache = codec.decode_cache_bytes(tile) if light is None else 0
         caches = columns * rows * (encode_cache + decode_cache)
         visits = (
             2
@@ -259,13 +266,18 @@ def _codec_ways(
         )
         for frames in (1, 2, 4):
             encoding = lean_encode_bytes(codec, tile, frames_per_step=frames) - encode_cache
-            decoding = lean_decode_bytes(codec, tile, frames_per_step=frames) - decode_cache
+            if light is None:
+                decoding = lean_decode_bytes(codec, tile, frames_per_step=frames) - decode_cache
+            else:
+                decoding = light.decode_bytes(size) - remembered
             way = CodecWay(columns, rows, tile, frames, False)
-            yield way, caches + max(encoding, decoding) + picture, caches, 0, 0, seconds
+            idle = remembered + caches
+            yield way, idle + max(encoding, decoding) + picture, idle, 0, 0, seconds
             # A parked codec decodes a segment at a time, and holds its pictures until they are blended.
-            parked_peak = max(encoding + encode_cache, decoding + decode_cache) + settings.segment_size * picture
+            working = max(encoding + encode_cache, decoding + decode_cache)
+            parked_peak = remembered + working + settings.segment_size * picture
             parking = visits / rates.host_bytes_per_second
-            yield replace(way, parks_features=True), parked_peak, 0, caches, visits, seconds + parking
+            yield replace(way, parks_features=True), parked_peak, remembered, caches, visits, seconds + parking
 
 
 def tile_size(size: Size, columns: int, rows: int, *, multiple: int, overlap: int = OVERLAP_PIXELS) -> Size:

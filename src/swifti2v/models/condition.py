@@ -46,7 +46,7 @@ class StageTwoNetwork(Protocol):
         """Return an object whose `sample` is ``[B, C, M, h, w]``, the frames `output_frames` of the window."""
 
 
-def predict_targets(
+def predict_targets(  # noqa: PLR0913 - the segment, what it sees, and how
     transformer: StageTwoNetwork,
     *,
     segment: Segment,

@@ -21,6 +21,7 @@ from diffusers.models.autoencoders.autoencoder_kl_wan import WanCausalConv3d, pa
 from swifti2v.errors import CheckpointError, InvalidInputError
 from swifti2v.models.lean_vae import LeanWanNetwork, is_lean_capable
 from swifti2v.models.parked_features import visit
+from swifti2v.models.stream_checks import check_finite, check_latents, check_result, check_same_size, describe
 from swifti2v.models.tiling import TileGrid, Tiling
 from swifti2v.pixels import to_uint8
 
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor, nn
 
-__all__ = ["CodecSettings", "StreamingCodec", "Tiling", "WanStreamingCodec", "open_codec", "to_uint8"]
+__all__ = ["CodecSettings", "StreamingCodec", "Tiling", "VideoDecoder", "WanStreamingCodec", "open_codec", "to_uint8"]
 
 
 @dataclass(frozen=True)
@@ -57,8 +58,22 @@ class CodecSettings:
             raise InvalidInputError(msg)
 
 
+class VideoDecoder(Protocol):
+    """What turns latents into frames: a codec, or another decoder of the same latents."""
+
+    def decode_stream(self, latents: Iterable[Tensor]) -> Iterator[Tensor]:
+        """Decode latents as they come.
+
+        Args:
+            latents: normalised, float ``[1, C, n, h, w]``, any n >= 1 per item.
+
+        Yields:
+            uint8 ``[f, H, W, 3]`` on the CPU, one per latent frame: f = 1 first, then `temporal_factor`.
+        """
+
+
 @runtime_checkable
-class StreamingCodec(Protocol):
+class StreamingCodec(VideoDecoder, Protocol):
     """A causal video codec that works latent frame by latent frame."""
 
     @property
@@ -81,16 +96,6 @@ class StreamingCodec(Protocol):
 
         Yields:
             Normalised latents, float32 ``[1, C, 1, h, w]``, one per chunk.
-        """
-
-    def decode_stream(self, latents: Iterable[Tensor]) -> Iterator[Tensor]:
-        """Decode latents as they come.
-
-        Args:
-            latents: normalised, float ``[1, C, n, h, w]``, any n >= 1 per item.
-
-        Yields:
-            uint8 ``[f, H, W, 3]`` on the CPU, one per latent frame: f = 1 first, then `temporal_factor`.
         """
 
 
@@ -211,7 +216,9 @@ class WanStreamingCodec:
         stream: _Stream | None = None
         try:
             for item in latents:
-                self._check_latents(item, stream)
+                check_latents(
+                    item, self.num_channels, stream.size if stream else None, stream.num_done if stream else 0
+                )
                 if stream is None:
                     stream = self._open(self.vae.decoder, item.shape[-2], item.shape[-1])
                 for group in torch.split(item, item.shape[2] if self.settings.park_features else 1, dim=2):
@@ -238,12 +245,12 @@ class WanStreamingCodec:
     def _encode_chunk(self, chunk: Tensor, stream: _Stream) -> Tensor:
         """Encode one chunk to one normalised latent frame ``[1, C, 1, h, w]`` and advance the caches."""
         device = self._claim_device()
-        _check_finite(chunk, f"pixel chunk {stream.num_done}")
+        check_finite(chunk, f"pixel chunk {stream.num_done}")
         pixels = chunk.to(device=device, dtype=self.vae.dtype)
         tiles = stream.grid.cut(pixels, scale=self.spatial_factor)
         encoded = (self._encode_tile(tile, cache, stream) for tile, cache in zip(tiles, stream.caches, strict=True))
         latent = stream.grid.blend(encoded)
-        self._check_result(latent, "pixels", stream.num_done)
+        check_result(latent, self.vae.dtype, "pixels", stream.num_done)
         stream.num_done += 1
         return (latent - self._mean.to(latent.device)) / self._std.to(latent.device)
 
@@ -251,13 +258,13 @@ class WanStreamingCodec:
     def _decode_group(self, latents: Tensor, stream: _Stream) -> list[Tensor]:
         """Decode normalised latent frames, tile after tile; return float32 pixels ``[1, 3, f, H, W]`` of each frame."""
         device = self._claim_device()
-        _check_finite(latents, f"latent frame {stream.num_done}")
+        check_finite(latents, f"latent frame {stream.num_done}")
         latents = latents.to(device=device, dtype=torch.float32)
         latents = (latents * self._std.to(device) + self._mean.to(device)).to(self.vae.dtype)
         tiles = zip(stream.grid.cut(latents), stream.caches, strict=True)
         decoded = (self._decode_tile(tile, cache, stream) for tile, cache in tiles)
         pixels = stream.grid.blend(decoded, scale=self.spatial_factor)
-        self._check_result(pixels, "latents", stream.num_done)
+        check_result(pixels, self.vae.dtype, "latents", stream.num_done)
         first = stream.num_done == 0
         stream.num_done += latents.shape[2]
         pixels.clamp_(-1.0, 1.0)
@@ -311,7 +318,7 @@ class WanStreamingCodec:
         """Raise `InvalidInputError` unless `chunk` can be the next of the stream (None: the first)."""
         if chunk.ndim != 5 or chunk.shape[:2] != (1, 3) or not chunk.is_floating_point():
             msg = (
-                f"a chunk of {_describe(chunk)} cannot be encoded; "
+                f"a chunk of {describe(chunk)} cannot be encoded; "
                 "give float pixels [1, 3, frames, height, width] in [-1, 1]"
             )
             raise InvalidInputError(msg)
@@ -328,31 +335,7 @@ class WanStreamingCodec:
             msg = f"pixel chunk {index} is {width}x{height}; give width and height in multiples of {factor}"
             raise InvalidInputError(msg)
         if stream is not None:
-            _check_same_size(
-                f"pixel chunk {index}", (height, width), (stream.size[0] * factor, stream.size[1] * factor)
-            )
-
-    def _check_latents(self, latents: Tensor, stream: _Stream | None) -> None:
-        """Raise `InvalidInputError` unless `latents` can be the next item of the stream (None: the first)."""
-        channels = self.num_channels
-        usable = latents.ndim == 5 and latents.shape[:2] == (1, channels) and latents.is_floating_point()
-        if not usable or 0 in latents.shape:
-            msg = (
-                f"latents of {_describe(latents)} cannot be decoded; "
-                f"give normalised floats [1, {channels}, frames, height, width] of this codec"
-            )
-            raise InvalidInputError(msg)
-        if stream is not None:
-            _check_same_size(f"latent frame {stream.num_done}", tuple(latents.shape[-2:]), stream.size)
-
-    def _check_result(self, values: Tensor, source: str, index: int) -> None:
-        """Raise `CheckpointError` if the network produced NaN or infinity from finite input."""
-        if not _is_finite(values):
-            msg = (
-                f"the codec in {self.vae.dtype} made values that are not finite from the {source} of latent frame "
-                f"{index}; load it in bfloat16 or float32, or replace its weights"
-            )
-            raise CheckpointError(msg)
+            check_same_size(f"pixel chunk {index}", (height, width), (stream.size[0] * factor, stream.size[1] * factor))
 
 
 def _check_config(config: AutoencoderKLWan) -> None:
@@ -371,27 +354,3 @@ def _check_config(config: AutoencoderKLWan) -> None:
     if not all(std > 0 and math.isfinite(std) for std in config.latents_std):
         msg = "the codec's configuration has a value in latents_std that is not positive; correct config.json"
         raise CheckpointError(msg)
-
-
-def _is_finite(values: Tensor) -> bool:
-    # On the meta device, where costs are counted, there are no values.
-    return values.is_meta or bool(torch.isfinite(values).all())
-
-
-def _check_finite(values: Tensor, name: str) -> None:
-    if not _is_finite(values):
-        msg = f"{name} holds NaN or infinity; it comes from the step before, run that in bfloat16 or float32"
-        raise InvalidInputError(msg)
-
-
-def _check_same_size(name: str, actual: tuple[int, ...], expected: tuple[int, int]) -> None:
-    if actual != expected:
-        msg = (
-            f"{name} is {actual[1]}x{actual[0]} but the stream began with {expected[1]}x{expected[0]}; "
-            "use one stream per size"
-        )
-        raise InvalidInputError(msg)
-
-
-def _describe(tensor: Tensor) -> str:
-    return f"shape {list(tensor.shape)} and {tensor.dtype}"

@@ -1,11 +1,11 @@
-"""How the networks of a pipeline are run: which attention, compiled or not, side by side, on how many cards."""
+"""How a pipeline is run: which attention and decoder, compiled or not, side by side, on how many cards."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import partial
 from math import prod
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
@@ -16,11 +16,17 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from swifti2v.pipelines.loading import Parts
+    from swifti2v.pipelines.options import GenerationSettings
+
+
+MAX_GRAPHS = 64
+"""Of one block in a process: three or four for each size of video. PyTorch's own limit is 8; beyond it blocks run
+uncompiled without a word, in a worker that has made its third size."""
 
 
 @dataclass(frozen=True)
 class Acceleration:
-    """Ways to run the same networks faster.
+    """Ways to run faster; all but a light decoder give the same video.
 
     Args:
         attention: `auto`, or a name of `swifti2v.models.attention_choice.BACKENDS`.
@@ -29,18 +35,31 @@ class Acceleration:
             (1 + M), the ones in the middle (1 + 1 + M) and, where M does not divide the clip, a shorter last one.
         overlap: decode and hand out frames beside the denoising of the next segment.
         num_processes: that share the sequence of every forward (Ulysses), one a card, as torchrun starts them.
+        decoder: `exact` is Stage II's codec; `light` a small network of lower fidelity (`models/light_decoder.py`).
+        decoder_weights: of the light decoder: a file, or ``OWNER/NAME/FILE`` on the hub; None: the public one.
+        decode_device: where finished segments are decoded, ``cuda:1`` for instance; None: where they are made.
 
     Raises:
-        InvalidInputError: the name of the attention is unknown, or there is less than one process.
+        InvalidInputError: the name of attention or decoder is unknown, weights are given for the exact decoder, or
+            there is less than one process.
     """
 
     attention: str = "auto"
     compile_blocks: bool = False
     overlap: bool = True
     num_processes: int = 1
+    decoder: Literal["exact", "light"] = "exact"
+    decoder_weights: str | None = None
+    decode_device: str | None = None
 
     def __post_init__(self) -> None:
         check_attention_name(self.attention)
+        if self.decoder not in {"exact", "light"}:
+            msg = f"decoder {self.decoder!r} is not known; use exact or light"
+            raise InvalidInputError(msg)
+        if self.decoder == "exact" and self.decoder_weights is not None:
+            msg = "weights of a decoder are for the light one, the exact one is the checkpoint's; use decoder light"
+            raise InvalidInputError(msg)
         if self.num_processes < 1:
             msg = f"num_processes is {self.num_processes}; use 1, or as many as torchrun has started"
             raise InvalidInputError(msg)
@@ -70,6 +89,10 @@ def transformers_of(parts: Parts) -> tuple[Any, ...]:
 
 def compile_blocks(networks: Sequence[Any], *, backend: str = "inductor") -> None:
     """Compile the repeated blocks of each network, with static shapes; they are traced when they are first called."""
+    import torch._dynamo
+
+    limits = torch._dynamo.config
+    limits.recompile_limit = max(limits.recompile_limit, MAX_GRAPHS)
     for network in networks:
         network.compile_repeated_blocks(backend=backend, dynamic=False)
 
@@ -80,8 +103,8 @@ def share_sequence(networks: Sequence[Any], num_processes: int) -> None:
     Every process gives the same input and gets the whole result.
 
     Raises:
-        InvalidInputError: the processes are not there, the heads of a network do not divide, or, when it is called, the
-            tokens of a window.
+        InvalidInputError: the processes are not there, or have no cards; the heads of a network do not divide, or, when
+            it is called, the tokens of a window.
     """
     from diffusers import ContextParallelConfig
 
@@ -95,14 +118,34 @@ def share_sequence(networks: Sequence[Any], num_processes: int) -> None:
         if heads % num_processes:
             msg = f"{heads} heads of attention do not divide among {num_processes} processes; start fewer"
             raise InvalidInputError(msg)
+    if not torch.accelerator.device_count():  # diffusers divides by it
+        msg = f"{num_processes} processes share the work of as many CUDA cards, and there is none; start one process"
+        raise InvalidInputError(msg)
     for network in networks:
         network.enable_parallelism(config=ContextParallelConfig(ulysses_degree=num_processes))
         network.register_forward_pre_hook(partial(_check_tokens, num_processes), with_kwargs=True)
 
 
+def check_shared(parts: Parts, settings: GenerationSettings, num_processes: int) -> None:
+    """Raise `InvalidInputError` unless every forward pass of a run can be divided among the processes."""
+    one, two = parts.stage_one, parts.stage_two
+    if num_processes > 1 and (settings.keep_context or two.transformer.config.context_attention == "frozen"):
+        msg = "context that is frozen or kept is not divided among processes; start one process, or keep no context"
+        raise InvalidInputError(msg)
+    motion = one.geometry.tokens_per_frame(parts.motion_size(settings.size))
+    windows = [motion * one.geometry.latent_frames(len(window)) for window in one.plan(settings.num_frames)]
+    if settings.refiner != "none":
+        windows += [two.geometry.tokens_per_frame(settings.size) * len(each.window) for each in two.plan(settings)]
+    for num_tokens in windows:
+        _check_divides(num_tokens, num_processes)
+
+
 def _check_tokens(num_processes: int, network: Any, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
     hidden_states = named["hidden_states"] if "hidden_states" in named else arguments[0]
-    num_tokens = hidden_states[0, 0].numel() // prod(network.config.patch_size)
+    _check_divides(hidden_states[0, 0].numel() // prod(network.config.patch_size), num_processes)
+
+
+def _check_divides(num_tokens: int, num_processes: int) -> None:
     if num_tokens % num_processes:
         msg = (
             f"{num_tokens} tokens of a window do not divide among {num_processes} processes; "

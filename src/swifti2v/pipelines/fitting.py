@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import closing
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Self, cast
 
 import torch
@@ -14,9 +14,11 @@ from swifti2v.errors import MemoryBudgetError
 from swifti2v.memory.budget import PipelineDimensions, RunSettings
 from swifti2v.memory.checkpoint_dimensions import codec_from_config
 from swifti2v.memory.devices import DEVICES, DeviceRates
+from swifti2v.memory.light_cost import LightDecoderDimensions
 from swifti2v.memory.placement import PlacedNetworks, is_stored_narrow, store_weights
 from swifti2v.memory.plan import MemoryPlan, parse_bytes, plan_memory, tighter_budget
 from swifti2v.memory.transformer_cost import TextEncoderDimensions, TransformerDimensions
+from swifti2v.models.light_decoder import LightDecoder
 from swifti2v.models.tiling import Tiling
 from swifti2v.models.vae import CodecSettings, WanStreamingCodec
 from swifti2v.pipelines.stage_two import StageTwo
@@ -141,7 +143,12 @@ def dimensions_of(parts: Parts) -> PipelineDimensions:
         max_reference_area=parts.motion_max_area,
         window_frames=parts.stage_one.window_frames,
         overlap_frames=parts.stage_one.overlap_frames,
+        light_decoder=_light_dimensions(parts.decoder) if isinstance(parts.decoder, LightDecoder) else None,
     )
+
+
+def _light_dimensions(decoder: LightDecoder) -> LightDecoderDimensions:
+    return LightDecoderDimensions(**asdict(decoder.network.layout))
 
 
 def place(parts: Parts, plan: MemoryPlan) -> tuple[Parts, PlacedNetworks]:
@@ -164,9 +171,15 @@ def place(parts: Parts, plan: MemoryPlan) -> tuple[Parts, PlacedNetworks]:
         codec = WanStreamingCodec(codec.vae, settings=_codec_settings(plan, codec.settings))
     elif isinstance(codec, torch.nn.Module):
         codec.to(parts.device)
-    placed = StageTwo(two.transformer, codec, uses_prompt=two.uses_prompt)
+    decoder = parts.decoder
     beside: Overlap = "decode" if plan.overlaps_decode else "write"
-    return replace(parts, stage_two=placed, overlap="none" if parts.overlap == "none" else beside), networks
+    if isinstance(decoder, WanStreamingCodec):
+        # On a device of its own: the same limit is taken to hold there, and here there is room beside.
+        decoder = WanStreamingCodec(decoder.vae, settings=_codec_settings(plan, decoder.settings))
+        beside = "decode"
+    placed = StageTwo(two.transformer, codec, uses_prompt=two.uses_prompt)
+    overlap = "none" if parts.overlap == "none" else beside
+    return replace(parts, stage_two=placed, overlap=overlap, decoder=decoder), networks
 
 
 def _codec_settings(plan: MemoryPlan, settings: CodecSettings) -> CodecSettings:

@@ -24,6 +24,7 @@ from swifti2v.models.checkpoints import (
 from swifti2v.models.scheduler import FixedSigmaScheduler
 from swifti2v.models.vae import open_codec
 from swifti2v.pipelines.acceleration import Acceleration, accelerated
+from swifti2v.pipelines.decoders import decoder_elsewhere, open_light_decoder
 from swifti2v.pipelines.options import GenerationSettings
 from swifti2v.pipelines.stage_one import FEW_STEP_ADAPTER, StageOne
 from swifti2v.pipelines.stage_two import StageTwo
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
     from swifti2v.memory.budget import WeightDtype
     from swifti2v.models.checkpoint_index import CheckpointIndex, Refiner, StageOneEntry
     from swifti2v.models.checkpoints import ResolvedCheckpoint
+    from swifti2v.models.vae import StreamingCodec, VideoDecoder
     from swifti2v.pipelines.fitting import MemoryLimits
     from swifti2v.pipelines.options import GenerationOptions
 
@@ -58,6 +60,7 @@ class Parts:
         memory: what a run may take; None: everything is on `device`.
         overlap: what runs beside the denoising of the next segment: `decode` the decoding of the one before and the
             reader of its frames, `write` the reader only, which takes no more memory of the device, or `none`.
+        decoder: what decodes finished segments; None: Stage II's codec.
     """
 
     name: str
@@ -71,6 +74,7 @@ class Parts:
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     memory: MemoryLimits | None = None
     overlap: Overlap = "decode"
+    decoder: VideoDecoder | None = None
 
     def motion_size(self, size: Size) -> Size:
         """Return the size of the motion reference of an output of `size` (640x352 of 2560x1408 for Wan2.2)."""
@@ -112,10 +116,12 @@ def load_parts(
     dtype = dtype or (torch.float32 if place.type == "cpu" else torch.bfloat16)
     checkpoint = resolve(name_or_path, revision=revision, local_files_only=local_files_only)
     one, two = checkpoint.index.stage_one, checkpoint.index.stage_two
+    acceleration = acceleration or Acceleration(attention="native")
+    light = _light_decoder(checkpoint, acceleration, place, dtype, local_files_only=local_files_only)
     stored = _stored_dtype(checkpoint, memory, "float32" if dtype == torch.float32 else "bfloat16")
     transformer = load_stage_two_transformer(checkpoint, dtype=dtype, refiner=trained_refiner(checkpoint))
     store_weights(transformer, stored, compute_dtype=dtype)
-    codec = load_stage_two_vae(checkpoint, dtype=dtype)
+    codec = open_codec(load_stage_two_vae(checkpoint, dtype=dtype).to(home).eval())
     roles = {adapter.role for adapter in one.adapters}
     applied = roles if few_step else roles - {FEW_STEP_ADAPTER}
     pipeline = load_stage_one_pipeline(checkpoint, dtype=dtype, roles=applied)
@@ -127,7 +133,7 @@ def load_parts(
     parts = Parts(
         name=_identity(checkpoint.index),
         stage_one=StageOne(pipeline, window_frames=one.window_frames, max_sequence_length=one.max_sequence_length),
-        stage_two=StageTwo(transformer.to(home).eval(), open_codec(codec.to(home).eval()), uses_prompt=two.uses_prompt),
+        stage_two=StageTwo(transformer.to(home).eval(), codec, uses_prompt=two.uses_prompt),
         defaults=default_settings(checkpoint.index, few_step=few_step),
         motion_reduction=one.reference_reduction,
         motion_max_area=one.max_area,
@@ -135,8 +141,35 @@ def load_parts(
         many_step_flow_shift=one.flow_shift,
         device=place,
         memory=memory,
+        decoder=light or _exact_elsewhere(codec, acceleration),
     )
-    return accelerated(parts, acceleration or Acceleration(attention="native"))
+    return accelerated(parts, acceleration)
+
+
+def _light_decoder(
+    checkpoint: ResolvedCheckpoint,
+    acceleration: Acceleration,
+    device: torch.device,
+    dtype: torch.dtype,
+    *,
+    local_files_only: bool,
+) -> VideoDecoder | None:
+    """Return the light decoder if it is asked for; before the networks are loaded, which takes minutes."""
+    if acceleration.decoder == "exact":
+        return None
+    return open_light_decoder(
+        read_json(checkpoint.folder_of("stage_two") / checkpoint.index.stage_two.vae_subfolder / "config.json"),
+        acceleration.decoder_weights,
+        device=open_device(acceleration.decode_device or device),
+        dtype=dtype,
+        local_files_only=local_files_only,
+    )
+
+
+def _exact_elsewhere(codec: StreamingCodec, acceleration: Acceleration) -> VideoDecoder | None:
+    if acceleration.decode_device is None:
+        return None
+    return decoder_elsewhere(codec, open_device(acceleration.decode_device))
 
 
 def _stored_dtype(checkpoint: ResolvedCheckpoint, memory: MemoryLimits | None, loaded: WeightDtype) -> WeightDtype:

@@ -135,7 +135,7 @@ class TwoStagePipeline:
             local_files_only: never download.
             few_step: with the few-step adapters of Stage I; False for the many-step way of the base model.
             memory: limits, for which every run is planned (`MemoryLimits.parse("24GiB")`); None: all on the device.
-            acceleration: attention, compilation, several cards; None: diffusers' native attention, nothing else.
+            acceleration: attention, compilation, decoder, several cards; None: native attention, nothing else.
 
         Raises:
             CheckpointError: it cannot be found, downloaded or read.
@@ -366,15 +366,17 @@ class TwoStagePipeline:
                 yield item.latents
                 del item  # or it would live on while the next segment is made
 
+        decoder = self.parts.decoder or stage_two.codec
+
         def decoded(notify: OnProgress) -> Iterator[Tensor]:
-            yield from stage_two.codec.decode_stream(kept(notify))
+            yield from decoder.decode_stream(kept(notify))
 
         # The reader of the frames writes a file, most often; so frames at least are made ahead of it.
         match self.parts.overlap:
             case "decode":
                 latents = made_ahead(kept, on_event=report, device=self.parts.device)
                 with closing(latents):
-                    yield from stage_two.codec.decode_stream(latents)
+                    yield from decoder.decode_stream(latents)
             case "write":
                 yield from made_ahead(decoded, on_event=report, device=self.parts.device)
             case "none":

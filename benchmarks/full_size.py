@@ -248,7 +248,12 @@ def measured(arguments: argparse.Namespace, size: Size) -> tuple[list[Row], dict
     clock.wrap(WanStreamingCodec, "_decode_group", "decode")
     clock.wrap(LightDecoder, "_decode", "decode")
     pipeline = TwoStagePipeline(parts)
-    options = GenerationOptions(size=size, num_frames=arguments.frames, num_inference_steps=arguments.steps)
+    options = GenerationOptions(
+        size=size,
+        num_frames=arguments.frames,
+        num_inference_steps=arguments.steps,
+        keep_context=arguments.keep_context,
+    )
     request = pipeline.request(Image.linear_gradient("L").convert("RGB").resize(size), "a wave", options=options)
     started = time.perf_counter()
     first_seconds = 0.0
@@ -342,6 +347,7 @@ def main() -> None:
     parser.add_argument("--size", default="2560x1408")
     parser.add_argument("--frames", type=int, default=81)
     parser.add_argument("--steps", type=int, default=4, help="of Stage II")
+    parser.add_argument("--keep-context", action="store_true", help="run a segment's context in its first step only")
     parser.add_argument("--cap", help="device memory that the run may take, for instance 24GiB")
     parser.add_argument("--decoder", choices=("exact", "light"), default="exact", help="of the run on a GPU")
     parser.add_argument("--baseline", action="store_true", help="diffusers' own classes on the same shapes as well")

@@ -38,6 +38,8 @@ from swifti2v.memory.transformer_cost import (
     TextEncoderDimensions,
     TransformerDimensions,
 )
+from swifti2v.models.context_attention import ContextMemory
+from swifti2v.models.transformer import StageTwoTransformer
 from swifti2v.segments import plan_segments
 
 if TYPE_CHECKING:
@@ -87,6 +89,35 @@ def test_one_step_over_all_segments(before: int, after: int, linear: float, atte
     cost = segments_cost(STAGE_TWO_5B, segments, tokens_per_frame=3520)
     assert cost.linear_tflop == close(linear)
     assert cost.self_attention_tflop + cost.cross_attention_tflop == close(attention)
+
+
+def test_context_that_is_kept_is_counted_as_pytorch_counts_it() -> None:
+    """Five frames of 2560x1408, two of them context; the second pass runs the other three (meta device)."""
+    with torch.device("meta"):
+        network = StageTwoTransformer(in_channels=96, reference_channels=48).to(torch.bfloat16).eval()
+        latents = torch.empty(1, 96, 5, 88, 160, dtype=torch.bfloat16)
+        text, timestep = torch.empty(1, 512, 4096, dtype=torch.bfloat16), torch.empty(1, 5)
+    kinds, memory = torch.tensor([1, 2, 0, 0, 0]), ContextMemory(30)
+    counted = []
+    for frames in (slice(0, 5), slice(2, 5)):
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            network(latents[:, :, frames], timestep[:, frames], text, frame_kinds=kinds[frames], context_memory=memory)
+        counted.append(counter.get_total_flops() / 1e12)
+    first = STAGE_TWO_5B.forward_cost(5 * 3520, num_timesteps=5)
+    later = STAGE_TWO_5B.forward_cost(3 * 3520, num_timesteps=3, kept_tokens=2 * 3520)
+    assert [first.tflop, later.tflop] == pytest.approx(counted, rel=1e-3)
+    kept = sum(each.nbytes for block in memory.blocks for each in (block.key, block.value) if each is not None)
+    assert STAGE_TWO_5B.kept_bytes(2 * 3520) == kept
+
+
+def test_a_run_with_kept_context_takes_less_work_and_more_memory() -> None:
+    steps = {"size": TWO_K, "num_inference_steps": 4}
+    exact, kept = (plan_run(WAN22, RunSettings(**steps, keep_context=keep)).phases[3] for keep in (False, True))
+    assert exact.num_forwards == kept.num_forwards == 28
+    assert 0.70 < kept.tflop / exact.tflop < 0.72  # 0.70 for a whole window; the first has no neighbour
+    assert kept.activation_bytes - exact.activation_bytes == 2 * 3520 * 3072 * 2 * 2 * 30
+    one = (plan_run(WAN22, RunSettings(TWO_K, num_inference_steps=1, keep_context=keep)) for keep in (False, True))
+    assert len({run.tflop for run in one}) == 1
 
 
 def test_text_encoder() -> None:

@@ -139,7 +139,7 @@ def test_frozen_context_is_kept_unasked_and_changes_nothing(tiny_wan_dit: Callab
     def step_by_step(*_: Any, **__: Any) -> bool:
         return False
 
-    stage_two._keeps_context = step_by_step  # type: ignore[method-assign]
+    stage_two.keeps_context = step_by_step  # type: ignore[method-assign]
     torch.testing.assert_close(whole(stage_two, SETTINGS), kept, rtol=0, atol=1e-5)
     assert len(calls) == 12
     assert given_frames(calls)[6:] == [2, 2, 3, 3, 3, 3]

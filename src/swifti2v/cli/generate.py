@@ -62,6 +62,9 @@ def generate(  # noqa: PLR0913 - typer makes an option of each parameter
     segment_size: Annotated[int | None, typer.Option(help="Latent frames that a segment makes.")] = None,
     neighbors_before: Annotated[int | None, typer.Option(help="Finished latent frames that it sees.")] = None,
     neighbors_after: Annotated[int | None, typer.Option(help="Unrefined latent frames that it sees.")] = None,
+    keep_context: Annotated[
+        bool, typer.Option("--keep-context", help="Run a segment's context in its first step only: faster, inexact.")
+    ] = False,
     positions: Annotated[
         Literal["absolute", "compact"] | None, typer.Option(help="Time positions of a segment's frames.")
     ] = None,
@@ -101,6 +104,7 @@ def generate(  # noqa: PLR0913 - typer makes an option of each parameter
         segment_size=segment_size,
         neighbors_before=neighbors_before,
         neighbors_after=neighbors_after,
+        keep_context=keep_context or None,
         positions=positions,
         stage_one_steps=stage_one_steps,
         stage_one_guidance_scale=stage_one_guidance,

@@ -46,6 +46,9 @@ def plan(  # noqa: PLR0913 - typer makes an option of each parameter
     neighbors_after: Annotated[
         int, typer.Option(help="Unrefined latent frames that a segment sees.")
     ] = RunSettings.neighbors_after,
+    keep_context: Annotated[
+        bool, typer.Option("--keep-context", help="Run a segment's context in its first step only.")
+    ] = False,
     dtype: Annotated[str, typer.Option(help="Storage of weights: float32, bfloat16, float8 or int4.")] = "bfloat16",
     memory: Annotated[
         str | None, typer.Option(help="Plan for so much device memory: auto (no limit), 24GiB, 16GiB, ...")
@@ -74,6 +77,7 @@ def plan(  # noqa: PLR0913 - typer makes an option of each parameter
         segment_size=segment_size,
         neighbors_before=neighbors_before,
         neighbors_after=neighbors_after,
+        keep_context=keep_context,
     )
     weight_dtype = next((known for known in BITS_PER_WEIGHT if known == dtype), None)
     if weight_dtype is None:

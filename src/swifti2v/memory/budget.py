@@ -113,6 +113,7 @@ class RunSettings:
     segment_size: int = 3
     neighbors_before: int = 1
     neighbors_after: int = 0
+    keep_context: bool = False
 
 
 @dataclass(frozen=True)
@@ -189,6 +190,27 @@ def segments_cost(
         frames = len(segment.window)
         total += transformer.forward_cost(frames * tokens_per_frame, text_tokens=text_tokens, num_timesteps=frames)
     return total
+
+
+def refinement_cost(dimensions: PipelineDimensions, settings: RunSettings) -> tuple[ForwardCost, int]:
+    """Return the cost of all passes of Stage II, and how many they are."""
+    transformer, segments = dimensions.stage_two, _segments(dimensions, settings)
+    tokens = _stage_two_geometry(dimensions).tokens_per_frame(settings.size)
+    text_tokens, steps = dimensions.text_tokens, settings.num_inference_steps
+    whole = segments_cost(transformer, segments, tokens_per_frame=tokens, text_tokens=text_tokens)
+    later = whole
+    if settings.keep_context:
+        later = NO_COST
+        for segment in segments:
+            targets = len(segment.targets)
+            later += transformer.forward_cost(
+                targets * tokens,
+                text_tokens=text_tokens,
+                num_timesteps=targets,
+                kept_tokens=(len(segment.window) - targets) * tokens,
+            )
+    guided = guided_passes(settings.guidance_scale)
+    return (whole + later.times(steps - 1)).times(guided), steps * guided * len(segments)
 
 
 def plan_run(
@@ -271,24 +293,28 @@ def _stage_one_phase(dimensions: PipelineDimensions, settings: RunSettings, dtyp
 
 
 def _stage_two_phase(dimensions: PipelineDimensions, settings: RunSettings, dtype: WeightDtype) -> PhaseCost:
-    transformer, geometry = dimensions.stage_two, _stage_two_geometry(dimensions)
-    segments = plan_segments(
-        geometry.latent_frames(settings.num_frames),
-        segment_size=settings.segment_size,
-        neighbors_before=settings.neighbors_before,
-        neighbors_after=settings.neighbors_after,
-    )
-    tokens_per_frame = geometry.tokens_per_frame(settings.size)
-    passes = settings.num_inference_steps * guided_passes(settings.guidance_scale)
-    step = segments_cost(transformer, segments, tokens_per_frame=tokens_per_frame, text_tokens=dimensions.text_tokens)
+    transformer, segments = dimensions.stage_two, _segments(dimensions, settings)
+    tokens_per_frame = _stage_two_geometry(dimensions).tokens_per_frame(settings.size)
+    cost, num_forwards = refinement_cost(dimensions, settings)
     largest = tokens_per_frame * max((len(segment.window) for segment in segments), default=0)
+    context = tokens_per_frame * max((len(segment.window) - len(segment.targets) for segment in segments), default=0)
+    kept = guided_passes(settings.guidance_scale) * transformer.kept_bytes(context) if settings.keep_context else 0
     return PhaseCost(
         name="stage two",
         num_tokens=largest,
-        num_forwards=passes * len(segments),
-        tflop=step.times(passes).tflop,
+        num_forwards=num_forwards,
+        tflop=cost.tflop,
         weight_bytes=weight_bytes(transformer.num_parameters, dtype),
-        activation_bytes=transformer.activation_bytes(largest),
+        activation_bytes=transformer.activation_bytes(largest) + kept,
+    )
+
+
+def _segments(dimensions: PipelineDimensions, settings: RunSettings) -> tuple[Segment, ...]:
+    return plan_segments(
+        _stage_two_geometry(dimensions).latent_frames(settings.num_frames),
+        segment_size=settings.segment_size,
+        neighbors_before=settings.neighbors_before,
+        neighbors_after=settings.neighbors_after,
     )
 
 

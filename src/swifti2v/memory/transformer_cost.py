@@ -93,13 +93,16 @@ class TransformerDimensions:
         frames, rows, columns = self.patch_size
         return (num_latent_frames // frames) * (latent_height // rows) * (latent_width // columns)
 
-    def forward_cost(self, num_tokens: int, *, text_tokens: int = 512, num_timesteps: int = 1) -> ForwardCost:
+    def forward_cost(
+        self, num_tokens: int, *, text_tokens: int = 512, num_timesteps: int = 1, kept_tokens: int = 0
+    ) -> ForwardCost:
         """Cost of one pass for one sample.
 
         Args:
             num_tokens: video tokens.
             text_tokens: length of the padded prompt.
             num_timesteps: distinct timesteps that are embedded: 1, or the latent frames of the window.
+            kept_tokens: further tokens that are attended to, whose keys and values are known.
         """
         dim, patch = self.dim, prod(self.patch_size)
         per_layer = 6 * num_tokens * dim**2 + 2 * text_tokens * dim**2 + 2 * num_tokens * dim * self.ffn_dim
@@ -108,7 +111,7 @@ class TransformerDimensions:
         time = num_timesteps * (self.freq_dim * dim + 7 * dim**2)
         return ForwardCost(
             linear_tflop=2 * (self.num_layers * per_layer + embed + text + time) / TERA,
-            self_attention_tflop=4 * self.num_layers * num_tokens**2 * dim / TERA,
+            self_attention_tflop=4 * self.num_layers * num_tokens * (num_tokens + kept_tokens) * dim / TERA,
             cross_attention_tflop=4 * self.num_layers * num_tokens * text_tokens * dim / TERA,
         )
 
@@ -130,6 +133,10 @@ class TransformerDimensions:
         dim, patch = self.dim, prod(self.patch_size)
         time = (self.freq_dim + 1) * dim + (dim + 1) * dim + (dim + 1) * 6 * dim
         return (self.in_channels * patch + 1) * dim + time + (self.text_dim + 1) * dim + (dim + 1) * dim
+
+    def kept_bytes(self, num_tokens: int) -> int:
+        """Bytes of the keys and values of `num_tokens` in every block, bf16."""
+        return 2 * 2 * num_tokens * self.dim * self.num_layers
 
     def activation_bytes(self, num_tokens: int, *, fused: bool = False) -> int:
         """Peak bytes of one bf16 forward beyond the weights, by counting what is alive at the worst place of a block.

@@ -10,10 +10,10 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
 from swifti2v.geometry import CodecGeometry, Size
-from swifti2v.memory.budget import guided_passes, plan_run, segments_cost, stored_bytes, weight_bytes
+from swifti2v.memory.budget import guided_passes, plan_run, refinement_cost, stored_bytes, weight_bytes
 from swifti2v.memory.codec_cost import WanCodecDimensions
 from swifti2v.memory.lean_cost import lean_decode_bytes, lean_encode_bytes
-from swifti2v.segments import plan_segments, plan_windows
+from swifti2v.segments import plan_windows
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -208,30 +208,15 @@ def _refinement_ways(
 
 def _text_bytes(dimensions: PipelineDimensions, settings: RunSettings) -> int:
     """Bytes of the keys and values of the text, which every block keeps for the clip (`models/text_attention.py`)."""
-    transformer, texts = dimensions.stage_two, guided_passes(settings.guidance_scale)
-    return texts * 2 * 2 * dimensions.text_tokens * transformer.dim * transformer.num_layers
+    return guided_passes(settings.guidance_scale) * dimensions.stage_two.kept_bytes(dimensions.text_tokens)
 
 
 def stage_two_seconds(dimensions: PipelineDimensions, settings: RunSettings, rates: DeviceRates) -> tuple[float, int]:
     """Return the predicted seconds of Stage II's forward passes, and how many they are."""
-    codec = dimensions.stage_two_codec
-    geometry = CodecGeometry(codec.spatial_factor, codec.temporal_factor, dimensions.stage_two.patch_size[1])
-    segments = plan_segments(
-        geometry.latent_frames(settings.num_frames),
-        segment_size=settings.segment_size,
-        neighbors_before=settings.neighbors_before,
-        neighbors_after=settings.neighbors_after,
-    )
-    passes = settings.num_inference_steps * guided_passes(settings.guidance_scale)
-    step = segments_cost(
-        dimensions.stage_two,
-        segments,
-        tokens_per_frame=geometry.tokens_per_frame(settings.size),
-        text_tokens=dimensions.text_tokens,
-    ).times(passes)
-    attention = step.self_attention_tflop + step.cross_attention_tflop
-    seconds = step.linear_tflop / rates.matmul_tflop_per_second + attention / rates.attention_tflop_per_second
-    return seconds, passes * len(segments)
+    cost, num_forwards = refinement_cost(dimensions, settings)
+    attention = cost.self_attention_tflop + cost.cross_attention_tflop
+    seconds = cost.linear_tflop / rates.matmul_tflop_per_second + attention / rates.attention_tflop_per_second
+    return seconds, num_forwards
 
 
 def _codec_ways(

@@ -114,6 +114,7 @@ def plan_for(parts: Parts, settings: GenerationSettings, limits: MemoryLimits) -
         segment_size=settings.segment_size,
         neighbors_before=settings.neighbors_before,
         neighbors_after=settings.neighbors_after,
+        keep_context=parts.stage_two.keeps_context(settings),
     )
     transformer = parts.stage_two.transformer
     loaded: WeightDtype = "float32" if transformer.dtype == torch.float32 else "bfloat16"

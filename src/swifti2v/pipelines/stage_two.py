@@ -118,7 +118,7 @@ class StageTwo:
         anchor = next(latents)
         yield FinishedLatents(None, anchor)
 
-        memories = _ContextMemories(self.transformer) if self._keeps_context(settings) else None
+        memories = _ContextMemories(self.transformer) if self.keeps_context(settings) else None
 
         def predict(window: Window, targets: Tensor, sigma: float, embeds: Tensor) -> Tensor:
             return predict_targets(
@@ -155,8 +155,12 @@ class StageTwo:
         with self.transformer.text_kept():
             yield from starmap(FinishedLatents, sampled)
 
-    def _keeps_context(self, settings: GenerationSettings) -> bool:
-        """Whether the context is run once a segment: because it is asked for, or as nothing is lost by it."""
+    def keeps_context(self, settings: GenerationSettings) -> bool:
+        """Return whether the context is run once a segment: because it is asked for, or as nothing is lost by it.
+
+        Raises:
+            InvalidInputError: it is asked for beside a cache of diffusers.
+        """
         if self.transformer.is_cache_enabled:  # it compares the tokens of one step with those of the next
             if settings.keep_context:
                 msg = "keep_context does not work beside a cache of diffusers; disable_cache() first, or turn it off"

@@ -50,7 +50,7 @@ from swifti2v.pipelines.two_stage import TwoStagePipeline
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
-    from swifti2v.pipelines.two_stage import FinishedFrames, GenerationRequest
+    from swifti2v.pipelines.runs import FinishedFrames, GenerationRequest
 
 Array = np.ndarray[Any, Any]
 

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
     from swifti2v.pipelines.loading import Parts
     from swifti2v.pipelines.options import GenerationSettings
-    from swifti2v.pipelines.two_stage import GenerationRequest, Progress
+    from swifti2v.pipelines.runs import GenerationRequest, Progress
 
 CATEGORY = "SwiftI2V"
 PIPELINE, REQUEST = "SWIFTI2V_PIPELINE", "SWIFTI2V_REQUEST"

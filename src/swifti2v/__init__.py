@@ -31,7 +31,8 @@ from swifti2v.geometry import Size
 if TYPE_CHECKING:
     from swifti2v.models.transformer import StageTwoTransformer
     from swifti2v.pipelines.options import GenerationOptions
-    from swifti2v.pipelines.two_stage import TwoStagePipeline, Video
+    from swifti2v.pipelines.runs import Video
+    from swifti2v.pipelines.two_stage import TwoStagePipeline
 
 __version__ = "0.1.0"
 
@@ -63,7 +64,7 @@ _LAZY = {
     "GenerationOptions": "swifti2v.pipelines.options",
     "StageTwoTransformer": "swifti2v.models.transformer",
     "TwoStagePipeline": "swifti2v.pipelines.two_stage",
-    "Video": "swifti2v.pipelines.two_stage",
+    "Video": "swifti2v.pipelines.runs",
 }
 
 

@@ -67,6 +67,22 @@ def test_a_job_from_submission_to_removal(
         jobs("show", job_id)
 
 
+def test_a_preview_and_its_video(jobs: Callable[..., str], photo: Path, tiny_checkpoint: Path, tmp_path: Path) -> None:
+    """A worker that was told nothing of previews does both."""
+    model = ("--model", str(tiny_checkpoint))
+    preview = jobs("submit", str(photo), "--preview", *model, *SHORT).strip()
+    with pytest.raises(JobError, match="is not finished"):
+        jobs("continue", preview)
+    jobs("work", "--until-idle", "--device", "cpu")
+    video = jobs("continue", preview).strip()
+    jobs("work", "--until-idle", "--device", "cpu")
+    sizes = {}
+    for job_id in (preview, video):
+        shown = json.loads(jobs("show", job_id))
+        sizes[job_id] = np.concatenate(list(VideoReader(tmp_path / "data" / shown["video"]))).shape
+    assert sizes == {preview: (9, 16, 16, 3), video: (9, 64, 64, 3)}
+
+
 def test_cancelling(jobs: Callable[..., str], photo: Path, tiny_checkpoint: Path) -> None:
     first, second = (jobs("submit", str(photo), "--model", str(tiny_checkpoint)).strip() for _ in range(2))
     assert jobs("cancel", first) == f"{first}: cancelled\n"

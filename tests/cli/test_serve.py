@@ -10,6 +10,7 @@ from typer.testing import CliRunner
 from swifti2v.cli import serve
 from swifti2v.errors import InvalidInputError, SwiftI2VError
 from swifti2v.serving.keys import KeyFile
+from swifti2v.serving.settings import ClusterSettings
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -47,6 +48,23 @@ def test_others_are_not_served_without_keys(tmp_path: Path, tiny_checkpoint: Pat
 )
 def test_who_can_reach_the_service(host: str, alone: bool) -> None:
     assert serve._is_loopback(host) == alone
+
+
+def test_options_of_a_cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    started = []
+    monkeypatch.setattr(serve, "_run_on_ray", lambda _settings, _address, cluster: started.append(cluster))
+    scale = ("--workers", "4", "--min-workers", "0", "--idle", "5", "--gpus-per-worker", "0.5", "--memory", "24GB")
+    run("--ray", "--open", "--model", "mini", *scale, "--lease", "7", "--data", str(tmp_path))
+    expected = ClusterSettings(
+        min_workers=0, max_workers=4, gpus_per_worker=0.5, memory="24GB", lease_seconds=7.0, idle_seconds=5.0
+    )
+    assert started == [expected]
+    assert expected.worker_device == "cuda"
+
+
+def test_fewer_workers_than_stay_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(InvalidInputError, match="allow at least one worker"):
+        run("--ray", "--open", "--model", "mini", "--min-workers", "3", "--workers", "2", "--data", str(tmp_path))
 
 
 def test_workers_are_named_their_models(tmp_path: Path) -> None:

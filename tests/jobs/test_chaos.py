@@ -76,7 +76,7 @@ def submit_all(root: Path) -> list[str]:
 
 
 def wait_for_completed(queue: JobQueue, count: int) -> None:
-    deadline = time.monotonic() + 300
+    deadline = time.monotonic() + 900  # of patience
     while queue.store.counts()[JobState.COMPLETED] < count:
         assert time.monotonic() < deadline, queue.store.counts()
         time.sleep(0.05)

@@ -62,8 +62,8 @@ def test_a_job_costs_hardly_more_than_the_pipeline(
             started = time.process_time()
             way()
             found.append(time.process_time() - started)
-    for name, summary in (("minimum", min), ("median", statistics.median)):
-        alone, queued = summary(times[bare]), summary(times[job])
-        record_property(f"{name}_seconds_bare_and_job", (round(alone, 3), round(queued, 3)))
-        record_property(f"{name}_overhead_percent", round(100 * (queued / alone - 1), 2))
-    assert min(times[job]) < 1.1 * min(times[bare])
+    # Each job is compared with the bare run just before it: what else the machine does changes more slowly.
+    ratio = statistics.median(queued / alone for alone, queued in zip(times[bare], times[job], strict=True))
+    record_property("seconds_bare", round(statistics.median(times[bare]), 3))
+    record_property("overhead_percent", round(100 * (ratio - 1), 2))
+    assert ratio < 1.1

@@ -5,9 +5,8 @@ from __future__ import annotations
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import PIL.Image
@@ -21,7 +20,8 @@ from swifti2v.jobs.state import Job, JobProgress, JobRequest, JobState
 from swifti2v.jobs.worker import Outcome, Task, Worker, WorkerOptions
 from swifti2v.media.video_reader import VideoReader
 from swifti2v.pipelines.options import GenerationOptions
-from swifti2v.pipelines.two_stage import Progress, TwoStagePipeline
+from swifti2v.pipelines.runs import Progress
+from swifti2v.pipelines.two_stage import TwoStagePipeline
 from tests.jobs.conftest import wait_for
 
 if TYPE_CHECKING:
@@ -88,7 +88,8 @@ def test_a_job_leaves_a_video_and_its_pictures(
     assert done.result.notes[0] == "turned"
     files = queue.result_files(done)
     assert files is not None
-    assert sorted(path.name for path in files.directory.iterdir()) == ["spritesheet.jpg", "thumbnail.jpg", "video.mp4"]
+    left = sorted(path.name for path in files.directory.iterdir())
+    assert left == ["motion.mp4", "spritesheet.jpg", "thumbnail.jpg", "video.mp4"]
     bare = pipeline(photo, "pan left", options=OPTIONS)
     assert files.video.read_bytes() == bare.save(tmp_path / "bare.mp4").read_bytes()
     assert sum(len(chunk) for chunk in VideoReader(files.video)) == 17
@@ -169,16 +170,25 @@ def test_one_pipeline_is_held_at_a_time() -> None:
     assert loaded == ["a", "b", "a"]
 
 
-@pytest.mark.parametrize("has_stage_two", [True, False])
-def test_percent_never_goes_back_and_ends_below_a_hundred(has_stage_two: bool) -> None:
-    gauge = ProgressGauge(has_stage_two=has_stage_two)
-    steps = [Progress("stage_one", step, 4) for step in range(1, 5)] + [Progress("frames", 1, 9)]
-    if has_stage_two:
-        steps += [Progress("stage_two", 1, 2, 1, 2), Progress("frames", 5, 9), Progress("stage_two", 2, 2, 2, 2)]
-    steps += [Progress("frames", 9, 9)]
+STAGE_ONE = [Progress("stage_one", step, 4) for step in range(1, 5)]
+STAGE_TWO = [Progress("stage_two", 1, 2, 1, 2), Progress("frames", 5, 9), Progress("stage_two", 2, 2, 2, 2)]
+
+
+@pytest.mark.parametrize(
+    ("last_phase", "steps", "after_stage_one"),
+    [
+        ("stage_one", STAGE_ONE, 99),
+        ("stage_two", [*STAGE_ONE, Progress("frames", 1, 9), *STAGE_TWO, Progress("frames", 9, 9)], 30),
+        ("frames", [*STAGE_ONE, Progress("frames", 1, 9), Progress("frames", 9, 9)], 30),
+    ],
+)
+def test_percent_never_goes_back_and_ends_below_a_hundred(
+    last_phase: Literal["stage_one", "stage_two", "frames"], steps: list[Progress], after_stage_one: int
+) -> None:
+    gauge = ProgressGauge(last_phase)
     percents = [gauge.read(step).percent for step in steps]
     assert percents == sorted(percents)
-    assert (percents[3], percents[-1]) == (30, 99)
+    assert (percents[3], percents[-1]) == (after_stage_one, 99)
 
 
 def test_the_sheet_holds_first_and_last_frame(tmp_path: Path) -> None:
@@ -198,23 +208,24 @@ def test_the_sheet_holds_first_and_last_frame(tmp_path: Path) -> None:
 
 
 MINI = GenerationOptions(size=Size(64, 32), num_frames=41, segment_size=1, num_inference_steps=4, seed=1)
-SLOW_WORKER = """
+STUCK_WORKER = """
 import sys, time
 from pathlib import Path
 from swifti2v.jobs.queue import JobQueue
 from swifti2v.jobs.runner import PipelineRunner
 from swifti2v.jobs.worker import Worker, WorkerOptions
 from swifti2v.pipelines.two_stage import TwoStagePipeline
-class Slow(PipelineRunner):
+class Stuck(PipelineRunner):
     def run(self, task):
         report = task.report
-        def slow(progress):
+        def stuck(progress):
             report(progress)
-            time.sleep(0.05)
-        task.report = slow
+            if progress.segment == 4:
+                time.sleep(3600)  # until it is killed
+        task.report = stuck
         return super().run(task)
 queue = JobQueue.open(Path(sys.argv[1]))
-runner = Slow(lambda name: TwoStagePipeline.from_pretrained(name, device="cpu"))
+runner = Stuck(lambda name: TwoStagePipeline.from_pretrained(name, device="cpu"))
 Worker(queue.store, queue.files, runner, options=WorkerOptions(lease_seconds=1.0)).run(max_jobs=1)
 """
 
@@ -224,18 +235,18 @@ def test_a_killed_worker_of_mini_is_succeeded(queue: JobQueue, photo: PIL.Image.
     """SIGKILL in the middle: a new worker finishes the job, and its file is that of a run without a break."""
     job = submit(queue, photo, model="mini", **MINI.__dict__)
     killed = subprocess.Popen(  # noqa: S603 - our own
-        [sys.executable, "-c", SLOW_WORKER, str(queue.files.root)]
+        [sys.executable, "-c", STUCK_WORKER, str(queue.files.root)]
     )
     try:
-        wait_for(lambda: queue.store.get(job.id).progress.segment >= 4, seconds=120)
+        wait_for(lambda: queue.store.get(job.id).progress.segment == 4)
     finally:
         killed.send_signal(signal.SIGKILL)
         killed.wait()
     assert queue.store.get(job.id).state is JobState.IN_PROGRESS
-    time.sleep(1.1)  # its lease
     mini = TwoStagePipeline.from_pretrained("mini", device="cpu")
     again: list[JobProgress] = []
-    assert worker_of(queue, mini, lambda task, progress: again.append(progress)).run_one() is Outcome.COMPLETED
+    assert worker_of(queue, mini, lambda task, progress: again.append(progress)).run(max_jobs=1) == 1
+    assert queue.store.get(job.id).state is JobState.COMPLETED
     assert min(progress.segment for progress in again if progress.segment) >= 4
     assert "stage_one" not in {progress.phase for progress in again}
     assert queue.store.get(job.id).attempts == 2

@@ -48,7 +48,8 @@ def claim(store: JobStore, worker: str = "one", **options: Any) -> Job:
 
 
 def test_a_job_keeps_what_was_asked_for(store: JobStore, clock: Clock) -> None:
-    request = JobRequest("mini", "pan 'left'; DROP TABLE jobs --\n\u2603", {"size": [64, 32], "fps": None}, ("turned",))
+    options = {"size": [64, 32], "fps": None}
+    request = JobRequest("mini", "pan 'left'; DROP TABLE jobs --\n\u2603", options, ("turned",), preview=True)
     job_id = new_job_id()
     store.submit(job_id, request, owner="ann", max_attempts=2)
     job = store.get(job_id)
@@ -268,12 +269,12 @@ def test_a_busy_database_is_waited_for(store: JobStore) -> None:
         with store.database.engine.connect() as connection:
             connection.exec_driver_sql("BEGIN IMMEDIATE")
             held.set()
-            freed.wait(5)
+            freed.wait()
             connection.rollback()
 
     holder = threading.Thread(target=hold)
     holder.start()
-    held.wait(5)
+    held.wait()
     threading.Timer(0.2, freed.set).start()
     assert submit(store).state is JobState.QUEUED
     holder.join()
@@ -303,7 +304,7 @@ def test_processes_never_claim_the_same_job(store: JobStore, tmp_path: Path) -> 
         claimer.stdin.write("go\n")
         claimer.stdin.flush()
     for claimer in claimers:
-        taken += claimer.communicate(timeout=60)[0].split()
+        taken += claimer.communicate(timeout=600)[0].split()
         assert claimer.returncode == 0
     assert sorted(taken) == sorted(ids)
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import threading
-import time
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -47,7 +46,8 @@ def test_a_job_is_done(queue: JobQueue, job: Job) -> None:
     assert json.loads(files.video.read_bytes()) == [job.id, 1]
 
 
-def test_progress_is_seen_from_outside(queue: JobQueue, job: Job) -> None:
+def test_progress_is_seen_from_outside(queue: JobQueue, job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("swifti2v.jobs.worker.PROGRESS_SECONDS", 0.0)
     seen = []
 
     def look(task: Task, step: int) -> None:
@@ -55,6 +55,30 @@ def test_progress_is_seen_from_outside(queue: JobQueue, job: Job) -> None:
 
     worker_of(queue, StepRunner(num_steps=3, on_step=look)).run_one()
     assert seen == [JobProgress(), JobProgress(33, "stage_two", 1, 3), JobProgress(66, "stage_two", 2, 3)]
+
+
+def test_quick_steps_are_not_all_written_down_but_each_asks(
+    queue: JobQueue, job: Job, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("swifti2v.jobs.worker.PROGRESS_SECONDS", float("inf"))
+    renew, holds = queue.store.renew, queue.store.holds
+    calls: list[str] = []
+    monkeypatch.setattr(queue.store, "renew", lambda *a, **o: calls.append("write") or renew(*a, **o))
+    monkeypatch.setattr(queue.store, "holds", lambda *a: calls.append("ask") or holds(*a))
+    worker_of(queue, StepRunner(num_steps=4), lease_seconds=60).run_one()
+    assert calls == ["write", "ask", "ask", "ask"]
+
+
+def test_the_heartbeat_writes_down_what_the_steps_left_out(
+    queue: JobQueue, job: Job, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("swifti2v.jobs.worker.PROGRESS_SECONDS", float("inf"))
+
+    def long_third_step(task: Task, step: int) -> None:
+        if step == 2:
+            wait_for(lambda: queue.store.get(job.id).progress.segment == 2)
+
+    assert worker_of(queue, StepRunner(num_steps=3, on_step=long_third_step)).run_one() is Outcome.COMPLETED
 
 
 def test_a_cancelled_job_stops_within_a_step(queue: JobQueue, job: Job) -> None:
@@ -79,14 +103,15 @@ def test_a_removed_job_stops_too(queue: JobQueue, job: Job) -> None:
 
 
 def test_the_claim_is_kept_alive_through_a_long_step(queue: JobQueue, job: Job) -> None:
-    taken: list[Job | None] = []
-
     def long_step(task: Task, step: int) -> None:
-        time.sleep(0.9)  # longer than the lease
-        taken.append(queue.store.claim("other", lease_seconds=1))
+        def expiries() -> int:
+            seen.add(queue.store.get(job.id).lease_expires_at)
+            return len(seen)
+
+        seen: set[float | None] = set()
+        wait_for(lambda: expiries() == 3)  # that of the claim, and of two heartbeats
 
     assert worker_of(queue, StepRunner(num_steps=1, on_step=long_step)).run_one() is Outcome.COMPLETED
-    assert taken == [None]
 
 
 def test_a_job_without_any_step_goes_to_another_worker(queue: JobQueue, job: Job) -> None:

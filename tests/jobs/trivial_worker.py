@@ -13,7 +13,7 @@ from swifti2v.jobs.worker import Worker, WorkerOptions
 if TYPE_CHECKING:
     from swifti2v.jobs.worker import Task
 
-LEASE_SECONDS = 1.0
+LEASE_SECONDS = 3.0  # as long as a worker may be kept from its heartbeat on a busy machine
 
 
 class SleepingRunner:

@@ -16,9 +16,11 @@ from swifti2v.memory import plan as plan_module
 from swifti2v.memory.placement import is_stored_narrow
 from swifti2v.models.tiling import Tiling
 from swifti2v.models.vae import WanStreamingCodec
+from swifti2v.pipelines import fitting
 from swifti2v.pipelines.acceleration import transformers_of
 from swifti2v.pipelines.fitting import MemoryLimits, dimensions_of, place, plan_for
 from swifti2v.pipelines.options import GenerationOptions
+from swifti2v.pipelines.stage_one import StageOne
 from swifti2v.pipelines.stage_two import StageTwo
 from swifti2v.pipelines.two_stage import TwoStagePipeline
 
@@ -192,6 +194,32 @@ def test_an_overflow_goes_on_with_a_tighter_plan_and_keeps_finished_segments(
     settings = pipeline.defaults
     segments = len(pipeline.parts.stage_two.plan(settings))
     assert len(forwards) == segments * settings.num_inference_steps  # the finished segment was not made again
+
+
+def test_a_preview_is_placed_too_and_goes_on_after_an_overflow(
+    tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def motion_of(pipeline: TwoStagePipeline) -> torch.Tensor:
+        image = PIL.Image.linear_gradient("L").convert("RGB").resize((64, 64))
+        pieces = pipeline.preview(pipeline.request(image, "a wave"))
+        return torch.cat([piece.frames for piece in pieces])
+
+    expected = motion_of(opened(tiny_checkpoint, None))
+    generate, plans = StageOne.generate, []
+    placed = fitting.place
+    monkeypatch.setattr(fitting, "place", lambda parts, plan: plans.append(plan) or placed(parts, plan))
+
+    def full_once(self: StageOne, *arguments: Any, **options: Any) -> Any:
+        if len(plans) == 1:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return generate(self, *arguments, **options)
+
+    monkeypatch.setattr(StageOne, "generate", full_once)
+    with caplog.at_level(logging.WARNING, logger="swifti2v"):
+        actual = motion_of(opened(tiny_checkpoint, LIMITLESS))
+    assert len(plans) == 2
+    assert plans[1].peak_bytes < plans[0].peak_bytes
+    torch.testing.assert_close(actual.float(), expected.float(), rtol=0, atol=2)
 
 
 def test_the_end_of_all_plans_is_one_clear_error(tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:

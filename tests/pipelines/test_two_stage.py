@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from swifti2v.pipelines.loading import Overlap
-    from swifti2v.pipelines.two_stage import FinishedFrames, GenerationRequest, Progress
+    from swifti2v.pipelines.runs import FinishedFrames, GenerationRequest, Progress
 
 OPTIONS = GenerationOptions(
     num_frames=13, seed=3, stage_one_steps=1, num_inference_steps=2, segment_size=1, flow_scale=1.0

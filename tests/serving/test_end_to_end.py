@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import io
-import os
+import re
 import resource
 import signal
 import socket
 import subprocess
 import sys
-import threading
 import time
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -35,8 +34,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),
 ]
 
-START_SECONDS = 300  # of patience, which matters on a busy machine only
-WAIT_SECONDS = 240
+PATIENCE_SECONDS = 600  # which matters on a busy machine only
 SHORT = {"size": "64x32", "num_frames": 9}
 LONG = {"size": "160x96", "num_frames": 81, "num_inference_steps": 4}
 
@@ -59,13 +57,14 @@ class RunningService:
         reference = ("a.png", picture_bytes((64, 32)), "image/png")
         return self.client.videos.create(prompt="pan left", input_reference=reference, extra_body=extra)
 
-    def wait(self, video_id: str, *, seconds: float = 300) -> Any:
-        wait_for(lambda: self.client.videos.retrieve(video_id).status in ("completed", "failed"), seconds=seconds)
+    def wait(self, video_id: str) -> Any:
+        ended = ("completed", "failed")
+        wait_for(lambda: self.client.videos.retrieve(video_id).status in ended, seconds=PATIENCE_SECONDS)
         return self.client.videos.retrieve(video_id)
 
     def alive(self) -> bool:
         try:
-            return httpx2.get(f"{self.url}/readyz", timeout=5).status_code == 200
+            return httpx2.get(f"{self.url}/readyz", timeout=60).status_code == 200
         except httpx2.TransportError:
             assert self.process.poll() is None, "the server ended"
             return False
@@ -76,28 +75,37 @@ def swifti2v(*arguments: str) -> list[str]:
 
 
 @contextmanager
-def running(data: Path, port: int) -> Iterator[RunningService]:
+def running(data: Path) -> Iterator[RunningService]:
     added = subprocess.run(  # noqa: S603 - our own
         swifti2v("serve", "add-key", "ann", "--data", str(data)), check=True, capture_output=True, text=True
     )
-    command = swifti2v("serve", "--model", "mini", "--port", str(port), "--device", "cpu", "--data", str(data))
-    process = subprocess.Popen(command)  # noqa: S603 - our own
-    service = RunningService(process, f"http://127.0.0.1:{port}", added.stdout.strip(), data)
+    command = swifti2v("serve", "--model", "mini", "--port", "0", "--device", "cpu", "--data", str(data))
+    log = data / "service.log"
+    with log.open("wb") as output:
+        process = subprocess.Popen(command, stderr=output)  # noqa: S603 - our own
+
+    def address() -> str:
+        assert process.poll() is None, log.read_text()
+        found = re.search(r"running on (http://127\.0\.0\.1:\d+)", log.read_text())
+        return found[1] if found else ""
+
     try:
-        wait_for(service.alive, seconds=START_SECONDS)
+        wait_for(lambda: bool(address()), seconds=PATIENCE_SECONDS)
+        service = RunningService(process, address(), added.stdout.strip(), data)
+        wait_for(service.alive, seconds=PATIENCE_SECONDS)
         yield service
     finally:
         if process.poll() is None:
             process.terminate()
-        process.wait(60)
+        process.wait(PATIENCE_SECONDS)
 
 
 @pytest.fixture(scope="module")
 def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningService]:
     data = tmp_path_factory.mktemp("service") / "data"
-    with running(data, 18700 + os.getpid() % 1000) as service:
+    with running(data) as service:
         first = service.create(**SHORT)  # until the worker has loaded the model
-        assert service.wait(first.id, seconds=START_SECONDS).status == "completed"
+        assert service.wait(first.id).status == "completed"
         yield service
 
 
@@ -148,13 +156,18 @@ def test_errors_are_those_of_the_client(service: RunningService) -> None:
 def test_a_deleted_video_frees_its_worker(
     service: RunningService, record_property: Callable[[str, object], None]
 ) -> None:
-    """The next job begins within a step of the deletion; a step is timed on the job that is deleted."""
+    """The next job begins long before the deleted one would have ended.
+
+    That not one more step is made, `test_deleting_cancels` counts; here the steps are timed, on the deleted job itself.
+    """
     store = JobQueue.open(service.data).store
-    long = service.create(**(LONG | {"num_inference_steps": 50}))
-    wait_for(lambda: store.get(long.id).progress.segment >= 2, seconds=WAIT_SECONDS)
+    long = service.create(**(LONG | {"num_inference_steps": 200}))
+    wait_for(lambda: store.get(long.id).progress.segment >= 2, seconds=PATIENCE_SECONDS)
     segment, since = store.get(long.id).progress.segment, time.time()
-    wait_for(lambda: store.get(long.id).progress.segment >= segment + 2, seconds=WAIT_SECONDS)
-    step_seconds = (time.time() - since) / (2 * 50)
+    wait_for(lambda: store.get(long.id).progress.segment > segment, seconds=PATIENCE_SECONDS)
+    progress, moment = store.get(long.id).progress, time.time()
+    step_seconds = (moment - since) / (200 * (progress.segment - segment))
+    remaining_steps = 200 * (progress.num_segments - progress.segment)
     waiting = service.create(**SHORT)
     assert service.client.videos.retrieve(waiting.id).status == "queued"
     asked = time.time()
@@ -166,7 +179,7 @@ def test_a_deleted_video_frees_its_worker(
     record_property("delete_milliseconds", round(1000 * (answered - asked), 1))
     record_property("free_milliseconds_after_request", round(1000 * (started - asked), 1))
     record_property("free_milliseconds_after_answer", round(1000 * (started - answered), 1))
-    assert started - asked < 1.0 + 2 * step_seconds
+    assert started - asked < remaining_steps * step_seconds / 2
     store.database.close()
 
 
@@ -176,10 +189,10 @@ def test_the_video_can_be_watched_before_half_of_the_time(
     """The bytes that have come are a playable video long before the last ones."""
     store = JobQueue.open(service.data).store
     video = service.create(**LONG)
-    wait_for(lambda: service.client.videos.retrieve(video.id).status != "queued", seconds=WAIT_SECONDS)
+    wait_for(lambda: service.client.videos.retrieve(video.id).status != "queued", seconds=PATIENCE_SECONDS)
     arrivals: list[tuple[float, bytes]] = []
     headers = {"Authorization": f"Bearer {service.key}"}
-    with httpx2.stream("GET", f"{service.url}/v1/videos/{video.id}/content", headers=headers, timeout=120) as response:
+    with httpx2.stream("GET", f"{service.url}/v1/videos/{video.id}/content", headers=headers, timeout=600) as response:
         assert response.headers["x-video-status"] == "in_progress"
         arrivals += [(time.time(), piece) for piece in response.iter_raw()]
     job = store.get(video.id)
@@ -203,14 +216,13 @@ def test_the_video_can_be_watched_before_half_of_the_time(
 
 def test_a_growing_video_that_is_deleted_ends_the_connection_short(service: RunningService) -> None:
     video = service.create(**(LONG | {"num_inference_steps": 50}))
-    wait_for(lambda: service.client.videos.retrieve(video.id).status != "queued", seconds=WAIT_SECONDS)
-    threading.Timer(0.5, lambda: service.client.videos.delete(video.id)).start()
+    wait_for(lambda: service.client.videos.retrieve(video.id).status != "queued", seconds=PATIENCE_SECONDS)
     headers = {"Authorization": f"Bearer {service.key}"}
-    with (
-        pytest.raises(httpx2.RemoteProtocolError),
-        httpx2.stream("GET", f"{service.url}/v1/videos/{video.id}/content", headers=headers, timeout=60) as response,
-    ):
-        response.read()
+    url = f"{service.url}/v1/videos/{video.id}/content"
+    with httpx2.stream("GET", url, headers=headers, timeout=PATIENCE_SECONDS) as response:
+        service.client.videos.delete(video.id)
+        with pytest.raises(httpx2.RemoteProtocolError):
+            response.read()
 
 
 def resident_bytes(process_id: int) -> int:
@@ -243,9 +255,9 @@ def test_sigterm_drains(service: RunningService, tmp_path: Path) -> None:
     """The job at work goes back to the queue, and both processes end in good order. (The last test of the module.)"""
     video = service.create(**(LONG | {"num_inference_steps": 50}))
     store = JobQueue.open(service.data).store
-    wait_for(lambda: store.get(video.id).progress.segment >= 2, seconds=WAIT_SECONDS)
+    wait_for(lambda: store.get(video.id).progress.segment >= 2, seconds=PATIENCE_SECONDS)
     service.process.send_signal(signal.SIGTERM)
-    assert service.process.wait(60) in (0, -signal.SIGTERM)
+    assert service.process.wait(PATIENCE_SECONDS) in (0, -signal.SIGTERM)
     job = store.get(video.id)
     assert (job.state, job.attempts) == (JobState.QUEUED, 0)
     assert list((service.data / "jobs" / video.id / "attempt_0001" / "work" / "segments").glob("*.safetensors"))

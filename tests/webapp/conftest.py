@@ -9,8 +9,8 @@ import PIL.Image
 import pytest
 
 from swifti2v.jobs.queue import JobQueue
+from swifti2v.jobs.runner import PipelineRunner
 from swifti2v.jobs.worker import Worker, WorkerOptions
-from swifti2v.webapp.motion import PREVIEW_PREFIX, AppRunner
 from swifti2v.webapp.studio import Form, Studio
 
 if TYPE_CHECKING:
@@ -51,6 +51,5 @@ def form(photo: Path) -> Form:
 
 @pytest.fixture
 def worker(studio: Studio, pipeline: TwoStagePipeline) -> Worker:
-    models = (studio.model, PREVIEW_PREFIX + studio.model)
-    options = WorkerOptions(models=models, poll_seconds=0.01)
-    return Worker(studio.queue.store, studio.queue.files, AppRunner(lambda _name: pipeline), options=options)
+    options = WorkerOptions(models=(studio.model,), poll_seconds=0.01)
+    return Worker(studio.queue.store, studio.queue.files, PipelineRunner(lambda _name: pipeline), options=options)

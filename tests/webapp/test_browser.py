@@ -211,7 +211,7 @@ def test_a_second_one_is_watched_growing_and_cancelled(desktop: Page, data: Path
     page.click("#generate")  # a third one waits behind it
     waiting_id = desktop.wait_for_card("video", "queued")
     line = page.locator(f'.job[data-job="{waiting_id}"]')
-    assert "1 ahead of it" in line.inner_text()
+    line.get_by_text("1 ahead of it").wait_for()
     line.get_by_text("Cancel").click()
     desktop.wait_for_card("video", "cancelled")
     page.click(f'.job[data-job="{job_id}"] .open')

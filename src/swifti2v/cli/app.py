@@ -7,11 +7,11 @@ import os
 import threading
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from swifti2v.cli.jobs import DEFAULT_DATA
+from swifti2v.cli.jobs import DEFAULT_DATA, MemoryOption, pipeline_runner
 from swifti2v.errors import CheckpointError, ConfigurationError, InvalidInputError
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ def app(
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=1, max=65535, help="Port.")] = 7860,
     device: Annotated[str | None, typer.Option(help="Of the worker: cpu, cuda, cuda:1, ...")] = None,
-    memory: Annotated[str | None, typer.Option(help="Device memory that a run may take: auto, 24GiB, ...")] = None,
+    memory: MemoryOption = None,
     worker: Annotated[bool, typer.Option(help="Work on the queue here; without, `swifti2v jobs work` must.")] = True,
     data_dir: Annotated[
         Path, typer.Option(envvar="SWIFTI2V_DATA", help="Data folder: the queue and its files.")
@@ -72,10 +72,9 @@ def is_loopback(host: str) -> bool:
 def _working(queue: JobQueue, model: str, device: str | None, memory: str | None) -> Iterator[None]:
     """Keep a worker in a thread; at the end it gives back the job at work, which goes on at the next start."""
     from swifti2v.jobs.worker import Worker, WorkerOptions
-    from swifti2v.webapp.motion import PREVIEW_PREFIX
 
-    options = WorkerOptions(models=(model, PREVIEW_PREFIX + model))
-    worker = Worker(queue.store, queue.files, _runner(device, memory), options=options)
+    runner = pipeline_runner(device, memory)
+    worker = Worker(queue.store, queue.files, runner, options=WorkerOptions(models=(model,)))
     thread = threading.Thread(target=worker.run, name="worker", daemon=True)
     thread.start()
     try:
@@ -88,19 +87,6 @@ def _working(queue: JobQueue, model: str, device: str | None, memory: str | None
 @contextmanager
 def _nobody() -> Iterator[None]:
     yield
-
-
-def _runner(device: str | None, memory: str | None) -> Any:
-    from swifti2v.cli.generate import quiet_libraries
-    from swifti2v.memory.heap import map_large_blocks
-    from swifti2v.pipelines.fitting import MemoryLimits
-    from swifti2v.pipelines.two_stage import TwoStagePipeline
-    from swifti2v.webapp.motion import AppRunner
-
-    quiet_libraries()
-    map_large_blocks()
-    limits = None if memory is None else MemoryLimits.parse(memory)
-    return AppRunner(lambda name: TwoStagePipeline.from_pretrained(name, device=device, memory=limits))
 
 
 def _dimensions(model: str) -> PipelineDimensions | None:

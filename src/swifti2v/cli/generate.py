@@ -21,7 +21,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from swifti2v.media.video_writer import VideoWriter
-    from swifti2v.pipelines.two_stage import GenerationRequest, Progress, TwoStagePipeline
+    from swifti2v.pipelines.runs import GenerationRequest, Progress
+    from swifti2v.pipelines.two_stage import TwoStagePipeline
 
 PHASE_LABELS = {"stage_one": "Stage I, motion", "stage_two": "Stage II, segment", "frames": "frames written"}
 

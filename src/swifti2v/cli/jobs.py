@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from swifti2v.jobs.queue import JobQueue
+    from swifti2v.jobs.runner import PipelineRunner
     from swifti2v.jobs.state import Job
     from swifti2v.jobs.worker import Worker
 
@@ -33,6 +34,7 @@ DatabaseOption = Annotated[
     str | None,
     typer.Option(envvar="SWIFTI2V_DATABASE", help="URL of the queue's database; default: SQLite in the data folder."),
 ]
+MemoryOption = Annotated[str | None, typer.Option(help="Device memory that a run may take: auto, 24GiB, ...")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 app = typer.Typer(help="Queue videos, watch them, cancel them; work on the queue.", no_args_is_help=True)
@@ -51,6 +53,7 @@ def submit(  # noqa: PLR0913 - typer makes an option of each parameter
     steps: Annotated[int | None, typer.Option(help="Steps of Stage II.")] = None,
     segment_size: Annotated[int | None, typer.Option(help="Latent frames that a segment makes.")] = None,
     stage_one_steps: Annotated[int | None, typer.Option(help="Steps of Stage I.")] = None,
+    preview: Annotated[bool, typer.Option("--preview", help="Stage I only; `jobs continue` makes the video.")] = False,
     max_attempts: Annotated[int, typer.Option(min=1, help="Workers that may die of it before it fails.")] = 3,
     data: DataOption = DEFAULT_DATA,
     database: DatabaseOption = None,
@@ -72,8 +75,14 @@ def submit(  # noqa: PLR0913 - typer makes an option of each parameter
     )
     loaded = load_image(image)
     settings_of(model, options)  # what can be found wrong now should not be found by a worker
-    request = JobRequest(model, prompt, to_mapping(options), loaded.notes)
+    request = JobRequest(model, prompt, to_mapping(options), loaded.notes, preview)
     typer.echo(_open(data, database).submit(loaded.image, request, max_attempts=max_attempts).id)
+
+
+@app.command("continue")
+def continue_preview(job: JobArgument, *, data: DataOption = DEFAULT_DATA, database: DatabaseOption = None) -> None:
+    """Queue the video of a finished preview, and print the name of its job; Stage I is not run again."""
+    typer.echo(_open(data, database).continue_preview(job).id)
 
 
 @app.command()
@@ -151,6 +160,7 @@ def work(  # noqa: PLR0913 - typer makes an option of each parameter
         list[str] | None, typer.Option(help="Take only jobs of this checkpoint; may be given several times.")
     ] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ...; default: CUDA if there is one.")] = None,
+    memory: MemoryOption = None,
     until_idle: Annotated[bool, typer.Option("--until-idle", help="Stop when the queue is empty.")] = False,
     lease: Annotated[float, typer.Option(min=0.5, help="Seconds after which a silent worker counts as dead.")] = 30.0,
     grace: Annotated[float, typer.Option(min=0, help="Seconds that a job may still run after SIGTERM.")] = 0.0,
@@ -165,7 +175,7 @@ def work(  # noqa: PLR0913 - typer makes an option of each parameter
     from swifti2v.jobs.worker import Worker, WorkerOptions
 
     queue = _open(data, database)
-    runner = _pipeline_runner(device)
+    runner = pipeline_runner(device, memory)
     if model and preload:
         runner.pipeline(model[0])
     options = WorkerOptions(models=model or None, lease_seconds=lease, grace_seconds=grace)
@@ -219,15 +229,13 @@ def _described(queue: JobQueue, job: Job) -> dict[str, Any]:
     return described
 
 
-def _pipeline_runner(device: str | None) -> Any:
+def pipeline_runner(device: str | None, memory: str | None) -> PipelineRunner:
+    """Return what does the work of jobs on a device, within limits of its memory if there are any."""
     from swifti2v.cli.generate import quiet_libraries
     from swifti2v.jobs.runner import PipelineRunner
-    from swifti2v.memory.heap import map_large_blocks
-    from swifti2v.pipelines.two_stage import TwoStagePipeline
 
     quiet_libraries()
-    map_large_blocks()
-    return PipelineRunner(lambda name: TwoStagePipeline.from_pretrained(name, device=device))
+    return PipelineRunner.on_device(device, memory)
 
 
 @contextmanager

@@ -6,17 +6,17 @@ import ipaddress
 import os
 import signal
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from swifti2v.cli.jobs import DEFAULT_DATA, DatabaseOption, DataOption
+from swifti2v.cli.jobs import DEFAULT_DATA, DatabaseOption, DataOption, MemoryOption
 from swifti2v.errors import ConfigurationError, InvalidInputError
 
 if TYPE_CHECKING:
-    from swifti2v.serving.settings import ServiceSettings
+    from swifti2v.serving.settings import ClusterSettings, ServiceSettings
 
 KEY_FILE = "keys.json"
 
@@ -42,6 +42,7 @@ def serve(  # noqa: PLR0913 - typer makes an option of each parameter
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port; 0 for any that is free.")] = 8000,
     workers: Annotated[int, typer.Option(min=0, help="Worker processes (with --ray: at most); 0 if elsewhere.")] = 1,
     device: Annotated[str | None, typer.Option(help="Of the workers: cpu, cuda, cuda:1, ...")] = None,
+    memory: MemoryOption = None,
     keys: KeysOption = None,
     without_keys: Annotated[bool, typer.Option("--open", help="Serve without keys, to everybody.")] = False,
     max_jobs: Annotated[int, typer.Option(min=1, help="Videos that may wait or run.")] = 1000,
@@ -56,6 +57,7 @@ def serve(  # noqa: PLR0913 - typer makes an option of each parameter
     on_ray: Annotated[bool, typer.Option("--ray", help="Spread over a Ray cluster.")] = False,
     ray_address: Annotated[str | None, typer.Option(help="Of a running cluster; default: this machine alone.")] = None,
     min_workers: Annotated[int, typer.Option(min=0, help="With --ray: workers that stay when nothing waits.")] = 1,
+    idle: Annotated[float, typer.Option(min=0, help="With --ray: seconds before a worker too many ends.")] = 120.0,
     gpus_per_worker: Annotated[float, typer.Option(min=0, help="With --ray: cards for each worker.")] = 0.0,
     data: DataOption = DEFAULT_DATA,
     database: DatabaseOption = None,
@@ -65,7 +67,7 @@ def serve(  # noqa: PLR0913 - typer makes an option of each parameter
         return
     _check_packages()
     from swifti2v.jobs.retention import RetentionPolicy
-    from swifti2v.serving.settings import ServiceLimits, ServiceSettings
+    from swifti2v.serving.settings import ClusterSettings, ServiceLimits, ServiceSettings
 
     models = model or ["wan2.2"]
     settings = ServiceSettings(
@@ -81,12 +83,23 @@ def serve(  # noqa: PLR0913 - typer makes an option of each parameter
         retention=RetentionPolicy(keep_hours * 3600, None if keep_gigabytes is None else int(keep_gigabytes * 1e9)),
     )
     if on_ray:
-        cluster = _Cluster(ray_address, (min_workers, workers), gpus_per_worker, device, lease, grace)
+        cluster = ClusterSettings(
+            address=ray_address,
+            min_workers=min_workers,
+            max_workers=workers,
+            gpus_per_worker=gpus_per_worker,
+            device=device,
+            memory=memory,
+            lease_seconds=lease,
+            grace_seconds=grace,
+            idle_seconds=idle,
+        )
         _run_on_ray(settings, (host, port), cluster)
         return
     options = ["--data", str(data), "--lease", str(lease), "--grace", str(grace)]
     options += [] if database is None else ["--database", database]
     options += [] if device is None else ["--device", device]
+    options += [] if memory is None else ["--memory", memory]
     command = _worker_command(models, options)
     _run(settings, (host, port), command=command, num_workers=workers, stop_seconds=grace + 60)
 
@@ -120,20 +133,8 @@ def remove_key(name: NameArgument, *, keys: KeysOption = None, data: DataOption 
     typer.echo(f"{name}: removed")
 
 
-@dataclass(frozen=True)
-class _Cluster:
-    """What the options say of a cluster."""
-
-    address: str | None
-    workers: tuple[int, int]
-    gpus_per_worker: float
-    device: str | None
-    lease_seconds: float
-    grace_seconds: float
-
-
-def _run_on_ray(settings: ServiceSettings, address: tuple[str, int], cluster: _Cluster) -> None:
-    least, most = cluster.workers
+def _run_on_ray(settings: ServiceSettings, address: tuple[str, int], cluster: ClusterSettings) -> None:
+    least, most = cluster.min_workers, cluster.max_workers
     if most < max(least, 1):
         msg = f"--workers is {most} and --min-workers {least}; allow at least one worker, and no fewer than stay"
         raise InvalidInputError(msg)
@@ -149,16 +150,7 @@ def _run_on_ray(settings: ServiceSettings, address: tuple[str, int], cluster: _C
     log_as_json()
     # The processes of a cluster run in folders of their own.
     settings = replace(settings, data=settings.data.resolve(), keys=settings.keys and settings.keys.resolve())
-    options = deployment.ClusterSettings(
-        address=cluster.address,
-        min_workers=least,
-        max_workers=most,
-        gpus_per_worker=cluster.gpus_per_worker,
-        device=cluster.device,
-        lease_seconds=cluster.lease_seconds,
-        grace_seconds=cluster.grace_seconds,
-    )
-    deployment.run(settings, options, address=address)
+    deployment.run(settings, cluster, address=address)
 
 
 def _check_packages() -> None:

@@ -19,9 +19,13 @@ from sqlalchemy import (
     Text,
     create_engine,
     event,
+    false,
+    func,
     insert,
+    inspect,
     make_url,
     select,
+    update,
 )
 from sqlalchemy.exc import (
     ArgumentError,
@@ -31,6 +35,7 @@ from sqlalchemy.exc import (
     NoSuchModuleError,
     OperationalError,
 )
+from sqlalchemy.schema import CreateColumn
 
 from swifti2v.errors import ConfigurationError, OutputError
 
@@ -59,6 +64,7 @@ JOBS = Table(
     Column("model", String(400), nullable=False),
     Column("prompt", Text, nullable=False),
     Column("options", Text, nullable=False),
+    Column("preview", Boolean, nullable=False, server_default=false()),
     Column("state", String(20), nullable=False),
     Column("claims", Integer, nullable=False, default=0),
     Column("releases", Integer, nullable=False, default=0),
@@ -89,7 +95,7 @@ SUBMISSIONS = Table(
 
 
 class Database:
-    """Connections to one database, whose tables are made if they are missing.
+    """Connections to one database, whose tables are made if they are missing, and brought up to date if they are old.
 
     Args:
         url: as SQLAlchemy writes it, ``sqlite:///queue.db`` or ``postgresql+pg8000://user@host/name``.
@@ -147,12 +153,33 @@ class Database:
         except DBAPIError as error:
             if "exist" not in str(error.orig).lower():  # another process has made them in the same moment
                 raise
+        _upgrade(connection)
         if connection.execute(select(SUBMISSIONS.c.id)).first() is None:
             try:
                 with connection.begin_nested():
                     connection.execute(insert(SUBMISSIONS).values(id=1, last_sequence=0))
             except IntegrityError:
                 pass  # the same
+
+
+def _upgrade(connection: Connection) -> None:
+    """Bring up to date tables that know no previews, which were then jobs for a model named ``preview:NAME``."""
+    if _has_previews(connection):
+        return
+    column = CreateColumn(JOBS.c.preview).compile(connection)
+    try:
+        with connection.begin_nested():
+            connection.exec_driver_sql(f"ALTER TABLE {JOBS.name} ADD COLUMN {column}")
+    except DBAPIError:
+        if not _has_previews(connection):  # else another process has added it in the same moment
+            raise
+    prefix = "preview:"
+    name = func.substr(JOBS.c.model, len(prefix) + 1)
+    connection.execute(update(JOBS).where(JOBS.c.model.startswith(prefix)).values(model=name, preview=True))
+
+
+def _has_previews(connection: Connection) -> bool:
+    return JOBS.c.preview.name in {column["name"] for column in inspect(connection).get_columns(JOBS.name)}
 
 
 def sqlite_url(path: Path) -> str:

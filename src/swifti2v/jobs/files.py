@@ -4,8 +4,9 @@
 <root>/jobs/<id>/
   input.png         the picture, decoded and written anew
   attempt_0001/     a folder for each claim, so that a worker that was given up for dead cannot disturb its successor
-    work/           what the pipeline keeps to resume (`pipelines/run_store.py`)
+    work/           what the pipeline keeps to resume (`pipelines/run_store.py`); of a preview it stays
     .video.part.mp4 the growing video, fragmented
+    motion.mp4      the motion reference, once Stage I has made it; of a preview it is `video.mp4`
     video.mp4, thumbnail.jpg, spritesheet.jpg
 ```
 """
@@ -52,6 +53,11 @@ class AttemptFiles:
     def growing_video(self) -> Path:
         """The video while it is made (`VideoWriter.part_path`)."""
         return self.directory / ".video.part.mp4"
+
+    @property
+    def motion(self) -> Path:
+        """The motion reference as a video."""
+        return self.directory / "motion.mp4"
 
     @property
     def thumbnail(self) -> Path:
@@ -115,11 +121,29 @@ class JobFiles:
                 _link_tree(previous[-1].work, new.work)
         return new
 
-    def keep_only(self, job_id: str, claim: int) -> None:
-        """Remove what a finished job no longer needs: other claims, and the work folder of this one."""
+    def begin_with(self, job_id: str, source_id: str, source: AttemptFiles) -> None:
+        """Give a new job the picture of the job `source_id` and the work of its claim, as hard links.
+
+        Raises:
+            JobError: they are gone.
+        """
+        target, picture = self.attempt(job_id, 0), self.input(source_id)
+        if not (picture.is_file() and source.work.is_dir()):
+            msg = f"the files of {source_id} are gone; make the preview again"
+            raise JobError(msg)
+        with _reporting(target.directory):
+            target.directory.mkdir(parents=True)
+            _link(str(picture), str(self.input(job_id)))
+            _link_tree(source.work, target.work)
+
+    def keep_only(self, job_id: str, claim: int, *, with_work: bool = False) -> None:
+        """Remove what a finished job no longer needs: other claims, and the work folder of this one if not kept."""
         kept = self.attempt(job_id, claim)
         for attempt in self._attempts(job_id):
-            shutil.rmtree(attempt.work if attempt == kept else attempt.directory, ignore_errors=True)
+            if attempt != kept:
+                shutil.rmtree(attempt.directory, ignore_errors=True)
+            elif not with_work:
+                shutil.rmtree(attempt.work, ignore_errors=True)
 
     def clear_attempts(self, job_id: str) -> None:
         """Remove all that workers wrote, of a job that failed or was cancelled."""

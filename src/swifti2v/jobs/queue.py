@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+from swifti2v.errors import JobError
 from swifti2v.jobs.database import Database, sqlite_url
 from swifti2v.jobs.files import JobFiles
 from swifti2v.jobs.state import DEFAULT_MAX_ATTEMPTS, Job, JobRequest, JobState, new_job_id
 from swifti2v.jobs.store import DEFAULT_MAX_ACTIVE, JobStore
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from pathlib import Path
 
     import PIL.Image
@@ -57,8 +59,8 @@ class JobQueue:
             QueueFullError: as in `JobStore.submit`; nothing is kept then.
             OutputError: the picture cannot be written.
         """
-        job_id = new_job_id()
-        try:
+
+        def submit(job_id: str) -> Job:
             self.files.add_input(job_id, image)
             return self.store.submit(
                 job_id,
@@ -67,9 +69,35 @@ class JobQueue:
                 max_attempts=max_attempts,
                 max_active_of_owner=max_active_of_owner,
             )
-        except BaseException:
-            self.files.remove(job_id)
-            raise
+
+        return self._new(submit)
+
+    def continue_preview(self, job_id: str) -> Job:
+        """Queue the whole video of a finished preview; it begins with the motion reference that is already there.
+
+        Raises:
+            JobError: there is no such job, it is no finished preview, or its files are gone.
+            QueueFullError, OutputError: as in `submit`.
+        """
+        preview = self.store.get(job_id)
+        if not preview.request.preview:
+            msg = f"{job_id} is a video already; choose a preview, or make a new one"
+            raise JobError(msg)
+        if preview.state is not JobState.COMPLETED:
+            msg = f"the preview {job_id} is not finished; wait for it, or make the video without a preview"
+            raise JobError(msg)
+        made = self.files.attempt(preview.id, preview.claims)
+
+        def submit(new_id: str) -> Job:
+            self.files.begin_with(new_id, preview.id, made)
+            return self.store.submit(
+                new_id,
+                replace(preview.request, preview=False),
+                owner=preview.owner,
+                max_attempts=preview.max_attempts,
+            )
+
+        return self._new(submit)
 
     def result_files(self, job: Job) -> AttemptFiles | None:
         """Return the files of the claim that finished a job, or that is at work on it; None while it waits."""
@@ -88,3 +116,12 @@ class JobQueue:
             self.files.remove(job_id)
             self.store.forget(job_id)
         return job
+
+    def _new(self, submit: Callable[[str], Job]) -> Job:
+        """Return what `submit` makes of a new name; where it raises, no files stay."""
+        job_id = new_job_id()
+        try:
+            return submit(job_id)
+        except BaseException:
+            self.files.remove(job_id)
+            raise

@@ -3,22 +3,29 @@
 from __future__ import annotations
 
 from contextlib import closing
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal, Self
 
 from swifti2v.config import from_mapping
+from swifti2v.geometry import Size
 from swifti2v.jobs.pictures import Spritesheet, save_thumbnail
 from swifti2v.jobs.state import JobProgress, JobResult
 from swifti2v.media.video_writer import VideoWriter
 from swifti2v.pipelines.options import GenerationOptions
+from swifti2v.pipelines.run_store import RunStore
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
+    from swifti2v.jobs.files import AttemptFiles
     from swifti2v.jobs.worker import Task
-    from swifti2v.pipelines.two_stage import FinishedFrames, GenerationRequest, Progress, TwoStagePipeline
+    from swifti2v.pipelines.options import GenerationSettings
+    from swifti2v.pipelines.runs import FinishedFrames, Progress
+    from swifti2v.pipelines.two_stage import TwoStagePipeline
 
 STAGE_ONE_PERCENT = 30
-"""Of a job's percent, those of Stage I: about its share of the time at full size (`docs/design.md`, 8)."""
+"""Of a video's percent, those of Stage I: about its share of the time at full size (`docs/design.md`, 8)."""
+
+MOTION_PRESET = "ultrafast"  # of x264: the motion reference is small, and for a look only
 
 
 class PipelineRunner:
@@ -32,25 +39,44 @@ class PipelineRunner:
         self._load = load
         self._loaded: tuple[str, TwoStagePipeline] | None = None
 
+    @classmethod
+    def on_device(cls, device: str | None, memory: str | None = None) -> Self:
+        """Return a runner of checkpoints on a device, which takes so much of its memory (`MemoryLimits.parse`)."""
+        from swifti2v.memory.heap import map_large_blocks
+        from swifti2v.pipelines.fitting import MemoryLimits
+        from swifti2v.pipelines.two_stage import TwoStagePipeline
+
+        map_large_blocks()
+        limits = None if memory is None else MemoryLimits.parse(memory)
+        return cls(lambda name: TwoStagePipeline.from_pretrained(name, device=device, memory=limits))
+
     def run(self, task: Task) -> JobResult:
-        """Make the video; raise what the pipeline raises, and `GenerationCancelled` of the task."""
-        asked = task.job.request
+        """Make the video, or the motion reference of a preview.
+
+        Raises what the pipeline raises, and `GenerationCancelled` of the task.
+        """
+        asked, files = task.job.request, task.files
         pipeline = self.pipeline(asked.model)
-        options = from_mapping(GenerationOptions, asked.options)
-        request = pipeline.request(task.input, asked.prompt, options=options)
-        gauge = ProgressGauge(has_stage_two=request.settings.refiner != "none")
+        request = pipeline.request(task.input, asked.prompt, options=from_mapping(GenerationOptions, asked.options))
+        settings = request.settings
+        make, size = pipeline.stream, settings.size
+        gauge = ProgressGauge("frames" if settings.refiner == "none" else "stage_two")
+        if asked.preview:
+            make, size = pipeline.preview, pipeline.parts.motion_size(settings.size)
+            gauge = ProgressGauge("stage_one")
         task.report(gauge.current)
 
         def on_progress(progress: Progress) -> None:
             task.report(gauge.read(progress))
+            if progress.phase != "stage_one" and not files.motion.exists():
+                _write_motion(files, settings.fps)
 
-        with closing(pipeline.stream(request, work_dir=task.files.work, on_progress=on_progress)) as pieces:
-            _write(pieces, request, task)
-        settings = request.settings
+        with closing(make(request, work_dir=files.work, on_progress=on_progress)) as pieces:
+            _write(pieces, size, settings, files)
         return JobResult(
-            directory=task.files.directory.name,
-            width=settings.size.width,
-            height=settings.size.height,
+            directory=files.directory.name,
+            width=size.width,
+            height=size.height,
             num_frames=settings.num_frames,
             fps=settings.fps,
             notes=(*asked.notes, *request.notes, *pipeline.prompt_notes(request)),
@@ -65,32 +91,35 @@ class PipelineRunner:
 
 
 class ProgressGauge:
-    """From the steps of the pipeline to percent of the whole, which never go back."""
+    """From the steps of the pipeline to percent of the whole, which never go back.
 
-    def __init__(self, *, has_stage_two: bool) -> None:
-        self._phase_of_percent = "stage_two" if has_stage_two else "frames"
+    Args:
+        last_phase: whose end is that of the job.
+    """
+
+    def __init__(self, last_phase: Literal["stage_one", "stage_two", "frames"]) -> None:
+        self._last_phase = last_phase
+        self._start_percent = 0 if last_phase == "stage_one" else STAGE_ONE_PERCENT
         self.current = JobProgress()
 
     def read(self, progress: Progress) -> JobProgress:
         """Return where the job is after `progress`."""
-        percent = self.current.percent
         share = progress.done / max(progress.total, 1)
-        if progress.phase == "stage_one":
-            percent = max(percent, int(STAGE_ONE_PERCENT * share))
-        elif progress.phase == self._phase_of_percent:
-            # 100 is for the finished file.
-            percent = max(percent, min(99, STAGE_ONE_PERCENT + int((100 - STAGE_ONE_PERCENT) * share)))
-        if progress.phase == "frames" and self._phase_of_percent != "frames":
+        if progress.phase == self._last_phase:
+            percent = self._start_percent + int((100 - self._start_percent) * share)
+        elif progress.phase == "stage_one":
+            percent = int(STAGE_ONE_PERCENT * share)
+        else:
             return self.current  # chunks come between the steps of Stage II, and say nothing new
+        percent = max(self.current.percent, min(99, percent))  # 100 is for the finished file
         self.current = JobProgress(percent, progress.phase, progress.segment, progress.num_segments)
         return self.current
 
 
-def _write(pieces: Iterable[FinishedFrames], request: GenerationRequest, task: Task) -> None:
+def _write(pieces: Iterable[FinishedFrames], size: Size, settings: GenerationSettings, files: AttemptFiles) -> None:
     """Write the files of the job; the video takes its name last, when the pictures are there."""
-    settings, files = request.settings, task.files
     sheet = Spritesheet(settings.num_frames)
-    with VideoWriter(files.video, size=settings.size, fps=settings.fps, keep_partial=False) as writer:
+    with VideoWriter(files.video, size=size, fps=settings.fps, keep_partial=False) as writer:
         for piece in pieces:
             frames = piece.frames.numpy()
             if piece.first_frame == 0:
@@ -98,3 +127,14 @@ def _write(pieces: Iterable[FinishedFrames], request: GenerationRequest, task: T
             sheet.add(frames, first_frame=piece.first_frame)
             writer.write(frames)
         sheet.save(files.spritesheet)
+
+
+def _write_motion(files: AttemptFiles, fps: float) -> None:
+    """Write the motion reference, which Stage I has finished, as a video to be compared with the result."""
+    chunks = RunStore(files.work).motion.chunks()
+    first = next(chunks)
+    size = Size(first.shape[2], first.shape[1])
+    with VideoWriter(files.motion, size=size, fps=fps, preset=MOTION_PRESET, keep_partial=False) as writer:
+        writer.write(first)
+        for frames in chunks:
+            writer.write(frames)

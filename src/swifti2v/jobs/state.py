@@ -65,12 +65,15 @@ class JobRequest:
         prompt: what should move, and how.
         options: fields of `GenerationOptions` as plain data (`swifti2v.config.to_mapping`); None leaves a choice open.
         notes: what was done to the picture when it was taken in ("rotated by its EXIF orientation").
+        preview: stop after Stage I: the motion reference is the video that is made. `JobQueue.continue_preview` makes
+            the whole video of it.
     """
 
     model: str
     prompt: str = ""
     options: Mapping[str, Any] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    preview: bool = False
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, Literal
 
-from sqlalchemy import ColumnElement, and_, delete, func, insert, or_, select, true, update
+from sqlalchemy import ColumnElement, and_, bindparam, delete, func, insert, or_, select, true, update
 
 from swifti2v.errors import JobError, QueueFullError
 from swifti2v.jobs.database import JOBS, SUBMISSIONS, Database
@@ -27,7 +27,7 @@ from swifti2v.jobs.state import (
 )
 
 if TYPE_CHECKING:
-    from sqlalchemy import Connection, RowMapping
+    from sqlalchemy import Connection, RowMapping, Update
 
 Order = Literal["asc", "desc"]
 
@@ -79,6 +79,7 @@ class JobStore:
             "model": request.model,
             "prompt": request.prompt,
             "options": json.dumps({"options": dict(request.options), "notes": request.notes}),
+            "preview": request.preview,
             "state": JobState.QUEUED,
             "claims": 0,
             "releases": 0,
@@ -157,7 +158,6 @@ class JobStore:
             models: take only jobs of these.
         """
         now = self._clock()
-        self._fail_lost(now)
         token = secrets.token_hex(16)
         free = _claimable(now)
         wanted = [free] if models is None else [free, JOBS.c.model.in_(list(models))]
@@ -179,6 +179,7 @@ class JobStore:
         )
 
         def operation(connection: Connection) -> Job | None:
+            connection.execute(_failing_lost(now))
             row = connection.execute(taking).mappings().first()
             return None if row is None else _job(row)
 
@@ -186,8 +187,8 @@ class JobStore:
 
     def holds(self, job: Job) -> bool:
         """Whether the claim by which `job` was taken still stands: not cancelled, not taken over."""
-        query = select(JOBS.c.id).where(_held(job))
-        return self.database.run(lambda connection: connection.execute(query).first() is not None)
+        claim = {"id": job.id, "token": job.lease_token}
+        return self.database.run(lambda connection: connection.execute(_HOLDS, claim).first() is not None)
 
     def renew(self, job: Job, *, lease_seconds: float, progress: JobProgress | None = None) -> bool:
         """Prolong the claim and record progress; tell whether the claim still stands."""
@@ -292,11 +293,6 @@ class JobStore:
             msg = f"{max_active_of_owner} of your jobs wait or run, which is the limit; wait for one, or cancel one"
             raise QueueFullError(msg)
 
-    def _fail_lost(self, now: float) -> None:
-        """Fail the jobs whose lease ran out after their last attempt."""
-        lost = and_(JOBS.c.state == JobState.IN_PROGRESS, _expired(now), ~_attempts_left())
-        self._change(lost, {**_failed(now, _LOST), **_NO_LEASE})
-
     def _change(self, condition: ColumnElement[bool], values: Mapping[str, Any]) -> bool:
         statement = update(JOBS).where(condition).values(**values)
         return self.database.run(lambda connection: connection.execute(statement).rowcount > 0)
@@ -313,6 +309,18 @@ def _owned(owner: str | None) -> ColumnElement[bool]:
 
 def _held(job: Job) -> ColumnElement[bool]:
     return and_(JOBS.c.id == job.id, JOBS.c.lease_token == job.lease_token, JOBS.c.state == JobState.IN_PROGRESS)
+
+
+# Asked after every denoising step, and so not put together anew each time.
+_HOLDS = select(JOBS.c.id).where(
+    JOBS.c.id == bindparam("id"), JOBS.c.lease_token == bindparam("token"), JOBS.c.state == JobState.IN_PROGRESS
+)
+
+
+def _failing_lost(now: float) -> Update:
+    """Return what fails the jobs whose lease ran out after their last attempt."""
+    lost = and_(JOBS.c.state == JobState.IN_PROGRESS, _expired(now), ~_attempts_left())
+    return update(JOBS).where(lost).values(**_failed(now, _LOST), **_NO_LEASE)
 
 
 def _expired(now: float) -> ColumnElement[bool]:
@@ -358,7 +366,7 @@ def _job(row: RowMapping) -> Job:
 
 def _request(row: RowMapping) -> JobRequest:
     kept = json.loads(row["options"])
-    return JobRequest(row["model"], row["prompt"], kept["options"], tuple(kept["notes"]))
+    return JobRequest(row["model"], row["prompt"], kept["options"], tuple(kept["notes"]), row["preview"])
 
 
 def _result(values: dict[str, Any]) -> JobResult:

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 LOGGER = logging.getLogger(__name__)
 
 PROGRESS_SECONDS = 0.25
-"""Progress is recorded no more often, except when a new segment begins."""
+"""Progress is recorded no more often; what is left out, the heartbeat or the next step records."""
 
 
 class Task(Protocol):
@@ -167,7 +167,9 @@ class _Claim:
         self._stopped = threading.Event()
         self._lost = threading.Event()
         self._last_step = time.monotonic()
-        self._written: tuple[float, JobProgress] | None = None
+        self._writing = threading.Lock()
+        self._written_at = float("-inf")
+        self._progress: JobProgress | None = None
         self._heart = threading.Thread(target=self._beat, name=f"heartbeat-{job.id[-6:]}", daemon=True)
 
     def __enter__(self) -> _Claim:
@@ -212,16 +214,22 @@ class _Claim:
             return self._failed(error)
         if not completed:
             return self._stopped_early()
-        files.keep_only(self.job.id, self.job.claims)
+        # The video of a preview begins with its work.
+        files.keep_only(self.job.id, self.job.claims, with_work=self.job.request.preview)
         return Outcome.COMPLETED
 
     def _still_held(self, now: float, progress: JobProgress) -> bool:
-        if self._written is not None:
-            written_at, known = self._written
-            if now - written_at < PROGRESS_SECONDS and known.segment == progress.segment:
-                return self._store.holds(self.job)
-        self._written = now, progress
-        return self._store.renew(self.job, lease_seconds=self._worker.options.lease_seconds, progress=progress)
+        self._progress = progress
+        if now - self._written_at < PROGRESS_SECONDS:
+            return self._store.holds(self.job)
+        self._written_at = now
+        return self._renew()
+
+    def _renew(self) -> bool:
+        with self._writing:  # or a heartbeat could write an older progress over a newer one
+            return self._store.renew(
+                self.job, lease_seconds=self._worker.options.lease_seconds, progress=self._progress
+            )
 
     def _stopped_early(self) -> Outcome:
         """Give a job back, or drop what was made for one that is no longer ours."""
@@ -254,7 +262,7 @@ class _Claim:
                 LOGGER.error("%s makes no step; it is left to another worker", self.job.id)
                 return
             try:
-                if not self._store.renew(self.job, lease_seconds=options.lease_seconds):
+                if not self._renew():
                     self._lost.set()
                     return
             except OutputError as error:

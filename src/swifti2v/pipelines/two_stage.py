@@ -5,22 +5,21 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Generator, Iterator
 from contextlib import closing
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import PIL.Image
 import torch
 from torch import Tensor
 
 from swifti2v.errors import InvalidInputError
-from swifti2v.geometry import Size
 from swifti2v.media.images import LoadedImage, fit_image, fit_notes, image_to_tensor, load_image
-from swifti2v.media.video_writer import VideoWriter
 from swifti2v.pipelines.ahead import made_ahead
 from swifti2v.pipelines.fitting import frames_within_limits
 from swifti2v.pipelines.loading import load_parts
 from swifti2v.pipelines.run_store import RunStore
+from swifti2v.pipelines.runs import FinishedFrames, GenerationRequest, Progress, Video
 from swifti2v.pipelines.stage_one import PromptEmbeds, StageOneOptions
 from swifti2v.pixels import to_uint8
 from swifti2v.reference.hybrid import hybrid_reference
@@ -31,71 +30,10 @@ if TYPE_CHECKING:
     from swifti2v.pipelines.fitting import MemoryLimits
     from swifti2v.pipelines.loading import Parts
     from swifti2v.pipelines.options import GenerationOptions, GenerationSettings
+    from swifti2v.pipelines.runs import OnProgress
     from swifti2v.segments import Segment
 
 MAX_PROMPT_CHARACTERS = 100_000
-
-
-@dataclass(frozen=True)
-class Progress:
-    """Where a run is.
-
-    Args:
-        phase: `stage_one` counts its steps, `stage_two` those of all segments, `frames` the pixel frames handed out.
-        done: of `total`.
-        segment: of `stage_two`, the segment at work, from 1 to `num_segments`.
-        num_segments: of `stage_two`.
-    """
-
-    phase: Literal["stage_one", "stage_two", "frames"]
-    done: int
-    total: int
-    segment: int = 0
-    num_segments: int = 0
-
-
-OnProgress = Callable[[Progress], None]
-"""Called after every step; raise `GenerationCancelled` in it to cancel. Finished work stays in the work directory."""
-
-
-@dataclass(frozen=True)
-class FinishedFrames:
-    """Pixel frames that are done: uint8 [n,H,W,3] on the CPU, the first of them frame `first_frame` of the clip."""
-
-    first_frame: int
-    frames: Tensor
-
-
-@dataclass(frozen=True)
-class Video:
-    """A finished clip.
-
-    Args:
-        frames: uint8 [F,H,W,3] on the CPU.
-        fps: frames per second.
-        notes: what was done to image and prompt on the way ("rotated by its EXIF orientation").
-    """
-
-    frames: Tensor
-    fps: float
-    notes: tuple[str, ...] = ()
-
-    def save(self, path: str | Path) -> Path:
-        """Write H.264 (mp4, mov or mkv, by the name); raise `OutputError` if that is not possible."""
-        height, width = self.frames.shape[1:3]
-        with VideoWriter(path, size=Size(width, height), fps=self.fps) as writer:
-            writer.write(self.frames)
-        return Path(path)
-
-
-@dataclass(frozen=True)
-class GenerationRequest:
-    """One video to make: an image that fits the settings, a prompt, the settings."""
-
-    image: PIL.Image.Image
-    prompt: str
-    settings: GenerationSettings
-    notes: tuple[str, ...] = ()
 
 
 class TwoStagePipeline:
@@ -232,18 +170,26 @@ class TwoStagePipeline:
             OutputError: while iterating, if `work_dir` cannot be written.
         """
         report = on_progress or _ignore
+        with closing(self._run(request, work_dir, lambda store: self._frames(request, store, report))) as pieces:
+            for piece in pieces:
+                yield piece
+                report(Progress("frames", piece.first_frame + len(piece.frames), request.settings.num_frames))
+
+    def _run(
+        self, request: GenerationRequest, work_dir: str | Path | None, make: Callable[[RunStore], Iterator[Tensor]]
+    ) -> Generator[FinishedFrames, None, None]:
+        """Yield the frames that `make` makes, with networks placed as the limits of memory have it."""
         with RunStore.open(Path(work_dir) if work_dir is not None else None) as store:
 
             def attempt(parts: Parts) -> Iterator[Tensor]:
                 self.parts = parts
-                return self._frames(request, store, report)
+                return make(store)
 
             done = 0
             with closing(frames_within_limits(self.parts, request.settings, attempt)) as pieces:
                 for frames in pieces:
                     yield FinishedFrames(done, frames)
                     done += len(frames)
-                    report(Progress("frames", done, request.settings.num_frames))
 
     def _frames(self, request: GenerationRequest, store: RunStore, report: OnProgress) -> Iterator[Tensor]:
         """Yield the frames of a run, uint8 [f,H,W,3], a latent frame at a time."""
@@ -263,12 +209,13 @@ class TwoStagePipeline:
         on_progress: OnProgress | None = None,
     ) -> Generator[FinishedFrames, None, None]:
         """Yield the motion reference, at its own size; `stream` with the same `work_dir` continues from it."""
-        with RunStore.open(Path(work_dir) if work_dir is not None else None) as store:
-            self._make_motion_reference(request, self._encode_prompt(request), store, on_progress or _ignore)
-            done = 0
-            for frames in store.motion.chunks():
-                yield FinishedFrames(done, torch.from_numpy(frames))
-                done += len(frames)
+        report = on_progress or _ignore
+        yield from self._run(request, work_dir, lambda store: self._motion_frames(request, store, report))
+
+    def _motion_frames(self, request: GenerationRequest, store: RunStore, report: OnProgress) -> Iterator[Tensor]:
+        """Yield the motion reference, uint8 [f,h,w,3]."""
+        self._make_motion_reference(request, self._encode_prompt(request), store, report)
+        yield from map(torch.from_numpy, store.motion.chunks())
 
     def prompt_notes(self, request: GenerationRequest) -> tuple[str, ...]:
         """Return what there is to say of the prompt: that it is empty, or cut at the encoder's limit."""

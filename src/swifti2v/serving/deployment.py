@@ -18,7 +18,6 @@ import logging
 import os
 import signal
 import threading
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import ray
@@ -30,8 +29,6 @@ from swifti2v.jobs.queue import JobQueue
 from swifti2v.jobs.runner import PipelineRunner
 from swifti2v.jobs.state import ACTIVE_STATES
 from swifti2v.jobs.worker import Worker, WorkerOptions
-from swifti2v.memory.heap import map_large_blocks
-from swifti2v.pipelines.two_stage import TwoStagePipeline
 from swifti2v.serving.application import create_app
 
 if TYPE_CHECKING:
@@ -40,7 +37,7 @@ if TYPE_CHECKING:
     from fastapi import FastAPI
     from ray.serve.handle import DeploymentHandle
 
-    from swifti2v.serving.settings import ServiceSettings
+    from swifti2v.serving.settings import ClusterSettings, ServiceSettings
 
 LOGGER = logging.getLogger(__name__)
 
@@ -49,48 +46,17 @@ JOBS_PER_CALL = 16
 """A replica goes on to the next job within a call: from call to call Ray's router may pause."""
 
 _OBJECT_STORE_BYTES = 256 << 20  # pictures and videos travel through the data folder, not through Ray
+_UPSCALE_SECONDS = 2.0  # that jobs must wait before another replica is started
 _STOP_SECONDS = 60.0  # within which a replica makes a step and gives its job back
-
-
-@dataclass(frozen=True)
-class ClusterSettings:
-    """How the service spreads over a cluster.
-
-    Args:
-        address: of a running cluster (``auto``: the one of this machine); None: one is started, of this machine alone.
-        min_workers, max_workers: model replicas while nothing waits, and at most.
-        gpus_per_worker, cpus_per_worker: what Ray sets aside for a replica.
-        device: of a replica; default: ``cuda`` with cards, else ``cpu``.
-        lease_seconds: after which a silent replica counts as dead.
-        grace_seconds: that a job may still run when the service stops.
-        upscale_seconds, downscale_seconds: how long the need must last.
-    """
-
-    address: str | None = None
-    min_workers: int = 1
-    max_workers: int = 1
-    gpus_per_worker: float = 0.0
-    cpus_per_worker: float = 1.0
-    device: str | None = None
-    lease_seconds: float = 30.0
-    grace_seconds: float = 0.0
-    upscale_seconds: float = 2.0
-    downscale_seconds: float = 120.0
-
-    @property
-    def worker_device(self) -> str:
-        """Device of a replica."""
-        return self.device or ("cuda" if self.gpus_per_worker else "cpu")
 
 
 class ModelReplica:
     """A pipeline that works on the queue while it is called."""
 
     def __init__(self, settings: ServiceSettings, cluster: ClusterSettings) -> None:
-        map_large_blocks()
         self._models = [model.name for model in settings.models]
         self._queue = JobQueue.open(settings.data, url=settings.database_url)
-        self._runner = PipelineRunner(lambda name: TwoStagePipeline.from_pretrained(name, device=cluster.worker_device))
+        self._runner = PipelineRunner.on_device(cluster.worker_device, cluster.memory)
         self._runner.pipeline(self._models[0])
         self._options = WorkerOptions(
             models=self._models, lease_seconds=cluster.lease_seconds, grace_seconds=cluster.grace_seconds
@@ -184,8 +150,8 @@ def application(settings: ServiceSettings, cluster: ClusterSettings) -> Any:
         "min_replicas": cluster.min_workers,
         "max_replicas": cluster.max_workers,
         "target_ongoing_requests": 1,
-        "upscale_delay_s": cluster.upscale_seconds,
-        "downscale_delay_s": cluster.downscale_seconds,
+        "upscale_delay_s": _UPSCALE_SECONDS,
+        "downscale_delay_s": cluster.idle_seconds,
     }
     replicas = serve.deployment(
         ModelReplica,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, Any
 
 from anyio import to_thread
@@ -84,7 +84,10 @@ class Service:
 
     def describe(self, job: Job) -> VideoObject:
         """Return a job as clients see it."""
-        return video_object(job, max_age_seconds=self.settings.retention.max_age_seconds)
+        models = self.settings.models
+        # A queue shared with others may hold jobs of a model that is not served here.
+        model = next((model for model in models if model.name == job.request.model), models[0])
+        return video_object(job, model.defaults, max_age_seconds=self.settings.retention.max_age_seconds)
 
     def follow(self, look: Callable[[], Job]) -> Follow:
         """Return how to follow a job."""
@@ -110,7 +113,7 @@ def _add_creation(router: APIRouter, service: Service) -> None:
         body = fetch_picture(body, limits)
         with pictures_at_once:
             loaded = decode_picture(body, service.decoder)
-            request = type(request)(request.model, request.prompt, request.options, loaded.notes)
+            request = replace(request, notes=loaded.notes)
             return service.queue.submit(
                 loaded.image, request, owner=caller.name, max_active_of_owner=caller.max_active_jobs
             )

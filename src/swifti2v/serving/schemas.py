@@ -147,10 +147,10 @@ def read_request(fields: Mapping[str, Any], settings: ServiceSettings) -> JobReq
     return JobRequest(model.name, values["prompt"], to_mapping(_options(settled, values)))
 
 
-def video_object(job: Job, *, max_age_seconds: float | None) -> VideoObject:
-    """Return a job as a client sees it."""
-    options = job.request.options
-    width, height = options["size"]
+def video_object(job: Job, defaults: GenerationSettings, *, max_age_seconds: float | None) -> VideoObject:
+    """Return a job as a client sees it; `defaults` are its model's, for what whoever queued it left open."""
+    chosen = {name: value for name, value in job.request.options.items() if value is not None}
+    num_frames, fps = chosen.get("num_frames", defaults.num_frames), chosen.get("fps", defaults.fps)
     ended = job.finished_at if job.state is JobState.COMPLETED else None
     expires = None if job.finished_at is None or max_age_seconds is None else int(job.finished_at + max_age_seconds)
     notes = job.request.notes if job.result is None else job.result.notes
@@ -162,13 +162,13 @@ def video_object(job: Job, *, max_age_seconds: float | None) -> VideoObject:
         created_at=int(job.created_at),
         completed_at=None if ended is None else int(ended),
         expires_at=expires,
-        size=f"{width}x{height}",
-        seconds=f"{options['num_frames'] / options['fps']:.4g}",
+        size=str(Size(*chosen.get("size", defaults.size))),
+        seconds=f"{num_frames / fps:.4g}",
         prompt=job.request.prompt,
         error=_video_error(job),
-        num_frames=options["num_frames"],
-        fps=options["fps"],
-        seed=options["seed"],
+        num_frames=num_frames,
+        fps=fps,
+        seed=chosen.get("seed", defaults.seed),
         phase=job.progress.phase,
         segment=job.progress.segment,
         num_segments=job.progress.num_segments,

@@ -76,3 +76,35 @@ class ServiceSettings:
     retention: RetentionPolicy = field(default_factory=RetentionPolicy)
     prune_seconds: float = 60.0
     poll_seconds: float = 0.2
+
+
+@dataclass(frozen=True)
+class ClusterSettings:
+    """How the service spreads over a Ray cluster.
+
+    Args:
+        address: of a running cluster (``auto``: the one of this machine); None: one is started, of this machine alone.
+        min_workers, max_workers: model replicas while nothing waits, and at most.
+        gpus_per_worker, cpus_per_worker: what Ray sets aside for a replica.
+        device: of a replica; default: ``cuda`` with cards, else ``cpu``.
+        memory: of the device that a run may take, as `MemoryLimits.parse` reads it; None: all is kept on the device.
+        lease_seconds: after which a silent replica counts as dead.
+        grace_seconds: that a job may still run when the service stops.
+        idle_seconds: after which a replica too many is ended.
+    """
+
+    address: str | None = None
+    min_workers: int = 1
+    max_workers: int = 1
+    gpus_per_worker: float = 0.0
+    cpus_per_worker: float = 1.0
+    device: str | None = None
+    memory: str | None = None
+    lease_seconds: float = 30.0
+    grace_seconds: float = 0.0
+    idle_seconds: float = 120.0
+
+    @property
+    def worker_device(self) -> str:
+        """Device of a replica."""
+        return self.device or ("cuda" if self.gpus_per_worker else "cpu")

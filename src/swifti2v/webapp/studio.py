@@ -14,7 +14,6 @@ from swifti2v.jobs.state import ACTIVE_STATES, Job, JobRequest
 from swifti2v.media.images import load_image
 from swifti2v.pipelines.loading import settings_of
 from swifti2v.pipelines.options import GenerationOptions
-from swifti2v.webapp.motion import PREVIEW_PREFIX, continue_preview, is_preview, model_of
 from swifti2v.webapp.presets import Preset, preset_of, size_choices, summary
 from swifti2v.webapp.views import job_view, library_view
 
@@ -98,11 +97,11 @@ class Studio:
             QueueFullError: the queue takes no more.
             OutputError: the picture cannot be kept.
         """
-        return self._submit(form, PREVIEW_PREFIX + self.model)
+        return self._submit(form, preview=True)
 
     def video(self, form: Form) -> Job:
         """Queue the video of a form at once; raises as `preview`."""
-        return self._submit(form, self.model)
+        return self._submit(form, preview=False)
 
     def go_on(self, job_id: str) -> Job:
         """Queue the video of a finished preview, which begins with the motion that was seen.
@@ -111,20 +110,13 @@ class Studio:
             JobError: there is no such preview, or it is not finished.
             QueueFullError, OutputError: as `preview`.
         """
-        preview = self.queue.store.get(job_id)
-        if not is_preview(preview.request):
-            msg = "this job is a video already; choose a preview, or make a new one"
-            raise JobError(msg)
-        return continue_preview(self.queue, preview, replace(preview.request, model=model_of(preview.request)))
+        return self.queue.continue_preview(job_id)
 
     def another_motion(self, job_id: str) -> Job:
         """Queue a preview of the same picture, prompt and settings with another seed; raises as `go_on`."""
         job = self.queue.store.get(job_id)
-        request = replace(
-            job.request,
-            model=PREVIEW_PREFIX + model_of(job.request),
-            options={**job.request.options, "seed": secrets.randbelow(_SEED_LIMIT)},
-        )
+        options = {**job.request.options, "seed": secrets.randbelow(_SEED_LIMIT)}
+        request = replace(job.request, preview=True, options=options)
         return self.queue.submit(load_image(self._picture(job)).image, request, owner=job.owner)
 
     def cancel(self, job_id: str) -> Job:
@@ -161,13 +153,13 @@ class Studio:
             stage = None
         return stage, library_view(self.queue, self.queue.store.list(limit=MAX_LISTED), current=job_id)
 
-    def _submit(self, form: Form, model: str) -> Job:
+    def _submit(self, form: Form, *, preview: bool) -> Job:
         if not form.image:
             msg = "there is no picture yet; drop one into the field, or choose a file"
             raise InvalidInputError(msg)
         loaded = load_image(form.image)
         options = self._options(form)
-        request = JobRequest(model, form.prompt, to_mapping(options), loaded.notes)
+        request = JobRequest(self.model, form.prompt, to_mapping(options), loaded.notes, preview)
         return self.queue.submit(loaded.image, request)
 
     def _options(self, form: Form) -> GenerationOptions:

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 
 from swifti2v.errors import SwiftI2VError
 from swifti2v.jobs.state import JobState
-from swifti2v.webapp.motion import is_preview, model_of, motion_video
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -45,9 +44,10 @@ def _file(queue: JobQueue, job: Job, kind: str) -> Path | None:
     finished = job.state is JobState.COMPLETED
     paths: Mapping[str, Path | None] = {
         "thumbnail": files.thumbnail,
-        "video": files.video if finished and not is_preview(job.request) else None,
-        "motion": (files.video if finished else None) if is_preview(job.request) else motion_video(files),
-        "growing": None if finished else _playable(files.growing_video),
+        "video": files.video if finished and not job.request.preview else None,
+        "motion": (files.video if finished else None) if job.request.preview else files.motion,
+        # Finished before the queue knows it, the video has its name already.
+        "growing": None if finished else _playable(files.growing_video) or files.video,
     }
     return _existing(paths.get(kind))
 
@@ -78,7 +78,7 @@ def job_view(queue: JobQueue, job: Job, *, now: float | None = None) -> dict[str
     progress = job.progress
     return {
         "id": job.id,
-        "kind": "preview" if is_preview(job.request) else "video",
+        "kind": "preview" if job.request.preview else "video",
         "state": job.state.value,
         "headline": headline(queue, job),
         "percent": progress.percent,
@@ -102,7 +102,7 @@ def library_view(queue: JobQueue, jobs: Sequence[Job], *, current: str) -> list[
     return [
         {
             "id": job.id,
-            "kind": "preview" if is_preview(job.request) else "video",
+            "kind": "preview" if job.request.preview else "video",
             "state": job.state.value,
             "headline": headline(queue, job),
             "percent": job.progress.percent,
@@ -126,7 +126,7 @@ def headline(queue: JobQueue, job: Job) -> str:
         return "Cancelled" if job.lease_token is None else "Cancelled; the worker stops at its next step"
     if job.state is JobState.FAILED:
         return "Failed"
-    return "Motion preview" if is_preview(job.request) else "Video"
+    return "Motion preview" if job.request.preview else "Video"
 
 
 def jobs_ahead(queue: JobQueue, job: Job) -> int:
@@ -154,11 +154,11 @@ def _work_line(job: Job) -> str:
 def _settings_line(job: Job, options: Mapping[str, Any]) -> str:
     size, frames, seed, steps = (options.get(name) for name in ("size", "num_frames", "seed", "num_inference_steps"))
     shown = [
-        model_of(job.request),
+        job.request.model,
         "x".join(map(str, size)) if size is not None else "",
         f"{frames} frames" if frames is not None else "",
         f"seed {seed}" if seed is not None else "",
-        f"{steps} step{'s' * (steps != 1)}" if steps is not None and not is_preview(job.request) else "",
+        f"{steps} step{'s' * (steps != 1)}" if steps is not None and not job.request.preview else "",
     ]
     return ", ".join(filter(None, shown))
 

@@ -112,7 +112,7 @@ def measured(
     size = min(chosen.segment_size, (len(frames) - 1) // 4)
     # One segment has no seams of its own, segments of one frame nothing but: judged where those of the full way are.
     seams = settings.segment_size if size == 1 or size * 4 + 1 >= len(frames) else size
-    numbers = judged(variant.name, frames, clip, fps=settings.fps, segment_size=seams)
+    numbers = judged(variant.name, frames, clip, fps=settings.fps, segment_size=seams, vmaf=False)
     window = max(len(segment.window) for segment in parts.stage_two.plan(chosen))
     return {**numbers, "seconds_per_frame": seconds, "window": float(window)}
 

@@ -201,7 +201,7 @@ def long_numbers(row: Variant, clip: KnownClip, parts: Parts, settings: Generati
     made, _ = made_frames(Baseline(row.name, row.label, "stage_two", row.settings), clip, parts, settings, None)
     curve = [psnr(frame, truth) for frame, truth in zip(made[1:], clip.truth[1:], strict=True)]
     count = round(END_SHARE * len(curve))
-    numbers = judged(row.name, made, clip, fps=settings.fps, segment_size=settings.segment_size)
+    numbers = judged(row.name, made, clip, fps=settings.fps, segment_size=settings.segment_size, vmaf=False)
     return {**numbers, "decay": mean(curve[:count]) - mean(curve[-count:]), "curve": curve}
 
 

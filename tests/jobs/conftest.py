@@ -83,9 +83,9 @@ def request_of() -> Callable[..., JobRequest]:
     return lambda prompt="", **options: JobRequest("tiny", prompt, options)
 
 
-def wait_for(condition: Callable[[], bool], *, seconds: float = 300.0) -> None:
+def wait_for(condition: Callable[[], bool], *, seconds: float = 300.0, pause_seconds: float = 0.005) -> None:
     """Return when `condition` holds; the limit is patience with a busy machine, and ends a test that is wrong."""
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, "waited in vain"
-        time.sleep(0.005)
+        time.sleep(pause_seconds)

@@ -5,6 +5,7 @@ Trains the networks of `NETWORKS` by ``recipes/mini/context.yaml`` (one that ``R
 one that was stopped goes on), then judges them on clips that training never saw:
 
 - short, 33 frames: every row changes one thing of the first network's own way;
+- seeds: the first way with both kinds of context, over the seeds: what differs less than they do is not shown;
 - artefacts: trained on references with or without the artefacts of Stage I's codec (stage-transition, as far as `mini`
   can show it), each fed with both, over the seeds;
 - long, 161 frames, and 321 (the same to and fro): errors have time to add up. Decay: PSNR of the first 15% of the
@@ -18,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 import io
+import itertools
 import os
 import shutil
 from dataclasses import dataclass, field, replace
@@ -29,7 +31,7 @@ import PIL.Image
 import torch
 
 from benchmarks import pictures
-from benchmarks.ablation import Variant, documented, measured, plot, table, with_network
+from benchmarks.ablation import FULL, VARIANTS, Variant, documented, measured, plot, table, with_network
 from benchmarks.baselines import Baseline, judged, made_frames
 from benchmarks.clips import held_back_clips, truth_frames
 from benchmarks.fidelity import KnownClip, known_clip
@@ -63,6 +65,12 @@ SIZE = Size(320, 160)
 SHRINK = 4
 SHORT_FRAMES, LONG_FRAMES = 33, 161
 END_SHARE = 0.15
+SEED_COLUMNS = {
+    "psnr": "PSNR (dB)",
+    "high_frequency_ratio": "HF",
+    "seam_luma": "seam, luma",
+    "seam_detail": "seam, detail",
+}
 
 
 @dataclass(frozen=True)
@@ -81,22 +89,13 @@ CLEAN_CONTEXT = Network("clean_context", model={"context_noise": 0.0})
 NETWORKS = (BIDIRECTIONAL, FROZEN, WITH_ARTEFACTS, CLEAN_CONTEXT)
 
 SHORT = (
-    Variant("full", "**full CSG**"),
-    Variant("no_anchor", "no anchor", {"anchor": False}),
-    Variant("no_neighbors", "no neighbours", {"neighbors_before": 0}),
-    Variant("neither", "neither anchor nor neighbours", {"anchor": False, "neighbors_before": 0}),
-    Variant("both_sides", "neighbours on both sides", {"neighbors_after": 1}),
-    Variant("two_before", "two neighbours before", {"neighbors_before": 2}),
-    Variant("compact", "compact positions", {"positions": "compact"}),
-    *(Variant(f"m{size}", f"M = {size}", {"segment_size": size}) for size in (1, 2, 4, 6)),
-    Variant("whole", "full sequence", {"segment_size": SHORT_FRAMES}),
-    *(Variant(f"steps{steps}", f"{steps} steps", {"num_inference_steps": steps}) for steps in (2, 4, 20)),
+    *(row for row in VARIANTS if row.uses_reference),
     Variant("kept", "4 steps, context kept", {"num_inference_steps": 4, "keep_context": True}),
     Variant(FROZEN.name, "trained with frozen context", network=FROZEN.name),
     Variant(CLEAN_CONTEXT.name, "trained without noise on the context", network=CLEAN_CONTEXT.name),
 )
 LONG = (
-    Variant("full", "**full CSG**"),
+    FULL,
     Variant("compact", "compact positions", {"positions": "compact"}),
     Variant("no_neighbors", "independent segments", {"neighbors_before": 0}),
     Variant("no_anchor", "no anchor", {"anchor": False}),
@@ -180,10 +179,12 @@ def judge_short(networks: Mapping[str, Parts], clips: Path) -> dict[str, dict[st
     return results
 
 
-def judge_long(networks: Mapping[str, Parts], clips: Path, *, is_doubled: bool) -> dict[str, dict[str, Any]]:
+def judge_long(
+    networks: Mapping[str, Parts], clips: Path, *, is_doubled: bool, max_clips: int | None = None
+) -> dict[str, dict[str, Any]]:
     """Return ``{clip: {row: numbers}}`` of `LONG`; `curve` is PSNR by frame."""
     results: dict[str, dict[str, Any]] = {}
-    for name, frames in small_clips(clips, LONG_FRAMES):
+    for name, frames in itertools.islice(small_clips(clips, LONG_FRAMES), max_clips):
         truth = to_and_fro(frames) if is_doubled else frames
         settings = settings_for(networks[BIDIRECTIONAL.name], len(truth))
         clip = known_clip(truth, settings)
@@ -203,6 +204,25 @@ def long_numbers(row: Variant, clip: KnownClip, parts: Parts, settings: Generati
     count = round(END_SHARE * len(curve))
     numbers = judged(row.name, made, clip, fps=settings.fps, segment_size=settings.segment_size, vmaf=False)
     return {**numbers, "decay": mean(curve[:count]) - mean(curve[-count:]), "curve": curve}
+
+
+def judge_seeds(parts_of: Mapping[tuple[str, int], Parts], clips: Path) -> dict[str, dict[str, list[float]]]:
+    """Return ``{network: {measure of SEED_COLUMNS: value for each seed}}``, means over the clips, 33 frames."""
+    found: dict[str, dict[str, list[float]]] = {}
+    settings = settings_for(next(iter(parts_of.values())), SHORT_FRAMES)
+    known = [known_clip(truth, settings) for _, truth in small_clips(clips, SHORT_FRAMES)]
+    for (network, seed), parts in parts_of.items():
+        numbers = [measured(FULL, clip, parts, settings, None) for clip in known]
+        for key in SEED_COLUMNS:
+            found.setdefault(network, {}).setdefault(key, []).append(mean(each[key] for each in numbers))
+        say(f"seeds, {network} {seed}: {found[network]['psnr'][-1]:.2f} dB")
+    return found
+
+
+def seeds_table(found: Mapping[str, Mapping[str, Sequence[float]]]) -> str:
+    """Return the Markdown table of `judge_seeds`: mean over the seeds and their range."""
+    rows = [(name, *(_mean_and_range(numbers[key]) for key in SEED_COLUMNS)) for name, numbers in found.items()]
+    return markdown_table(("context, mean and range over seeds", *SEED_COLUMNS.values()), rows)
 
 
 def judge_artefacts(
@@ -228,12 +248,11 @@ def judge_artefacts(
 def artefacts_table(found: Mapping[str, Mapping[str, Sequence[float]]]) -> str:
     """Return the Markdown table of `judge_artefacts`: mean over the seeds and their range."""
     rows = []
-    for network, label in ((BIDIRECTIONAL.name, "clean references"), (WITH_ARTEFACTS.name, "with artefacts")):
-        cells = [
-            f"{np.mean(values[network]):.3f} ({min(values[network]):.3f} .. {max(values[network]):.3f})"
-            for values in found.values()
-        ]
-        rows.append((f"trained on {label}", *cells))
+    for network, label in (
+        (BIDIRECTIONAL.name, "clean references"),
+        (WITH_ARTEFACTS.name, "references with artefacts"),
+    ):
+        rows.append((f"trained on {label}", *(_mean_and_range(values[network]) for values in found.values())))
     return markdown_table(("PSNR (dB), mean and range over seeds", *(f"fed {fed}" for fed in found)), rows)
 
 
@@ -284,26 +303,30 @@ def main() -> None:
     parser.add_argument("--clips", type=Path, required=True, help="folder with INDEX.csv: to train on and held back")
     parser.add_argument("--runs", type=Path, required=True, help="where the networks are, or will be")
     parser.add_argument("--seeds", type=int, default=3, help="networks of each of the ways that `artefacts` compares")
+    parser.add_argument("--max-long-clips", type=int, help="only the first of the long clips; they take longest")
     parser.add_argument("--document", type=Path, help="Markdown file whose part between the marks is replaced")
     add_result_arguments(parser, pictures=False)
     arguments = parser.parse_args()
     parts = TwoStagePipeline.from_pretrained("mini").parts
     place = {"clips": arguments.clips, "runs": arguments.runs}
     first = {each.name: with_network(parts, trained(each, 0, **place)) for each in NETWORKS}
-    both = {
+    every = {
         (each.name, seed): with_network(parts, trained(each, seed, **place))
-        for each in (BIDIRECTIONAL, WITH_ARTEFACTS)
+        for each in (BIDIRECTIONAL, FROZEN, WITH_ARTEFACTS)
         for seed in range(arguments.seeds)
     }
     codec = MotionCodec.from_pretrained(_codec_folder("stage_one"))
     with torch.no_grad():
         short = judge_short(first, arguments.clips)
-        artefacts = judge_artefacts(both, arguments.clips, codec)
+        seeds = judge_seeds(_without(every, WITH_ARTEFACTS), arguments.clips)
+        artefacts = judge_artefacts(_without(every, FROZEN), arguments.clips, codec)
         long = {
-            LONG_FRAMES: judge_long(first, arguments.clips, is_doubled=False),
-            2 * LONG_FRAMES - 1: judge_long(first, arguments.clips, is_doubled=True),
+            LONG_FRAMES: judge_long(first, arguments.clips, is_doubled=False, max_clips=arguments.max_long_clips),
+            2 * LONG_FRAMES - 1: judge_long(
+                first, arguments.clips, is_doubled=True, max_clips=arguments.max_long_clips
+            ),
         }
-    sections = [table(short, SHORT), artefacts_table(artefacts)]
+    sections = [table(short, SHORT), seeds_table(seeds), artefacts_table(artefacts)]
     sections += [f"{length} frames:\n\n{long_table(results)}" for length, results in long.items()]
     print("\n\n".join(sections))
     if arguments.document is not None:
@@ -312,8 +335,16 @@ def main() -> None:
         arguments.document.write_text(written, encoding="utf-8")
         pictures.save(plot(short, SHORT), IMAGES / "ablation_context.png")
         pictures.save(curves(long), IMAGES / "ablation_long.png")
-    content = {"settings": settings_of(arguments), "short": short, "artefacts": artefacts, "long": long}
+    content = {"settings": settings_of(arguments), "short": short, "seeds": seeds, "artefacts": artefacts, "long": long}
     say(f"written to {write_results('context_study', content, arguments.output)}")
+
+
+def _without(parts_of: Mapping[tuple[str, int], Parts], network: Network) -> dict[tuple[str, int], Parts]:
+    return {key: parts for key, parts in parts_of.items() if key[0] != network.name}
+
+
+def _mean_and_range(values: Sequence[float]) -> str:
+    return f"{np.mean(values):.3f} ({min(values):.3f} .. {max(values):.3f})"
 
 
 def _codec_folder(stage: str) -> Path:

@@ -23,9 +23,11 @@ from benchmarks.context_study import (
     artefacts_table,
     curves,
     judge_artefacts,
+    judge_seeds,
     judge_short,
     long_numbers,
     long_table,
+    seeds_table,
     settings_for,
     small_clips,
     to_and_fro,
@@ -137,6 +139,11 @@ def test_networks_are_trained_once_and_share_their_pairs(clips: Path, tmp_path: 
     assert {"full", "neither", "kept", "frozen"} <= results["wide"].keys()
     assert "clean_context" not in results["wide"], "no such network was given"
     codec = MotionCodec.from_pretrained(resolve("mini", parts=("stage_one",)).folder_of("stage_one") / "vae")
+    seeds = judge_seeds({("bidirectional", 0): networks["bidirectional"], ("frozen", 1): networks["frozen"]}, clips)
+    assert seeds["bidirectional"]["psnr"] == [pytest.approx(results["wide"]["full"]["psnr"], abs=1e-6)]
+    assert seeds["frozen"]["high_frequency_ratio"] == [
+        pytest.approx(results["wide"]["frozen"]["high_frequency_ratio"], abs=1e-6)
+    ]
     by_seed = {("bidirectional", 0): networks["bidirectional"], ("artefacts", 0): with_network(parts, coded)}
     found = judge_artefacts(by_seed, clips, codec)
     assert found["clean"]["bidirectional"][0] > found["with artefacts"]["bidirectional"][0]
@@ -182,6 +189,8 @@ def test_decay_is_what_is_lost_from_beginning_to_end(parts: Parts, monkeypatch: 
 def test_tables_and_plot() -> None:
     found = {"clean": {"bidirectional": [30.0, 31.0], "artefacts": [29.0, 29.5]}}
     assert "| trained on clean references | 30.500 (30.000 .. 31.000) |" in artefacts_table(found)
+    measures = {"psnr": [27.0, 28.0], "high_frequency_ratio": [0.3], "seam_luma": [1.0], "seam_detail": [1.1]}
+    assert "| frozen | 27.500 (27.000 .. 28.000) | 0.300 (0.300 .. 0.300) |" in seeds_table({"frozen": measures})
     rows: dict[str, Any] = {row.name: {"psnr": 30.0, "decay": 0.5, "curve": [30.0] * 8} for row in LONG}
     other = {name: numbers | {"psnr": 32.0} for name, numbers in rows.items()}
     text = long_table({"one": rows, "two": other})

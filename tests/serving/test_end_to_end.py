@@ -164,9 +164,9 @@ def test_errors_are_those_of_the_client(service: RunningService) -> None:
 def test_a_deleted_video_frees_its_worker(
     service: RunningService, record_property: Callable[[str, object], None]
 ) -> None:
-    """The next job begins long before the deleted one would have ended.
+    """The next job begins within a step or two of the deletion; a step is timed on the job that is deleted.
 
-    That not one more step is made, `test_deleting_cancels` counts; here the steps are timed, on the deleted job itself.
+    That not one more step is made, `test_deleting_cancels` counts.
     """
     store = JobQueue.open(service.data).store
     long = service.create(**(LONG | {"num_inference_steps": 200}))
@@ -175,7 +175,6 @@ def test_a_deleted_video_frees_its_worker(
     wait_for(lambda: store.get(long.id).progress.segment > segment, seconds=PATIENCE_SECONDS)
     progress, moment = store.get(long.id).progress, time.time()
     step_seconds = (moment - since) / (200 * (progress.segment - segment))
-    remaining_steps = 200 * (progress.num_segments - progress.segment)
     waiting = service.create(**SHORT)
     assert service.client.videos.retrieve(waiting.id).status == "queued"
     asked = time.time()
@@ -187,7 +186,7 @@ def test_a_deleted_video_frees_its_worker(
     record_property("delete_milliseconds", round(1000 * (answered - asked), 1))
     record_property("free_milliseconds_after_request", round(1000 * (started - asked), 1))
     record_property("free_milliseconds_after_answer", round(1000 * (started - answered), 1))
-    assert started - asked < remaining_steps * step_seconds / 2
+    assert started - asked < 1.0
     store.database.close()
 
 

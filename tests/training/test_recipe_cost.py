@@ -66,6 +66,8 @@ def test_own_context_is_a_forward_of_the_segment_before() -> None:
     plain, dearer = counted(RefinerRun(LOOP, flow=FIVE)), counted(RefinerRun(LOOP, flow=own))
     forward = STAGE_TWO_5B.forward_cost(FIVE_TOKENS).tflop
     assert dearer.tflop_per_sample - plain.tflop_per_sample == pytest.approx(0.5 * 2 * forward)
+    chain = counted(RefinerRun(LOOP, flow=replace(own, own_context_segments=3)))  # one, two or three segments
+    assert chain.tflop_per_sample - plain.tflop_per_sample == pytest.approx(0.5 * 2 * 2 * forward)
 
 
 def test_a_teacher_adds_its_forwards() -> None:

@@ -214,7 +214,8 @@ def _own_context_tflop(
 ) -> float:
     tokens = (2 + flow.windows.segment_size) * _tokens_per_frame(dimensions, size)
     forward = work.transformer.forward_cost(tokens, text_tokens=dimensions.text_tokens).tflop
-    return flow.own_context_share * flow.own_context_steps * forward
+    segments = (1 + flow.own_context_segments) / 2  # drawn from 1 to the most
+    return flow.own_context_share * segments * flow.own_context_steps * forward
 
 
 def _low_res_cache(run: LowResCacheRun, dimensions: PipelineDimensions) -> EncodingCost:

@@ -20,6 +20,7 @@ from swifti2v.training.embedded.stage_two import (
     fit_block_codec,
     make_stage_two_transformer,
 )
+from swifti2v.training.refiner.windows import WindowOptions
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -84,6 +85,21 @@ def test_loss_is_a_function_of_the_step(clip: torch.Tensor) -> None:
     first, second = objective.loss(3)[0], objective.loss(3)[0]
     assert torch.equal(first, second)
     assert any(not torch.equal(first, objective.loss(step)[0]) for step in range(4, 10))
+
+
+@pytest.mark.parametrize("segments", [0, 1, 2])
+def test_own_context_is_made_without_gradient(clip: torch.Tensor, segments: int) -> None:
+    """A forward for each segment before the window, of which a clip of four latent frames has two at M = 1."""
+    calls: list[bool] = []
+    objective = make_objective(clip, 0.9 * clip)
+    objective.module.register_forward_hook(lambda *_: calls.append(torch.is_grad_enabled()))
+    objective.recipe = replace(RECIPE, own_context_share=min(segments, 1), own_context_segments=max(segments, 1))
+    objective._windows = WindowOptions(segment_size=1)
+    drawn = [objective._batch(step) for step in range(8)]
+    assert {len(each.earlier) for each in drawn} == ({0} if segments == 0 else set(range(1, segments + 1)))
+    assert all(each.segment.before for each in drawn if each.earlier)
+    objective.loss(0)
+    assert calls == [False] * len(drawn[0].earlier) + [True]
 
 
 def test_heads_and_context_are_those_of_the_recipe() -> None:

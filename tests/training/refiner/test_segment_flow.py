@@ -15,14 +15,22 @@ from torch import Tensor
 from swifti2v.errors import ConfigurationError, LatentCacheError
 from swifti2v.models.transformer import StageTwoTransformer
 from swifti2v.sampling.schedules import shifted_sigmas
+from swifti2v.segments import Segment
+from swifti2v.training.refiner import window_batches
 from swifti2v.training.refiner.distillation import DistillationObjective, DistillationOptions
 from swifti2v.training.refiner.segment_flow import (
     SegmentFlowObjective,
     SegmentFlowOptions,
     WindowSource,
+)
+from swifti2v.training.refiner.window_batches import (
+    ClipBatch,
+    WindowBatch,
+    earlier_segments,
     noise_like,
     predicted,
     sample_targets,
+    with_own_context,
 )
 from swifti2v.training.refiner.windows import WindowOptions
 
@@ -152,11 +160,44 @@ def test_own_context_is_what_the_network_makes(transformer: StageTwoTransformer,
     assert not torch.equal(source.batch(0, source.generator(0)).slots[:, :, 1], batch.slots[:, :, 1])
 
 
+def test_own_context_is_handed_on_as_at_inference(
+    transformer: StageTwoTransformer, samples: list[Sample], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two segments back: the second sees the end of the first, not the truth; the window sees the end of the second."""
+    seen: list[Tensor] = []
+    made: list[Tensor] = []
+
+    def remembered(network: StageTwoTransformer, batch: WindowBatch, **options: Any) -> Tensor:
+        seen.append(batch.slots)
+        made.append(sample_targets(network, batch, **options))
+        return made[-1]
+
+    monkeypatch.setattr(window_batches, "sample_targets", remembered)
+    truth = torch.stack([sample.tensors["latents"] for sample in samples])
+    reference = torch.stack([sample.tensors["reference.0"] for sample in samples])
+    prompts = torch.stack([sample.tensors["prompt_embeds"] for sample in samples])
+    segment = Segment(index=0, targets=range(4, 5), before=range(3, 4), after=range(0))
+    batch = with_own_context(
+        transformer,
+        ClipBatch(truth, reference, prompts),
+        segment,
+        earlier=earlier_segments(segment, segment_size=2, count=2),
+        sigmas=(1.0, 0.0),
+        context_noise=0.0,
+        generator=torch.Generator().manual_seed(0),
+    )
+    assert [each.shape[2] for each in made] == [1, 2]  # frame 1, frames 2 and 3
+    assert torch.equal(seen[1][:, :, 1], made[0][:, :, 0])
+    assert torch.equal(batch.slots[:, :, 1], made[1][:, :, 1])
+    assert torch.equal(batch.targets, truth[:, :, 4:5])
+
+
 def test_processes_make_their_own_context_together(transformer: StageTwoTransformer, samples: list[Sample]) -> None:
     """A sharded network's forward is a meeting of all processes: each must run as many."""
     calls = []
     transformer.register_forward_hook(lambda *_: calls.append(1))
-    options = replace(EXACT, own_context_share=0.5)
+    windows = WindowOptions(segment_size=1)
+    options = replace(EXACT, windows=windows, own_context_share=0.5, own_context_segments=2)
     source = WindowSource(transformer, samples=samples, batches=Steps(), options=options, num_processes=2)
     counts = []
     for draw in range(24):
@@ -164,7 +205,7 @@ def test_processes_make_their_own_context_together(transformer: StageTwoTransfor
         source.batch(draw, source.generator(draw))
         counts.append(len(calls))
     assert counts[::2] == counts[1::2]
-    assert set(counts) == {0, 1}
+    assert set(counts) == {0, 1, 2}
 
 
 def test_reference_is_left_out_below_its_level(transformer: StageTwoTransformer, samples: list[Sample]) -> None:
@@ -184,9 +225,9 @@ def test_cache_without_references(transformer: StageTwoTransformer, samples: lis
         objective(transformer, bare).loss(0)
 
 
-@pytest.mark.parametrize("options", [{"pure_noise_share": 2.0}, {"flow_shift": 0.0}, {"own_context_steps": 0}])
+@pytest.mark.parametrize("options", [{"pure_noise_share": 2.0}, {"flow_shift": 0.0}, {"own_context_segments": 0}])
 def test_options_out_of_range(options: dict[str, float]) -> None:
-    with pytest.raises(ConfigurationError, match=r"within 0..1|at least 1"):
+    with pytest.raises(ConfigurationError, match=r"within 0..1|above 0|at least 1"):
         SegmentFlowOptions(**options)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 import torch
@@ -10,6 +12,7 @@ from hypothesis import strategies as st
 
 from swifti2v.errors import ConfigurationError, InvalidInputError
 from swifti2v.segments import FrameKind, Segment
+from swifti2v.training.refiner.window_batches import earlier_segments
 from swifti2v.training.refiner.windows import WindowOptions, context_slots, with_finished
 
 SEGMENT = Segment(index=0, targets=range(3, 5), before=range(2, 3), after=range(5, 6))
@@ -29,15 +32,30 @@ def test_windows_lie_within_the_clip(seed: int, length: int, size: int) -> None:
 @given(st.integers(0, 2**31), st.integers(3, 21), st.integers(1, 4))
 def test_a_finished_neighbour_can_be_asked_for(seed: int, length: int, size: int) -> None:
     options = WindowOptions(segment_size=size, before_share=0.0)
-    segment = options.draw(np.random.default_rng(seed), length, needs_before=True)
+    segment = options.draw(np.random.default_rng(seed), length, segments_before=1)
     assert len(segment.before) == 1
     assert segment.window[-1] < length
 
 
-@pytest.mark.parametrize(("length", "needs_before"), [(1, False), (2, True)])
-def test_clip_that_is_too_short(length: int, needs_before: bool) -> None:
+@given(st.integers(0, 2**31), st.integers(0, 9), st.integers(1, 4), st.integers(1, 3))
+def test_earlier_segments_fit_and_meet(seed: int, spare: int, size: int, count: int) -> None:
+    """They follow each other up to the targets, each but the first with M of its own, all within the clip."""
+    length = 3 + (count - 1) * size + spare
+    segment = WindowOptions(segment_size=size).draw(np.random.default_rng(seed), length, segments_before=count)
+    earlier = earlier_segments(segment, segment_size=size, count=count)
+    assert len(earlier) == count
+    assert all(len(each.targets) == size for each in earlier[1:])
+    assert 1 <= len(earlier[0].targets) <= size
+    for each, following in pairwise([*earlier, segment]):
+        assert each.targets.stop == following.targets.start
+        assert following.before == range(following.targets.start - 1, following.targets.start)
+    assert earlier[0].targets.start >= 1
+
+
+@pytest.mark.parametrize(("length", "segments_before"), [(1, 0), (2, 1), (5, 2)])
+def test_clip_that_is_too_short(length: int, segments_before: int) -> None:
     with pytest.raises(InvalidInputError, match="use longer clips"):
-        WindowOptions().draw(np.random.default_rng(0), length, needs_before=needs_before)
+        WindowOptions().draw(np.random.default_rng(0), length, segments_before=segments_before)
 
 
 def test_every_kind_of_window_is_met_as_often_as_asked() -> None:

@@ -7,19 +7,24 @@ truth with a little noise (exposure bias), the loss is on the targets only.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from swifti2v.models.condition import predict_targets
 from swifti2v.models.transform_codec import BLOCK_NUMBERS, TEMPORAL, BlockTransformCodec
 from swifti2v.models.transformer import StageTwoTransformer
 from swifti2v.models.transformer_configuration import ContextAttention  # noqa: TC001 - read from recipes
 from swifti2v.training.embedded.codec import BandStatistics
 from swifti2v.training.engine.loop import Prefetcher
-from swifti2v.training.refiner.windows import WindowOptions, context_slots, with_finished
+from swifti2v.training.refiner.window_batches import (
+    ClipBatch,
+    earlier_segments,
+    predicted,
+    with_own_context,
+)
+from swifti2v.training.refiner.windows import WindowOptions
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -44,6 +49,8 @@ class StageTwoRecipe:
         crops: spatial crops in latent cells (height, width), multiples of `patch`.
         pure_noise_share: share of samples at sigma 1, where a one-step sampler works.
         context_noise: largest standard deviation of the noise on finished context.
+        own_context_share, own_context_segments: share of windows whose finished neighbour is the network's own output,
+            and at most how many segments it made one after the other; see `SegmentFlowOptions`.
         anchor_share: share of windows that see the anchor.
     """
 
@@ -61,17 +68,18 @@ class StageTwoRecipe:
     crops: tuple[tuple[int, int], ...] = ((32, 32), (24, 44), (44, 24))
     pure_noise_share: float = 0.7
     context_noise: float = 0.05
+    own_context_share: float = 0.0
+    own_context_segments: int = 1
     anchor_share: float = 1.0
     seed: int = 0
 
 
-@dataclass(frozen=True)
-class SegmentBatch:
-    """Samples of one segment shape: reference and truth of the window [B,C,W,h,w]."""
+class DrawnClips(NamedTuple):
+    """What a step learns from: crops of clips, the segment, and those before it that the network makes itself."""
 
+    clips: ClipBatch
     segment: Segment
-    truth: Tensor
-    reference: Tensor
+    earlier: tuple[Segment, ...]
 
 
 def fit_block_codec(chunks: Sequence[Tensor], *, num_channels: int) -> BlockTransformCodec:
@@ -140,30 +148,23 @@ class StageTwoObjective:
         The numbers are decibels in pixels: of the reference as it is, and what the network adds at sigma 1.
         """
         generator = torch.Generator().manual_seed(self.recipe.seed * 1_000_003 + step)
-        batch = self._batches.take(step)
-        places = batch.segment.target_slice
-        truth, reference = batch.truth[:, :, places], batch.reference[:, :, places]
+        drawn = self._batches.take(step)
+        batch = with_own_context(
+            self._transformer,
+            drawn.clips,
+            drawn.segment,
+            earlier=drawn.earlier,
+            sigmas=(1.0, 0.0),
+            context_noise=self.recipe.context_noise,
+            generator=generator,
+        )
+        truth, reference = batch.targets, batch.reference[:, :, batch.segment.target_slice]
         size = len(truth)
         sigma = torch.rand(size, generator=generator)
         sigma[torch.rand(size, generator=generator) < self.recipe.pure_noise_share] = 1.0
-        level = sigma.view(-1, 1, 1, 1, 1)
-        noisy = (1 - level) * truth + level * torch.randn(truth.shape, generator=generator)
-        predicted = predict_targets(
-            self._transformer,
-            segment=batch.segment,
-            slots=context_slots(
-                batch.truth,
-                batch.reference,
-                batch.segment,
-                noise_deviation=self.recipe.context_noise,
-                generator=generator,
-            ),
-            reference=batch.reference,
-            targets=noisy,
-            sigma=sigma,
-            prompt_embeds=torch.zeros(size, 1, self.recipe.text_width),
-        )
-        error, unrefined = (self._log_error(each, truth) for each in (predicted, reference))
+        noisy = torch.lerp(truth, torch.randn(truth.shape, generator=generator), sigma.view(-1, 1, 1, 1, 1))
+        restored = predicted(self._transformer, batch, noisy, sigma)
+        error, unrefined = (self._log_error(each, truth) for each in (restored, reference))
         pure = sigma == 1
         gained = float((unrefined - error.detach())[pure].mean()) if pure.any() else 0.0
         return error.mean(), {"reference_decibels": -float(unrefined.mean()), "gained": gained}
@@ -173,22 +174,30 @@ class StageTwoObjective:
         squared = ((latents - truth).square() * self._weight).mean(dim=(1, 2, 3, 4)) / 4
         return 10 * torch.log10(squared + ERROR_FLOOR)
 
-    def _batch(self, step: int) -> SegmentBatch:
+    def _batch(self, step: int) -> DrawnClips:
         rng = np.random.default_rng([self.recipe.seed, step])
-        segment = self._windows.draw(rng, self._pairs[0].truth.shape[1])
+        own = self._own_segments(step)
+        segment = self._windows.draw(rng, self._pairs[0].truth.shape[1], segments_before=own)
         crop = self.recipe.crops[int(rng.integers(len(self.recipe.crops)))]
-        samples = [self._crop(segment, crop, rng) for _ in range(self.recipe.batch_size)]
+        samples = [self._crop(crop, rng) for _ in range(self.recipe.batch_size)]
         truth, reference = (torch.stack(part) for part in zip(*samples, strict=True))
-        return SegmentBatch(segment, truth, with_finished(reference, truth, segment))
+        prompts = torch.zeros(len(samples), 1, self.recipe.text_width)
+        earlier = earlier_segments(segment, segment_size=self._windows.segment_size, count=own)
+        return DrawnClips(ClipBatch(truth, reference, prompts), segment, earlier)
 
-    def _crop(self, segment: Segment, crop: tuple[int, int], rng: np.random.Generator) -> tuple[Tensor, Tensor]:
-        """Cut one sample [C,W,h,w] out of a clip that is large enough."""
+    def _own_segments(self, step: int) -> int:
+        rng = np.random.default_rng([self.recipe.seed, step, 1])
+        if rng.random() >= self.recipe.own_context_share:
+            return 0
+        return int(rng.integers(self.recipe.own_context_segments)) + 1
+
+    def _crop(self, crop: tuple[int, int], rng: np.random.Generator) -> tuple[Tensor, Tensor]:
+        """Cut one sample [C,T,h,w] out of a clip that is large enough."""
         while True:
             pair = self._pairs[int(rng.integers(len(self._pairs)))]
             height, width = pair.truth.shape[2:]
             if height >= crop[0] and width >= crop[1]:
                 break
         top, left = int(rng.integers(height - crop[0] + 1)), int(rng.integers(width - crop[1] + 1))
-        frames = list(segment.window)
-        window = (slice(None), frames, slice(top, top + crop[0]), slice(left, left + crop[1]))
-        return pair.truth[window].float(), pair.reference[window].float()
+        place = (..., slice(top, top + crop[0]), slice(left, left + crop[1]))
+        return pair.truth[place].float(), pair.reference[place].float()

@@ -17,15 +17,8 @@ from torch import Tensor, nn
 
 from swifti2v.errors import ConfigurationError
 from swifti2v.sampling.schedules import shifted_sigmas
-from swifti2v.training.refiner.segment_flow import (
-    Batches,
-    Samples,
-    SegmentFlowOptions,
-    WindowBatch,
-    WindowSource,
-    noise_like,
-    predicted,
-)
+from swifti2v.training.refiner.segment_flow import Batches, Samples, SegmentFlowOptions, WindowSource
+from swifti2v.training.refiner.window_batches import WindowBatch, noise_like, predicted
 
 if TYPE_CHECKING:
     from swifti2v.models.transformer import StageTwoTransformer

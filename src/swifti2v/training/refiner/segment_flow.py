@@ -14,11 +14,16 @@ import torch
 from torch import Tensor, nn
 
 from swifti2v.errors import ConfigurationError, LatentCacheError
-from swifti2v.models.condition import predict_targets
 from swifti2v.sampling.schedules import shifted_sigmas
-from swifti2v.sampling.solvers import euler
-from swifti2v.segments import FrameKind, Segment
-from swifti2v.training.refiner.windows import WindowOptions, context_slots, with_finished
+from swifti2v.training.refiner.window_batches import (
+    ClipBatch,
+    WindowBatch,
+    earlier_segments,
+    noise_like,
+    predicted,
+    with_own_context,
+)
+from swifti2v.training.refiner.windows import WindowOptions
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -64,8 +69,10 @@ class SegmentFlowOptions:
         pure_noise_share: share of samples at sigma 1, where sampling begins.
         context_noise: largest deviation of the noise on finished neighbours.
         own_context_share: share of windows whose finished neighbour is the network's own output of the segment before,
-            made in `own_context_steps` steps without gradient (exposure bias). Those steps cost a forward each.
-        own_context_steps: see there.
+            made without gradient (exposure bias).
+        own_context_steps: sampling steps of each of those segments; a step costs a forward.
+        own_context_segments: most segments that the network makes one after the other before a window; how many is
+            drawn from 1 to this. Clips have to be long enough for the most.
         keep_reference_above: below this noise level the reference is left out in half of the samples, so that details
             come from the image rather than from the artefacts of the reference (HunyuanVideo-1.5's super-resolution
             drops its condition below 0.7); 0 keeps it always.
@@ -82,6 +89,7 @@ class SegmentFlowOptions:
     context_noise: float = 0.05
     own_context_share: float = 0.0
     own_context_steps: int = 1
+    own_context_segments: int = 1
     keep_reference_above: float = 0.0
     prompt_dropped_share: float = 0.1
     seed: int = 0
@@ -91,25 +99,12 @@ class SegmentFlowOptions:
             if not 0 <= getattr(self, name) <= 1:
                 msg = f"{name} is {getattr(self, name)}; it must be within 0..1"
                 raise ConfigurationError(msg)
-        if self.flow_shift <= 0 or self.context_noise < 0 or self.own_context_steps < 1:
-            msg = "flow_shift must be above 0, context_noise at least 0, own_context_steps at least 1"
+        if self.flow_shift <= 0 or self.context_noise < 0:
+            msg = f"flow_shift is {self.flow_shift}, context_noise {self.context_noise}; use above 0 and at least 0"
             raise ConfigurationError(msg)
-
-
-@dataclass(frozen=True)
-class WindowBatch:
-    """Samples of one window: truth and reference [B,C,W,h,w], slots of the context, prompts [B,L,D]."""
-
-    segment: Segment
-    truth: Tensor
-    reference: Tensor
-    slots: Tensor
-    prompt_embeds: Tensor
-
-    @property
-    def targets(self) -> Tensor:
-        """The clean targets [B,C,M,h,w]."""
-        return self.truth[:, :, self.segment.target_slice]
+        if min(self.own_context_steps, self.own_context_segments) < 1:
+            msg = "own_context_steps and own_context_segments must be at least 1"
+            raise ConfigurationError(msg)
 
 
 class WindowSource:
@@ -153,73 +148,24 @@ class WindowSource:
         prompts = torch.stack([_tensor(sample, PROMPT) for sample in chosen]).to(device, torch.float32)
         dropped = torch.rand(len(chosen), generator=generator) < self.options.prompt_dropped_share
         prompts[dropped.to(device)] = 0
-        is_own = self._makes_own_context(step)
-        segment = self.options.windows.draw(rng, truth.shape[2], needs_before=is_own)
-        frames = list(segment.window)
-        batch = self._windowed(segment, truth[:, :, frames], reference[:, :, frames], prompts, generator)
-        return self._with_own_context(batch, truth, reference, generator) if is_own else batch
-
-    def _makes_own_context(self, step: int) -> bool:
-        shared = np.random.default_rng([self.options.seed, step // self._num_processes, 1])
-        return bool(shared.random() < self.options.own_context_share)
-
-    def _windowed(
-        self, segment: Segment, truth: Tensor, reference: Tensor, prompts: Tensor, generator: torch.Generator
-    ) -> WindowBatch:
-        noise = self.options.context_noise
-        slots = context_slots(truth, reference, segment, noise_deviation=noise, generator=generator)
-        return WindowBatch(segment, truth, with_finished(reference, truth, segment), slots, prompts)
-
-    @torch.no_grad()
-    def _with_own_context(
-        self, batch: WindowBatch, truth: Tensor, reference: Tensor, generator: torch.Generator
-    ) -> WindowBatch:
-        """Replace the finished neighbours by what the network makes of the segment that they end."""
-        before = batch.segment.before
-        start = max(1, before.stop - self.options.windows.segment_size)
-        earlier = Segment(
-            index=0, targets=range(start, before.stop), before=range(max(1, start - 1), start), after=range(0)
-        )
-        frames = list(earlier.window)
-        made = sample_targets(
+        own, windows = self._own_segments(step), self.options.windows
+        segment = windows.draw(rng, truth.shape[2], segments_before=own)
+        return with_own_context(
             self._transformer,
-            self._windowed(earlier, truth[:, :, frames], reference[:, :, frames], batch.prompt_embeds, generator),
+            ClipBatch(truth, reference, prompts),
+            segment,
+            earlier=earlier_segments(segment, segment_size=windows.segment_size, count=own),
             sigmas=shifted_sigmas(self.options.own_context_steps, shift=self.options.flow_shift),
+            context_noise=self.options.context_noise,
             generator=generator,
         )
-        own = made[:, :, -len(before) :]
-        slots, written = batch.slots.clone(), batch.reference.clone()
-        places = [place for place, kind in enumerate(batch.segment.kinds) if kind is FrameKind.FINISHED]
-        slots[:, :, places] = own
-        written[:, :, places] = own
-        return WindowBatch(batch.segment, batch.truth, written, slots, batch.prompt_embeds)
 
-
-def predicted(transformer: nn.Module, batch: WindowBatch, noisy: Tensor, sigma: float | Tensor) -> Tensor:
-    """Return x0 of the targets [B,C,M,h,w], float32."""
-    return predict_targets(
-        transformer,  # type: ignore[arg-type]
-        segment=batch.segment,
-        slots=batch.slots,
-        reference=batch.reference,
-        targets=noisy,
-        sigma=sigma,
-        prompt_embeds=batch.prompt_embeds,
-    )
-
-
-@torch.no_grad()
-def sample_targets(
-    transformer: nn.Module, batch: WindowBatch, *, sigmas: Sequence[float], generator: torch.Generator
-) -> Tensor:
-    """Return the targets [B,C,M,h,w] as inference makes them: Euler steps from pure noise along `sigmas`."""
-    start = noise_like(batch.targets, generator)
-    return euler(lambda x, sigma: predicted(transformer, batch, x, sigma), start, sigmas)
-
-
-def noise_like(tensor: Tensor, generator: torch.Generator) -> Tensor:
-    """Return unit noise of the shape of `tensor`, drawn on the CPU: the same numbers on every device."""
-    return torch.randn(tensor.shape, generator=generator).to(tensor)
+    def _own_segments(self, step: int) -> int:
+        """Return how many segments the network makes itself in this step: the same in every process."""
+        shared = np.random.default_rng([self.options.seed, step // self._num_processes, 1])
+        if shared.random() >= self.options.own_context_share:
+            return 0
+        return int(shared.integers(self.options.own_context_segments)) + 1
 
 
 class SegmentFlowObjective:

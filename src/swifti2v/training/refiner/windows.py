@@ -44,22 +44,23 @@ class WindowOptions:
                 msg = f"{name} is {getattr(self, name)}; it must be within 0..1"
                 raise ConfigurationError(msg)
 
-    def draw(self, rng: np.random.Generator, num_latent_frames: int, *, needs_before: bool = False) -> Segment:
+    def draw(self, rng: np.random.Generator, num_latent_frames: int, *, segments_before: int = 0) -> Segment:
         """Draw a segment at a random place of a clip of `num_latent_frames` >= 2.
 
-        With `needs_before` it sees a finished neighbour for certain; that takes three latent frames.
+        With `segments_before` it sees a finished neighbour for certain, and so many segments fit before it, of which
+        the first may have one target: one segment takes three latent frames, each further one `segment_size` more.
 
         Raises:
             InvalidInputError: the clip is too short.
         """
-        first = 2 if needs_before else 1
+        first = 2 + (segments_before - 1) * self.segment_size if segments_before else 1
         if num_latent_frames <= first:
             msg = f"a window needs more than {first} latent frames, the clip has {num_latent_frames}; use longer clips"
             raise InvalidInputError(msg)
         most = min(self.segment_size, num_latent_frames - first)
         targets = most if most == 1 or rng.random() < self.full_share else int(rng.integers(1, most))
         start = int(rng.integers(first, num_latent_frames - targets + 1))
-        before = int(needs_before or rng.random() < self.before_share)
+        before = int(segments_before > 0 or rng.random() < self.before_share)
         after = int(rng.random() < self.after_share)
         anchor = self.anchor_share >= 1 or bool(rng.random() < self.anchor_share)
         return Segment(

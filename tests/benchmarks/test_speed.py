@@ -46,14 +46,17 @@ def test_segments_see_every_frame_and_the_full_sequence_sees_them_once(monkeypat
     from swifti2v.models.transformer import StageTwoTransformer
 
     seen: list[int] = []
+    made: list[int] = []
 
-    def forward(self: StageTwoTransformer, frames: torch.Tensor, *_: object) -> None:
+    def forward(self: StageTwoTransformer, frames: torch.Tensor, *_: object, output_frames: slice) -> None:
         seen.append(frames.shape[2])
+        made.append(output_frames.stop - output_frames.start)
 
     monkeypatch.setattr(StageTwoTransformer, "forward", forward)
     segments_against_full_sequence(8, 2.0, repeats=1)
     # A warm-up of five; targets 1-3, 4-6 and 7 with the anchor and one neighbour; the clip.
     assert seen == [5, 4, 5, 3, 8]
+    assert made == [3, 3, 3, 1, 7]
 
 
 def test_kept_context_is_seen_in_the_first_step_of_a_segment(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,14 +6,14 @@ import json
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import PIL.Image
 import pytest
 
 from swifti2v.jobs.database import Database, sqlite_url
 from swifti2v.jobs.queue import JobQueue
-from swifti2v.jobs.state import JobProgress, JobRequest, JobResult
+from swifti2v.jobs.state import Job, JobFailure, JobProgress, JobRequest, JobResult, new_job_id
 from swifti2v.jobs.store import JobStore
 
 if TYPE_CHECKING:
@@ -21,6 +21,9 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from swifti2v.jobs.worker import Task
+
+LEASE_SECONDS = 10.0
+BROKEN = JobFailure("internal_error", "it broke")
 
 
 @dataclass
@@ -81,6 +84,16 @@ def picture() -> PIL.Image.Image:
 @pytest.fixture
 def request_of() -> Callable[..., JobRequest]:
     return lambda prompt="", **options: JobRequest("tiny", prompt, options)
+
+
+def submit(store: JobStore, *, owner: str = "", model: str = "tiny", **options: Any) -> Job:
+    return store.submit(new_job_id(), JobRequest(model, "a prompt"), owner=owner, **options)
+
+
+def claim(store: JobStore, worker: str = "one", **options: Any) -> Job:
+    job = store.claim(worker, lease_seconds=LEASE_SECONDS, **options)
+    assert job is not None
+    return job
 
 
 def wait_for(condition: Callable[[], bool], *, seconds: float = 300.0, pause_seconds: float = 0.005) -> None:

@@ -1,18 +1,25 @@
-"""Databases of earlier versions: opened, brought up to date, and worked on."""
+"""Databases: those of earlier versions, closed and busy ones, and those that cannot be opened."""
 
 from __future__ import annotations
 
 import sqlite3
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from typing import TYPE_CHECKING
 
+import pytest
+
+from swifti2v.errors import ConfigurationError, OutputError
 from swifti2v.jobs.database import Database, sqlite_url
-from swifti2v.jobs.state import JobRequest, new_job_id
+from swifti2v.jobs.state import JobProgress, JobRequest, JobResult, JobState, new_job_id
 from swifti2v.jobs.store import JobStore
+from tests.jobs.conftest import claim, submit
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+    from tests.jobs.conftest import Clock
 
 # The table as version 0.1.0 made it.
 OLD_TABLE = """CREATE TABLE jobs (
@@ -45,3 +52,47 @@ def test_a_database_of_an_earlier_version_goes_on(tmp_path: Path) -> None:
     assert [job.id for job in claimed if job is not None] == [*old, new.id]
     for database in databases:
         database.close()
+
+
+def test_a_closed_database_opens_again(store: JobStore, tmp_path: Path, clock: Clock) -> None:
+    submit(store)
+    job = claim(store)
+    store.database.close()
+    assert store.renew(job, lease_seconds=5, progress=JobProgress(40, "stage_two", 1, 2))
+    with_another = JobStore(Database(sqlite_url(tmp_path / "queue.db")), clock=clock)
+    assert with_another.get(job.id).progress == JobProgress(40, "stage_two", 1, 2)
+    assert with_another.complete(job, JobResult("attempt_0001"))
+    with_another.database.close()
+    assert store.get(job.id).state is JobState.COMPLETED
+
+
+@pytest.mark.parametrize("url", ["nonsense", "nodriver://host/name", "postgresql+nodriver://host/name"])
+def test_a_bad_url_names_the_fix(url: str) -> None:
+    with pytest.raises(ConfigurationError, match=r"sqlite:///queue\.db"):
+        Database(url)
+
+
+def test_a_database_that_cannot_be_opened(tmp_path: Path) -> None:
+    with pytest.raises(OutputError, match="the job database fails"):
+        Database(sqlite_url(tmp_path / "missing" / "queue.db"))
+    (tmp_path / "text.db").write_text("this is not a database, but long enough to be mistaken for one" * 10)
+    with pytest.raises(OutputError, match="not a database"):
+        Database(sqlite_url(tmp_path / "text.db"))
+
+
+def test_a_busy_database_is_waited_for(store: JobStore) -> None:
+    held, freed = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        with store.database.engine.connect() as connection:
+            connection.exec_driver_sql("BEGIN IMMEDIATE")
+            held.set()
+            freed.wait()
+            connection.rollback()
+
+    holder = threading.Thread(target=hold)
+    holder.start()
+    held.wait()
+    threading.Timer(0.2, freed.set).start()
+    assert submit(store).state is JobState.QUEUED
+    holder.join()

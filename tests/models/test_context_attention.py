@@ -8,6 +8,7 @@ import pytest
 import torch
 from diffusers.models.attention_dispatch import dispatch_attention_fn
 from diffusers.models.transformers import transformer_wan
+from diffusers.models.transformers.transformer_wan import WanAttnProcessor
 
 from swifti2v.errors import ConfigurationError, InvalidInputError
 from swifti2v.models.condition import predict_targets
@@ -148,9 +149,13 @@ def test_frozen_is_diffusers_attention_under_a_mask(
         is_self = key.shape[1] == len(is_target)
         return dispatch_attention_fn(query, key, value, **options | {"attn_mask": allowed if is_self else None})
 
+    class Processor(WanAttnProcessor):
+        """Not diffusers' own class, so that it is called instead of ours."""
+
     monkeypatch.setattr(transformer_wan, "dispatch_attention_fn", masked)
     plain = make_network("bidirectional")
     plain.load_state_dict(network.state_dict())
+    plain.set_attn_processor(Processor())
     torch.testing.assert_close(made, predicted(plain, segment), **TOLERANCE)
 
 

@@ -12,6 +12,7 @@ from diffusers.models.transformers.transformer_wan import WanAttnProcessor
 from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
 
 from swifti2v.errors import CheckpointError, ConfigurationError, InvalidInputError
 from swifti2v.models.transformer import StageTwoTransformer
@@ -62,6 +63,44 @@ def test_only_the_frames_that_are_wanted(transformer: StageTwoTransformer) -> No
     same_level = inputs | {"timestep": inputs["timestep"][:, 1]}
     expected = run(transformer, same_level)[:, :, 2:]
     torch.testing.assert_close(run(transformer, same_level, output_frames=slice(2, 4)), expected, **TOLERANCE)
+
+
+def test_the_last_block_runs_for_the_wanted_frames_only(transformer: StageTwoTransformer) -> None:
+    """Of two blocks the second asks, reads the text and feeds forward for one of four frames; keys are of all four."""
+    inputs = {name: tensor.to("meta") for name, tensor in make_inputs(batch=1, frames=4).items()}
+    transformer.to("meta")  # where PyTorch counts attention too
+
+    def flops(**more: Any) -> int:
+        with FlopCounterMode(display=False) as counter:
+            run(transformer, inputs, **more)
+        return counter.get_total_flops()
+
+    block, tokens, text = transformer.blocks[-1], 4 * TOKENS_PER_FRAME, inputs["encoder_hidden_states"].shape[1]
+    width, hidden = block.attn1.to_q.in_features, block.ffn.net[2].in_features
+    for_a_token = (
+        4 * width**2 + 2 * width * hidden + 2 * (tokens + text) * width + width * transformer.proj_out.out_features
+    )
+    spared = 2 * 3 * TOKENS_PER_FRAME * for_a_token
+    assert flops() - flops(output_frames=slice(1, 2)) == spared
+
+
+@pytest.mark.parametrize("is_checkpointed", [False, True])
+def test_gradients_of_the_wanted_frames(transformer: StageTwoTransformer, is_checkpointed: bool) -> None:
+    """Those of the same frames out of a whole pass."""
+    inputs = make_inputs(frames=4)
+    transformer.train()
+    (transformer.enable_gradient_checkpointing if is_checkpointed else transformer.disable_gradient_checkpointing)()
+
+    def gradients(**more: Any) -> dict[str, torch.Tensor]:
+        transformer.zero_grad()
+        sample = transformer(**inputs, **more).sample
+        (sample if more else sample[:, :, 1:3]).square().mean().backward()
+        return {name: weight.grad.clone() for name, weight in transformer.named_parameters() if weight.grad is not None}
+
+    whole, wanted = gradients(), gradients(output_frames=slice(1, 3))
+    assert whole.keys() == wanted.keys()
+    for name, gradient in whole.items():
+        torch.testing.assert_close(wanted[name], gradient, rtol=1e-4, atol=1e-6, msg=name)
 
 
 def per_token(inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -419,7 +458,7 @@ class TestInsideDiffusers:
             calls += 1
 
         transformer.enable_cache(FirstBlockCacheConfig(threshold=1e3))
-        transformer.blocks[1].attn1.register_forward_hook(count)
+        transformer.blocks[1].attn1.to_q.register_forward_hook(count)
         with transformer.cache_context("segment"):
             torch.testing.assert_close(run(transformer, inputs), expected, **TOLERANCE)
             run(transformer, other)

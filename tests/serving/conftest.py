@@ -12,17 +12,23 @@ import pytest
 from starlette.testclient import TestClient
 
 from swifti2v.geometry import Size
+from swifti2v.jobs.worker import Worker, WorkerOptions
 from swifti2v.pipelines.options import GenerationSettings
 from swifti2v.serving.application import create_app
 from swifti2v.serving.decoding import PictureDecoder
 from swifti2v.serving.keys import add_key
 from swifti2v.serving.settings import ServedModel, ServiceLimits, ServiceSettings
+from tests.jobs.conftest import StepRunner
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from pathlib import Path
 
     from swifti2v.jobs.queue import JobQueue
+    from swifti2v.jobs.state import JobResult
+    from swifti2v.jobs.worker import Task
+
+MOVIE = bytes(range(256)) * 40
 
 DEFAULTS = GenerationSettings(size=Size(64, 32), num_frames=9, fps=8.0, refiner="concat")
 
@@ -101,3 +107,31 @@ def create(client: TestClient, *, key: str | None = None, **fields: Any) -> Any:
 
 def bearer(key: str) -> dict[str, str]:
     return {"Authorization": f"Bearer {key}"}
+
+
+class MovieRunner(StepRunner):
+    """Leaves the files of a job, whose bytes are known."""
+
+    def run(self, task: Task) -> JobResult:
+        result = super().run(task)
+        task.files.video.write_bytes(MOVIE)
+        task.files.thumbnail.write_bytes(picture_bytes(kind="JPEG"))
+        task.files.spritesheet.write_bytes(picture_bytes((32, 32), kind="JPEG"))
+        return replace(result, notes=("turned",))
+
+
+def work(client: TestClient, runner: Any = None) -> Worker:
+    queue = queue_of(client)
+    worker = Worker(queue.store, queue.files, runner or MovieRunner(), options=WorkerOptions(poll_seconds=0.01))
+    worker.run(until_idle=True)
+    return worker
+
+
+def problem(response: Any, status: int, *, param: str | None = None) -> str:
+    """Check that a response is OpenAI's error object, and return its message."""
+    assert response.status_code == status, response.text
+    error = response.json()["error"]
+    assert set(error) == {"message", "type", "param", "code"}
+    assert error["param"] == param
+    assert response.headers["x-request-id"]
+    return str(error["message"])

@@ -1,4 +1,4 @@
-"""The routes: what OpenAI's clients send, what they get, and who sees what."""
+"""The routes: what OpenAI's clients send, and what they get."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import asyncio
 import base64
 import json
 import re
-import threading
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -17,57 +16,23 @@ from openai.types.model import Model
 
 from swifti2v.config import to_mapping
 from swifti2v.geometry import Size
-from swifti2v.jobs.state import Job, JobFailure, JobProgress, JobRequest, JobResult, JobState
-from swifti2v.jobs.worker import Worker, WorkerOptions
+from swifti2v.jobs.state import Job, JobProgress, JobRequest, JobResult, JobState
 from swifti2v.pipelines import two_stage
 from swifti2v.pipelines.options import GenerationOptions
 from swifti2v.serving import schemas
 from swifti2v.serving.application import create_app
-from swifti2v.serving.content import GrowingVideo
 from swifti2v.serving.events import event_stream
-from swifti2v.serving.keys import add_key, remove_key
 from swifti2v.serving.settings import ServiceLimits
-from tests.jobs.conftest import StepRunner, wait_for
-from tests.serving.conftest import bearer, create, picture_bytes, queue_of
+from tests.jobs.conftest import wait_for
+from tests.serving.conftest import MovieRunner, create, picture_bytes, problem, queue_of, work
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from pathlib import Path
 
     from starlette.testclient import TestClient
 
     from swifti2v.jobs.worker import Task
     from swifti2v.serving.settings import ServiceSettings
-
-MOVIE = bytes(range(256)) * 40
-
-
-class MovieRunner(StepRunner):
-    """Leaves the files of a job, whose bytes are known."""
-
-    def run(self, task: Task) -> JobResult:
-        result = super().run(task)
-        task.files.video.write_bytes(MOVIE)
-        task.files.thumbnail.write_bytes(picture_bytes(kind="JPEG"))
-        task.files.spritesheet.write_bytes(picture_bytes((32, 32), kind="JPEG"))
-        return replace(result, notes=("turned",))
-
-
-def work(client: TestClient, runner: Any = None) -> Worker:
-    queue = queue_of(client)
-    worker = Worker(queue.store, queue.files, runner or MovieRunner(), options=WorkerOptions(poll_seconds=0.01))
-    worker.run(until_idle=True)
-    return worker
-
-
-def problem(response: Any, status: int, *, param: str | None = None) -> str:
-    """Check that a response is OpenAI's error object, and return its message."""
-    assert response.status_code == status, response.text
-    error = response.json()["error"]
-    assert set(error) == {"message", "type", "param", "code"}
-    assert error["param"] == param
-    assert response.headers["x-request-id"]
-    return str(error["message"])
 
 
 def test_the_limit_of_the_prompt_is_the_pipelines() -> None:
@@ -184,105 +149,6 @@ def test_models(client: TestClient) -> None:
     assert [Model.model_validate(model).id for model in models["data"]] == ["tiny", "other"]
 
 
-def test_a_video_from_queue_to_result(client: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:
-    video = create(client).json()
-    seen: list[dict[str, Any]] = []
-
-    def look(task: Task, step: int) -> None:
-        seen.append(client.get(f"/v1/videos/{video['id']}").json())
-
-    monkeypatch.setattr("swifti2v.jobs.worker.PROGRESS_SECONDS", 0.0)
-    work(client, MovieRunner(num_steps=4, on_step=look))
-    assert [(answer["status"], answer["progress"]) for answer in seen] == [
-        ("in_progress", percent) for percent in (0, 25, 50, 75)
-    ]
-    assert (seen[-1]["phase"], seen[-1]["segment"], seen[-1]["num_segments"]) == ("stage_two", 3, 4)
-    done = client.get(f"/v1/videos/{video['id']}").json()
-    assert (done["status"], done["progress"], done["notes"], done["error"]) == ("completed", 100, ["turned"], None)
-    assert done["created_at"] <= done["completed_at"] < done["expires_at"]
-
-    content = client.get(f"/v1/videos/{video['id']}/content")
-    assert (content.content, content.headers["content-type"]) == (MOVIE, "video/mp4")
-    for variant, size in (("thumbnail", (16, 8)), ("spritesheet", (32, 32))):
-        answer = client.get(f"/v1/videos/{video['id']}/content", params={"variant": variant})
-        assert answer.headers["content-type"] == "image/jpeg"
-        path = queue_of(client).files.root / variant
-        path.write_bytes(answer.content)
-        with PIL.Image.open(path) as picture:
-            assert picture.size == size
-
-
-@pytest.mark.parametrize(
-    ("asked", "status", "span"),
-    [
-        ("bytes=0-9", 206, slice(0, 10)),
-        ("bytes=100-", 206, slice(100, None)),
-        ("bytes=-5", 206, slice(-5, None)),
-        ("bytes=99999999-", 416, None),
-    ],
-)
-def test_ranges_of_a_finished_video(client: TestClient, asked: str, status: int, span: slice | None) -> None:
-    video = create(client).json()
-    work(client)
-    response = client.get(f"/v1/videos/{video['id']}/content", headers={"Range": asked})
-    assert response.status_code == status
-    if span is not None:
-        assert response.content == MOVIE[span]
-        assert response.headers["content-range"].endswith(f"/{len(MOVIE)}")
-
-
-def test_a_growing_video_is_sent_to_its_end(client: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The client begins before the first byte is there, and gets what is written, as it is written."""
-    video = create(client).json()
-    url = f"/v1/videos/{video['id']}/content"
-    parts: list[Any] = []
-    answers: list[Any] = []
-    follows, state_of = threading.Event(), GrowingVideo._state
-
-    def state(video: GrowingVideo) -> JobState:
-        follows.set()
-        return state_of(video)
-
-    monkeypatch.setattr(GrowingVideo, "_state", state)
-    follower = threading.Thread(target=lambda: answers.append(client.get(url)))
-
-    def grow(task: Task, step: int) -> None:
-        if step == 0:
-            assert "no bytes yet" in problem(client.get(url, headers={"Range": "bytes=5-"}), 409)
-            follower.start()
-            wait_for(follows.is_set)
-        with task.files.growing_video.open("ab") as file:
-            file.write(MOVIE[1000 * step : 1000 * (step + 1)])
-        parts.append(client.get(url, headers={"Range": "bytes=500-1499"}))
-        if step == 1:
-            problem(client.get(url, params={"variant": "thumbnail"}), 409)
-            problem(client.get(url, headers={"Range": "bytes=5000-"}), 416)
-
-    work(client, MovieRunner(num_steps=3, on_step=grow))
-    follower.join()
-    (answer,) = answers
-    assert answer.headers["x-video-status"] == "in_progress"
-    assert answer.content in (MOVIE[:3000], MOVIE)  # the whole file, where it was there before the first look
-    assert [part.content for part in parts] == [MOVIE[500:1000], MOVIE[500:1500], MOVIE[500:1500]]
-    assert parts[0].headers["content-range"] == "bytes 500-999/*"
-
-
-def test_content_of_a_video_that_waits_or_failed(client: TestClient) -> None:
-    video = create(client).json()
-    url = f"/v1/videos/{video['id']}/content"
-    waiting = client.get(url)
-    assert "waits in the queue" in problem(waiting, 409)
-    assert waiting.headers["retry-after"] == "1"
-    store = queue_of(client).store
-    job = store.claim("one", lease_seconds=60)
-    assert job is not None
-    store.fail(job, JobFailure("internal_error", "/secret/path: CUDA out of memory"))
-    assert "was not made" in problem(client.get(url), 404)
-    failed = client.get(f"/v1/videos/{video['id']}").json()
-    assert (failed["status"], failed["error"]["code"]) == ("failed", "internal_error")
-    assert "secret" not in json.dumps(failed)
-
-
 def test_deleting_cancels(client: TestClient) -> None:
     """The worker stops within the step in which the request comes, and the video is gone for the client at once."""
     video = create(client).json()
@@ -358,53 +224,6 @@ def test_events_end_with_the_video(client: TestClient) -> None:
     answer = client.get(f"/v1/videos/{video['id']}/events")
     assert answer.headers["content-type"].startswith("text/event-stream")
     assert answer.text.startswith("event: video.completed\n")
-
-
-def test_keys_see_their_own_only(keyed: tuple[TestClient, str, str]) -> None:
-    client, ann, bob = keyed
-    video = create(client, key=ann).json()
-    work(client)
-    assert [found["id"] for found in client.get("/v1/videos", headers=bearer(ann)).json()["data"]] == [video["id"]]
-    assert client.get("/v1/videos", headers=bearer(bob)).json()["data"] == []
-    missing = "video_" + "0" * 32
-    for method, path in (("GET", ""), ("GET", "/content"), ("GET", "/events"), ("DELETE", "")):
-        theirs = client.request(method, f"/v1/videos/{video['id']}{path}", headers=bearer(bob))
-        none = client.request(method, f"/v1/videos/{missing}{path}", headers=bearer(bob))
-        assert (theirs.status_code, theirs.json()) == (none.status_code, none.json()) == (404, none.json())
-    after = client.get("/v1/videos", params={"after": video["id"]}, headers=bearer(bob))
-    problem(after, 404)
-    assert client.get(f"/v1/videos/{video['id']}/content", headers=bearer(ann)).content == MOVIE
-
-
-@pytest.mark.parametrize(
-    "header", [None, "", "Bearer", "Bearer ", "Bearer wrong", "Basic YTpi", "Bearer " + "x" * 5000, "Bearer k\xff"]
-)
-def test_wrong_keys(keyed: tuple[TestClient, str, str], header: str | None) -> None:
-    client, _, _ = keyed
-    headers = {} if header is None else {"Authorization": header.encode("latin-1")}
-    for method, path in (("GET", "/v1/videos"), ("POST", "/v1/videos"), ("GET", "/v1/models")):
-        response = client.request(method, path, headers=headers)
-        assert "API key" in problem(response, 401)
-        assert response.headers["www-authenticate"] == "Bearer"
-
-
-def test_keys_are_kept_as_hashes_and_forgotten_at_once(keyed: tuple[TestClient, str, str], tmp_path: Path) -> None:
-    client, ann, bob = keyed
-    assert ann not in (tmp_path / "keys.json").read_text()
-    assert (tmp_path / "keys.json").stat().st_mode & 0o077 == 0
-    remove_key(tmp_path / "keys.json", "ann")
-    problem(client.get("/v1/videos", headers=bearer(ann)), 401)
-    assert client.get("/v1/videos", headers=bearer(bob)).status_code == 200
-
-
-def test_limits_of_a_key(keyed: tuple[TestClient, str, str], tmp_path: Path) -> None:
-    client, ann, bob = keyed
-    assert [create(client, key=ann).status_code for _ in range(3)] == [200, 200, 429]
-    assert create(client, key=bob).status_code == 200
-    slow = add_key(tmp_path / "keys.json", "slow", requests_per_minute=1)
-    answers = [client.get("/v1/models", headers=bearer(slow)) for _ in range(2)]
-    assert [answer.status_code for answer in answers] == [200, 429]
-    assert 1 <= int(answers[-1].headers["retry-after"]) <= 60
 
 
 def test_a_full_queue(serve: Callable[..., TestClient], settings: ServiceSettings) -> None:

@@ -5,19 +5,30 @@ from __future__ import annotations
 import ipaddress
 import os
 import threading
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from swifti2v.cli.jobs import DEFAULT_DATA, MemoryOption, pipeline_runner
+from swifti2v.cli.jobs import (
+    DEFAULT_DATA,
+    AttentionOption,
+    CompileOption,
+    DecodeDeviceOption,
+    DecoderOption,
+    DecoderWeightsOption,
+    MemoryOption,
+    log_to_stderr,
+    pipeline_runner,
+)
 from swifti2v.errors import CheckpointError, ConfigurationError, InvalidInputError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from swifti2v.jobs.queue import JobQueue
+    from swifti2v.jobs.runner import PipelineRunner
     from swifti2v.memory.budget import PipelineDimensions
 
 _STOP_SECONDS = 30.0
@@ -25,13 +36,18 @@ _CLOSE_SECONDS = 2
 _LOOPBACK_NAMES = ("localhost", "127.0.0.1")
 
 
-def app(
+def app(  # noqa: PLR0913 - typer makes an option of each parameter
     *,
     model: Annotated[str, typer.Option(help="Checkpoint: a name (wan2.2, mini), a folder or a repository.")] = "wan2.2",
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=1, max=65535, help="Port.")] = 7860,
     device: Annotated[str | None, typer.Option(help="Of the worker: cpu, cuda, cuda:1, ...")] = None,
     memory: MemoryOption = None,
+    attention: AttentionOption = "auto",
+    compile_blocks: CompileOption = False,
+    decoder: DecoderOption = "exact",
+    decoder_weights: DecoderWeightsOption = None,
+    decode_device: DecodeDeviceOption = None,
     worker: Annotated[bool, typer.Option(help="Work on the queue here; without, `swifti2v jobs work` must.")] = True,
     data_dir: Annotated[
         Path, typer.Option(envvar="SWIFTI2V_DATA", help="Data folder: the queue and its files.")
@@ -42,9 +58,18 @@ def app(
     import uvicorn
 
     from swifti2v.jobs.queue import JobQueue
+    from swifti2v.pipelines.acceleration import Acceleration
     from swifti2v.webapp.application import build_application
     from swifti2v.webapp.studio import Studio
 
+    acceleration = Acceleration(
+        attention=attention,
+        compile_blocks=compile_blocks,
+        decoder=decoder,
+        decoder_weights=decoder_weights,
+        decode_device=decode_device,
+    )
+    log_to_stderr()
     queue = JobQueue.open(data_dir)
     studio = Studio(queue, model, dimensions=_dimensions(model))
     if not is_loopback(host):
@@ -56,7 +81,7 @@ def app(
         application, host=host, port=port, log_level="warning", timeout_graceful_shutdown=_CLOSE_SECONDS
     )
     server = uvicorn.Server(configuration)
-    with _working(queue, model, device, memory) if worker else _nobody():
+    with _working(queue, model, pipeline_runner(device, memory, acceleration)) if worker else nullcontext():
         server.run()
 
 
@@ -69,11 +94,10 @@ def is_loopback(host: str) -> bool:
 
 
 @contextmanager
-def _working(queue: JobQueue, model: str, device: str | None, memory: str | None) -> Iterator[None]:
+def _working(queue: JobQueue, model: str, runner: PipelineRunner) -> Iterator[None]:
     """Keep a worker in a thread; at the end it gives back the job at work, which goes on at the next start."""
     from swifti2v.jobs.worker import Worker, WorkerOptions
 
-    runner = pipeline_runner(device, memory)
     worker = Worker(queue.store, queue.files, runner, options=WorkerOptions(models=(model,)))
     thread = threading.Thread(target=worker.run, name="worker", daemon=True)
     thread.start()
@@ -82,11 +106,6 @@ def _working(queue: JobQueue, model: str, device: str | None, memory: str | None
     finally:
         worker.drain()
         thread.join(_STOP_SECONDS)
-
-
-@contextmanager
-def _nobody() -> Iterator[None]:
-    yield
 
 
 def _dimensions(model: str) -> PipelineDimensions | None:

@@ -9,7 +9,7 @@ import threading
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from swifti2v.jobs.runner import PipelineRunner
     from swifti2v.jobs.state import Job
     from swifti2v.jobs.worker import Worker
+    from swifti2v.pipelines.acceleration import Acceleration
 
 DEFAULT_DATA = Path("swifti2v-data")
 
@@ -35,6 +36,17 @@ DatabaseOption = Annotated[
     typer.Option(envvar="SWIFTI2V_DATABASE", help="URL of the queue's database; default: SQLite in the data folder."),
 ]
 MemoryOption = Annotated[str | None, typer.Option(help="Device memory that a run may take: auto, 24GiB, ...")]
+AttentionOption = Annotated[str, typer.Option(help="auto, native, cudnn, flash, flash3, sage or xformers.")]
+CompileOption = Annotated[bool, typer.Option("--compile", help="Compile the transformers' blocks.")]
+DecoderOption = Annotated[
+    Literal["exact", "light"], typer.Option(help="The checkpoint's decoder, or a small one of lower fidelity.")
+]
+DecoderWeightsOption = Annotated[
+    str | None, typer.Option(help="Of the light decoder: a file, or OWNER/NAME/FILE on the hub.")
+]
+DecodeDeviceOption = Annotated[
+    str | None, typer.Option(help="Decode there, cuda:1 for instance, beside the denoising.")
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 app = typer.Typer(help="Queue videos, watch them, cancel them; work on the queue.", no_args_is_help=True)
@@ -161,6 +173,11 @@ def work(  # noqa: PLR0913 - typer makes an option of each parameter
     ] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ...; default: CUDA if there is one.")] = None,
     memory: MemoryOption = None,
+    attention: AttentionOption = "auto",
+    compile_blocks: CompileOption = False,
+    decoder: DecoderOption = "exact",
+    decoder_weights: DecoderWeightsOption = None,
+    decode_device: DecodeDeviceOption = None,
     until_idle: Annotated[bool, typer.Option("--until-idle", help="Stop when the queue is empty.")] = False,
     lease: Annotated[float, typer.Option(min=0.5, help="Seconds after which a silent worker counts as dead.")] = 30.0,
     grace: Annotated[float, typer.Option(min=0, help="Seconds that a job may still run after SIGTERM.")] = 0.0,
@@ -172,15 +189,23 @@ def work(  # noqa: PLR0913 - typer makes an option of each parameter
     database: DatabaseOption = None,
 ) -> None:
     """Work on the queue until stopped; SIGTERM or Ctrl-C gives the job at work back, to be continued by another."""
+    queue = _open(data, database)  # says what to install, before the modules below need it
     from swifti2v.jobs.worker import Worker, WorkerOptions
+    from swifti2v.pipelines.acceleration import Acceleration
 
-    queue = _open(data, database)
-    runner = pipeline_runner(device, memory)
+    log_to_stderr()
+    acceleration = Acceleration(
+        attention=attention,
+        compile_blocks=compile_blocks,
+        decoder=decoder,
+        decoder_weights=decoder_weights,
+        decode_device=decode_device,
+    )
+    runner = pipeline_runner(device, memory, acceleration)
     if model and preload:
         runner.pipeline(model[0])
     options = WorkerOptions(models=model or None, lease_seconds=lease, grace_seconds=grace)
     worker = Worker(queue.store, queue.files, runner, options=options)
-    _log_to_stderr()
     if stop_with_stdin:
         threading.Thread(target=_drain_at_end_of_input, args=(worker,), daemon=True).start()
     with _draining_on_signals(worker):
@@ -229,13 +254,13 @@ def _described(queue: JobQueue, job: Job) -> dict[str, Any]:
     return described
 
 
-def pipeline_runner(device: str | None, memory: str | None) -> PipelineRunner:
+def pipeline_runner(device: str | None, memory: str | None, acceleration: Acceleration) -> PipelineRunner:
     """Return what does the work of jobs on a device, within limits of its memory if there are any."""
     from swifti2v.cli.generate import quiet_libraries
     from swifti2v.jobs.runner import PipelineRunner
 
     quiet_libraries()
-    return PipelineRunner.on_device(device, memory)
+    return PipelineRunner.on_device(device, memory, acceleration=acceleration)
 
 
 @contextmanager
@@ -262,7 +287,8 @@ def _drain_at_end_of_input(worker: Worker) -> None:
     worker.drain()
 
 
-def _log_to_stderr() -> None:
+def log_to_stderr() -> None:
+    """Say on the standard error what workers do."""
     import logging
 
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(message)s")

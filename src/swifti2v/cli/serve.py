@@ -12,10 +12,23 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from swifti2v.cli.jobs import DEFAULT_DATA, DatabaseOption, DataOption, MemoryOption
+from swifti2v.cli.jobs import (
+    DEFAULT_DATA,
+    AttentionOption,
+    CompileOption,
+    DatabaseOption,
+    DataOption,
+    DecodeDeviceOption,
+    DecoderOption,
+    DecoderWeightsOption,
+    MemoryOption,
+)
 from swifti2v.errors import ConfigurationError, InvalidInputError
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from swifti2v.pipelines.acceleration import Acceleration
     from swifti2v.serving.settings import ClusterSettings, ServiceSettings
 
 KEY_FILE = "keys.json"
@@ -43,6 +56,11 @@ def serve(  # noqa: PLR0913 - typer makes an option of each parameter
     workers: Annotated[int, typer.Option(min=0, help="Worker processes (with --ray: at most); 0 if elsewhere.")] = 1,
     device: Annotated[str | None, typer.Option(help="Of the workers: cpu, cuda, cuda:1, ...")] = None,
     memory: MemoryOption = None,
+    attention: AttentionOption = "auto",
+    compile_blocks: CompileOption = False,
+    decoder: DecoderOption = "exact",
+    decoder_weights: DecoderWeightsOption = None,
+    decode_device: DecodeDeviceOption = None,
     keys: KeysOption = None,
     without_keys: Annotated[bool, typer.Option("--open", help="Serve without keys, to everybody.")] = False,
     max_jobs: Annotated[int, typer.Option(min=1, help="Videos that may wait or run.")] = 1000,
@@ -67,8 +85,16 @@ def serve(  # noqa: PLR0913 - typer makes an option of each parameter
         return
     _check_packages()
     from swifti2v.jobs.retention import RetentionPolicy
+    from swifti2v.pipelines.acceleration import Acceleration
     from swifti2v.serving.settings import ClusterSettings, ServiceLimits, ServiceSettings
 
+    acceleration = Acceleration(
+        attention=attention,
+        compile_blocks=compile_blocks,
+        decoder=decoder,
+        decoder_weights=decoder_weights,
+        decode_device=decode_device,
+    )
     models = model or ["wan2.2"]
     settings = ServiceSettings(
         data=data,
@@ -90,17 +116,15 @@ def serve(  # noqa: PLR0913 - typer makes an option of each parameter
             gpus_per_worker=gpus_per_worker,
             device=device,
             memory=memory,
+            acceleration=acceleration,
             lease_seconds=lease,
             grace_seconds=grace,
             idle_seconds=idle,
         )
         _run_on_ray(settings, (host, port), cluster)
         return
-    options = ["--data", str(data), "--lease", str(lease), "--grace", str(grace)]
-    options += [] if database is None else ["--database", database]
-    options += [] if device is None else ["--device", device]
-    options += [] if memory is None else ["--memory", memory]
-    command = _worker_command(models, options)
+    options = {"data": data, "database": database, "lease": lease, "grace": grace, "device": device, "memory": memory}
+    command = _worker_command(models, options, acceleration)
     _run(settings, (host, port), command=command, num_workers=workers, stop_seconds=grace + 60)
 
 
@@ -191,10 +215,20 @@ def _is_loopback(host: str) -> bool:
         return host == "localhost"
 
 
-def _worker_command(models: list[str], options: list[str]) -> list[str]:
+def _worker_command(models: list[str], options: Mapping[str, object], acceleration: Acceleration) -> list[str]:
+    """Return the command line of a worker; options that are None are left to its defaults."""
     program = "from swifti2v.cli.main import main; main()"
-    named = [argument for name in models for argument in ("--model", name)]
-    return [sys.executable, "-c", program, "jobs", "work", "--stop-with-stdin", *named, *options]
+    given = {
+        **options,
+        "attention": acceleration.attention,
+        "decoder": acceleration.decoder,
+        "decoder-weights": acceleration.decoder_weights,
+        "decode-device": acceleration.decode_device,
+    }
+    pairs = [("model", name) for name in models] + [(name, value) for name, value in given.items() if value is not None]
+    arguments = [argument for name, value in pairs for argument in (f"--{name}", str(value))]
+    compiled = ["--compile"] if acceleration.compile_blocks else []
+    return [sys.executable, "-c", program, "jobs", "work", "--stop-with-stdin", *arguments, *compiled]
 
 
 def _run(

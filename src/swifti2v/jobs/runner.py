@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from contextlib import closing
 from typing import TYPE_CHECKING, Literal, Self
 
@@ -18,9 +19,12 @@ if TYPE_CHECKING:
 
     from swifti2v.jobs.files import AttemptFiles
     from swifti2v.jobs.worker import Task
+    from swifti2v.pipelines.acceleration import Acceleration
     from swifti2v.pipelines.options import GenerationSettings
     from swifti2v.pipelines.runs import FinishedFrames, Progress
     from swifti2v.pipelines.two_stage import TwoStagePipeline
+
+LOGGER = logging.getLogger(__name__)
 
 STAGE_ONE_PERCENT = 30
 """Of a video's percent, those of Stage I: about its share of the time at full size (`docs/design.md`, 8)."""
@@ -40,15 +44,26 @@ class PipelineRunner:
         self._loaded: tuple[str, TwoStagePipeline] | None = None
 
     @classmethod
-    def on_device(cls, device: str | None, memory: str | None = None) -> Self:
-        """Return a runner of checkpoints on a device, which takes so much of its memory (`MemoryLimits.parse`)."""
+    def on_device(
+        cls, device: str | None, memory: str | None = None, *, acceleration: Acceleration | None = None
+    ) -> Self:
+        """Return a runner of checkpoints, and log how it runs them.
+
+        Args:
+            device: as in `TwoStagePipeline.from_pretrained`.
+            memory: of the device that a run may take, as `MemoryLimits.parse` reads it.
+            acceleration: as in `TwoStagePipeline.from_pretrained`.
+        """
         from swifti2v.memory.heap import map_large_blocks
         from swifti2v.pipelines.fitting import MemoryLimits
         from swifti2v.pipelines.two_stage import TwoStagePipeline
 
         map_large_blocks()
         limits = None if memory is None else MemoryLimits.parse(memory)
-        return cls(lambda name: TwoStagePipeline.from_pretrained(name, device=device, memory=limits))
+        LOGGER.info("runs on %s, memory %s, %s", device or "the default device", memory or "not limited", acceleration)
+        return cls(
+            lambda name: TwoStagePipeline.from_pretrained(name, device=device, memory=limits, acceleration=acceleration)
+        )
 
     def run(self, task: Task) -> JobResult:
         """Make the video, or the motion reference of a preview.

@@ -7,6 +7,7 @@ import secrets
 import time
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict
+from functools import cache
 from typing import TYPE_CHECKING, Any, Literal
 
 from sqlalchemy import ColumnElement, and_, bindparam, delete, func, insert, or_, select, true, update
@@ -27,7 +28,8 @@ from swifti2v.jobs.state import (
 )
 
 if TYPE_CHECKING:
-    from sqlalchemy import Connection, RowMapping, Update
+    from sqlalchemy import Connection, RowMapping, Select, Update
+    from sqlalchemy.sql.dml import ReturningUpdate
 
 Order = Literal["asc", "desc"]
 
@@ -91,17 +93,13 @@ class JobStore:
         }
 
         def operation(connection: Connection) -> Job:
-            taken = connection.execute(  # first, for it makes submitters wait for each other
-                update(SUBMISSIONS)
-                .values(last_sequence=SUBMISSIONS.c.last_sequence + 1)
-                .returning(SUBMISSIONS.c.last_sequence)
-            ).scalar_one()
-            known = connection.execute(select(JOBS).where(JOBS.c.id == job_id)).mappings().first()
+            # First, for it makes submitters wait for each other.
+            taken = connection.execute(_NEXT_SEQUENCE).scalar_one()
+            known = connection.execute(_KNOWN, {"job": job_id}).mappings().first()
             if known is not None:  # the answer to the first try was lost
                 return _job(known)
             self._check_room(connection, owner, max_active_of_owner)
-            row = connection.execute(insert(JOBS).values(sequence=taken, **values).returning(JOBS)).mappings().one()
-            return _job(row)
+            return _job(connection.execute(_INSERT, {"sequence": taken, **values}).mappings().one())
 
         return self.database.run(operation)
 
@@ -158,44 +156,33 @@ class JobStore:
             models: take only jobs of these.
         """
         now = self._clock()
-        token = secrets.token_hex(16)
-        free = _claimable(now)
-        wanted = [free] if models is None else [free, JOBS.c.model.in_(list(models))]
-        oldest = select(JOBS.c.id).where(*wanted).order_by(JOBS.c.sequence).limit(1)
-        # Rows of others are passed over, not waited for; SQLite lets in one writer at a time and has no such clause.
-        oldest = oldest if self.database.is_sqlite else oldest.with_for_update(skip_locked=True)
-        taking = (
-            update(JOBS)
-            .where(JOBS.c.id == oldest.scalar_subquery(), free)
-            .values(
-                state=JobState.IN_PROGRESS,
-                claims=JOBS.c.claims + 1,
-                worker=worker,
-                lease_token=token,
-                lease_expires_at=now + lease_seconds,
-                started_at=func.coalesce(JOBS.c.started_at, now),
-            )
-            .returning(JOBS)
-        )
+        taking = _taking(of_models=models is not None, skip_locked=not self.database.is_sqlite)
+        values = {
+            "now": now,
+            "models": list(models or ()),
+            "state": JobState.IN_PROGRESS,
+            "worker": worker,
+            "lease_token": secrets.token_hex(16),
+            "lease_expires_at": now + lease_seconds,
+        }
 
         def operation(connection: Connection) -> Job | None:
-            connection.execute(_failing_lost(now))
-            row = connection.execute(taking).mappings().first()
+            connection.execute(_FAIL_LOST, {"now": now, **_failed(now, _LOST), **_NO_LEASE})
+            row = connection.execute(taking, values).mappings().first()
             return None if row is None else _job(row)
 
         return self.database.run(operation)
 
     def holds(self, job: Job) -> bool:
         """Whether the claim by which `job` was taken still stands: not cancelled, not taken over."""
-        claim = {"id": job.id, "token": job.lease_token}
-        return self.database.run(lambda connection: connection.execute(_HOLDS, claim).first() is not None)
+        return self._finds(_HELD, job)
 
     def renew(self, job: Job, *, lease_seconds: float, progress: JobProgress | None = None) -> bool:
         """Prolong the claim and record progress; tell whether the claim still stands."""
         values: dict[str, Any] = {"lease_expires_at": self._clock() + lease_seconds}
         if progress is not None:
             values["progress"] = json.dumps(asdict(progress))
-        return self._change(_held(job), values)
+        return self._change_held(job, values)
 
     def complete(self, job: Job, result: JobResult) -> bool:
         """Record the result; False if the claim no longer stands, and the result is then to be thrown away."""
@@ -206,32 +193,25 @@ class JobStore:
             "progress": json.dumps(asdict(JobProgress(100, "frames"))),
             "lease_expires_at": None,
         }
-        if self._change(_held(job), values):
-            return True
         # The token is kept, so that a repeated call after a lost answer sees that it was this claim that completed it.
-        mine = select(JOBS.c.id).where(
-            JOBS.c.id == job.id, JOBS.c.lease_token == job.lease_token, JOBS.c.state == JobState.COMPLETED
-        )
-        return self.database.run(lambda connection: connection.execute(mine).first() is not None)
+        return self._change_held(job, values) or self._finds(_COMPLETED_BY, job)
 
     def fail(self, job: Job, failure: JobFailure, *, retry_seconds: float | None = None) -> bool:
         """Record a failure, or with `retry_seconds` queue the job again after so long while attempts are left."""
         now = self._clock()
         if retry_seconds is not None and job.attempts < job.max_attempts:
             again = {"state": JobState.QUEUED, "available_at": now + retry_seconds, **_NO_LEASE}
-            return self._change(_held(job), again)
-        return self._change(_held(job), {**_failed(now, failure), **_NO_LEASE})
+            return self._change_held(job, again)
+        return self._change_held(job, {**_failed(now, failure), **_NO_LEASE})
 
     def release(self, job: Job) -> bool:
         """Give a job back in good order; the attempt does not count."""
-        now = self._clock()
-        values = {"state": JobState.QUEUED, "available_at": now, "releases": JOBS.c.releases + 1, **_NO_LEASE}
-        return self._change(_held(job), values)
+        values = {"state": JobState.QUEUED, "available_at": self._clock(), **_NO_LEASE}
+        return self._change(_RELEASE, {**_claim(job), **values})
 
     def let_go(self, job: Job) -> bool:
         """Say that the worker has stopped after a cancellation: its files may be removed from now on."""
-        cancelled = and_(JOBS.c.id == job.id, JOBS.c.lease_token == job.lease_token, JOBS.c.state.in_(FINAL_STATES))
-        return self._change(cancelled, _NO_LEASE)
+        return self._change(_LET_GO, {**_claim(job), **_NO_LEASE})
 
     def cancel(self, job_id: str, *, owner: str | None = None) -> Job:
         """Cancel a job that waits or runs, and return it; a finished job is returned as it is.
@@ -242,9 +222,8 @@ class JobStore:
             JobError: there is no such job (of this owner).
         """
         self.get(job_id, owner=owner)
-        active = JOBS.c.state.in_([str(state) for state in ACTIVE_STATES])
-        values = {"state": JobState.CANCELLED, "finished_at": self._clock()}
-        self._change(and_(JOBS.c.id == job_id, _owned(owner), active), values)
+        cancelling = update(JOBS).where(JOBS.c.id == job_id, _owned(owner), _IS_ACTIVE)
+        self._change(cancelling, {"state": JobState.CANCELLED, "finished_at": self._clock()})
         return self.get(job_id, owner=owner)
 
     def remove(self, job_id: str, *, owner: str | None = None) -> Job:
@@ -254,14 +233,15 @@ class JobStore:
             JobError: there is no such job (of this owner).
         """
         job = self.cancel(job_id, owner=owner)
-        self._change(and_(JOBS.c.id == job_id, JOBS.c.state.in_(FINAL_STATES)), {"removed": True})
+        self._change(update(JOBS).where(JOBS.c.id == job_id, _IS_FINAL), {"removed": True})
         return job
 
     def finished(self) -> tuple[Job, ...]:
         """Return every finished job that no worker works on any more, removed ones too, the oldest first."""
-        stopped = or_(JOBS.c.state == JobState.COMPLETED, JOBS.c.lease_expires_at.is_(None), _expired(self._clock()))
-        query = select(JOBS).where(JOBS.c.state.in_(FINAL_STATES), stopped).order_by(JOBS.c.finished_at)
-        return self.database.run(lambda connection: tuple(map(_job, connection.execute(query).mappings())))
+        stopped = or_(JOBS.c.state == JobState.COMPLETED, JOBS.c.lease_expires_at.is_(None), _EXPIRED)
+        query = select(JOBS).where(_IS_FINAL, stopped).order_by(JOBS.c.finished_at)
+        moment = {"now": self._clock()}
+        return self.database.run(lambda connection: tuple(map(_job, connection.execute(query, moment).mappings())))
 
     def removed_ids(self) -> frozenset[str]:
         """Return the names of the jobs that `remove` hid and `forget` has not dropped yet."""
@@ -270,7 +250,7 @@ class JobStore:
 
     def forget(self, job_id: str) -> bool:
         """Drop the record of a finished job."""
-        gone = delete(JOBS).where(JOBS.c.id == job_id, JOBS.c.state.in_(FINAL_STATES))
+        gone = delete(JOBS).where(JOBS.c.id == job_id, _IS_FINAL)
         return self.database.run(lambda connection: connection.execute(gone).rowcount == 1)
 
     def known(self, job_id: str) -> bool:
@@ -279,23 +259,23 @@ class JobStore:
         return self.database.run(lambda connection: connection.execute(query).first() is not None)
 
     def _check_room(self, connection: Connection, owner: str, max_active_of_owner: int | None) -> None:
-        active = (
-            select(func.count())
-            .select_from(JOBS)
-            .where(JOBS.c.state.in_([str(state) for state in ACTIVE_STATES]), ~JOBS.c.removed)
-        )
-        if connection.execute(active).scalar_one() >= self.max_active:
+        if connection.execute(_COUNT_ACTIVE).scalar_one() >= self.max_active:
             msg = f"the queue is full ({self.max_active} jobs wait or run); try again later"
             raise QueueFullError(msg)
         if max_active_of_owner is None:
             return
-        if connection.execute(active.where(JOBS.c.owner == owner)).scalar_one() >= max_active_of_owner:
+        if connection.execute(_COUNT_ACTIVE_OF, {"user": owner}).scalar_one() >= max_active_of_owner:
             msg = f"{max_active_of_owner} of your jobs wait or run, which is the limit; wait for one, or cancel one"
             raise QueueFullError(msg)
 
-    def _change(self, condition: ColumnElement[bool], values: Mapping[str, Any]) -> bool:
-        statement = update(JOBS).where(condition).values(**values)
-        return self.database.run(lambda connection: connection.execute(statement).rowcount > 0)
+    def _change_held(self, job: Job, values: Mapping[str, Any]) -> bool:
+        return self._change(_CHANGE_HELD, {**_claim(job), **values})
+
+    def _change(self, statement: Update, values: Mapping[str, Any]) -> bool:
+        return self.database.run(lambda connection: connection.execute(statement, values).rowcount > 0)
+
+    def _finds(self, query: Select[Any], job: Job) -> bool:
+        return self.database.run(lambda connection: connection.execute(query, _claim(job)).first() is not None)
 
     def _select(self, *conditions: ColumnElement[bool], limit: int, order: Order = "asc") -> tuple[Job, ...]:
         ordering = JOBS.c.sequence.asc() if order == "asc" else JOBS.c.sequence.desc()
@@ -307,34 +287,49 @@ def _owned(owner: str | None) -> ColumnElement[bool]:
     return true() if owner is None else JOBS.c.owner == owner
 
 
-def _held(job: Job) -> ColumnElement[bool]:
-    return and_(JOBS.c.id == job.id, JOBS.c.lease_token == job.lease_token, JOBS.c.state == JobState.IN_PROGRESS)
+def _claim(job: Job) -> dict[str, Any]:
+    """Return what names the claim by which a job was taken, in the statements below."""
+    return {"job": job.id, "token": job.lease_token}
 
 
-# Asked after every denoising step, and so not put together anew each time.
-_HOLDS = select(JOBS.c.id).where(
-    JOBS.c.id == bindparam("id"), JOBS.c.lease_token == bindparam("token"), JOBS.c.state == JobState.IN_PROGRESS
+# Statements of a job's way, put together once: SQLAlchemy takes longer to do that than SQLite to run them. What an
+# UPDATE or INSERT sets is in the values it is executed with.
+_IS_ACTIVE = JOBS.c.state.in_(ACTIVE_STATES)
+_IS_FINAL = JOBS.c.state.in_(FINAL_STATES)
+_IN_PROGRESS = JOBS.c.state == JobState.IN_PROGRESS
+_EXPIRED = JOBS.c.lease_expires_at < bindparam("now")
+_ATTEMPTS_LEFT = JOBS.c.claims - JOBS.c.releases < JOBS.c.max_attempts
+_CLAIMED_BY = and_(JOBS.c.id == bindparam("job"), JOBS.c.lease_token == bindparam("token"))
+
+_NEXT_SEQUENCE = (
+    update(SUBMISSIONS).values(last_sequence=SUBMISSIONS.c.last_sequence + 1).returning(SUBMISSIONS.c.last_sequence)
 )
+_KNOWN = select(JOBS).where(JOBS.c.id == bindparam("job"))
+_COUNT_ACTIVE = select(func.count()).select_from(JOBS).where(_IS_ACTIVE, ~JOBS.c.removed)
+_COUNT_ACTIVE_OF = _COUNT_ACTIVE.where(JOBS.c.owner == bindparam("user"))
+_INSERT = insert(JOBS).returning(JOBS)
+
+_HELD = select(JOBS.c.id).where(_CLAIMED_BY, _IN_PROGRESS)
+_COMPLETED_BY = select(JOBS.c.id).where(_CLAIMED_BY, JOBS.c.state == JobState.COMPLETED)
+_CHANGE_HELD = update(JOBS).where(_CLAIMED_BY, _IN_PROGRESS)
+_RELEASE = _CHANGE_HELD.values(releases=JOBS.c.releases + 1)
+_LET_GO = update(JOBS).where(_CLAIMED_BY, _IS_FINAL)
+_FAIL_LOST = update(JOBS).where(_IN_PROGRESS, _EXPIRED, ~_ATTEMPTS_LEFT)
+"""Fails the jobs whose lease ran out after their last attempt."""
 
 
-def _failing_lost(now: float) -> Update:
-    """Return what fails the jobs whose lease ran out after their last attempt."""
-    lost = and_(JOBS.c.state == JobState.IN_PROGRESS, _expired(now), ~_attempts_left())
-    return update(JOBS).where(lost).values(**_failed(now, _LOST), **_NO_LEASE)
-
-
-def _expired(now: float) -> ColumnElement[bool]:
-    return JOBS.c.lease_expires_at < now
-
-
-def _attempts_left() -> ColumnElement[bool]:
-    return JOBS.c.claims - JOBS.c.releases < JOBS.c.max_attempts
-
-
-def _claimable(now: float) -> ColumnElement[bool]:
-    waiting = and_(JOBS.c.state == JobState.QUEUED, JOBS.c.available_at <= now)
-    abandoned = and_(JOBS.c.state == JobState.IN_PROGRESS, _expired(now), _attempts_left())
-    return or_(waiting, abandoned)
+@cache
+def _taking(*, of_models: bool, skip_locked: bool) -> ReturningUpdate[Any]:
+    """Return the statement that takes the oldest job that waits, or whose worker let its lease run out."""
+    waiting = and_(JOBS.c.state == JobState.QUEUED, JOBS.c.available_at <= bindparam("now"))
+    free = or_(waiting, and_(_IN_PROGRESS, _EXPIRED, _ATTEMPTS_LEFT))
+    oldest = select(JOBS.c.id).where(free).order_by(JOBS.c.sequence).limit(1)
+    if of_models:
+        oldest = oldest.where(JOBS.c.model.in_(bindparam("models", expanding=True)))
+    if skip_locked:  # rows of others are passed over, not waited for; SQLite, with one writer, has no such clause
+        oldest = oldest.with_for_update(skip_locked=True)
+    taking = update(JOBS).where(JOBS.c.id == oldest.scalar_subquery(), free).returning(JOBS)
+    return taking.values(claims=JOBS.c.claims + 1, started_at=func.coalesce(JOBS.c.started_at, bindparam("now")))
 
 
 def _failed(now: float, failure: JobFailure) -> dict[str, Any]:

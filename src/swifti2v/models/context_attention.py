@@ -1,21 +1,22 @@
-"""Self-attention of a window in which the context need not look at the targets again.
+"""Self-attention of a window in which not every token asks, or not every one is seen.
 
-Two uses of one thing. A network trained with `frozen` context lets anchor and neighbours attend to each other only, as
-a causal model's cache does; the paper's is `bidirectional` (CSG). And either kind may keep the context's keys and
+Three uses of one thing. A network trained with `frozen` context lets anchor and neighbours attend to each other only,
+as a causal model's cache does; the paper's is `bidirectional` (CSG). And either kind may keep the context's keys and
 values from a segment's first step for its later ones, which then run the targets alone: exact where the context is
-frozen, an approximation where it is not, because there it would have seen the targets become cleaner.
+frozen, an approximation where it is not, because there it would have seen the targets become cleaner. And in the last
+block only the frames whose output is wanted need ask, the others are but seen: exact.
 
 Shape suffixes as in `transformer.py`; N tokens of the context.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from diffusers.models.attention_dispatch import dispatch_attention_fn
-from diffusers.models.transformers.transformer_wan import _get_qkv_projections
+from diffusers.models.transformers.transformer_wan import WanAttnProcessor, _get_qkv_projections
 
 from swifti2v.errors import InvalidInputError
 from swifti2v.segments import FrameKind
@@ -60,11 +61,13 @@ class WindowAttention:
         targets: the tokens of the targets among those given.
         is_frozen: whether the context attends to itself alone.
         kept: where the context's keys and values are put, or come from.
+        wanted: the tokens that ask, whole frames, where not all do; they see all others.
     """
 
     targets: slice
-    is_frozen: bool
-    kept: ContextKeysValues | None
+    is_frozen: bool = False
+    kept: ContextKeysValues | None = None
+    wanted: slice | None = None
 
     def attend(self, attention: Any, tokens_BLD: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
         """Return what diffusers' `WanAttnProcessor` returns for self-attention, but for who sees whom.
@@ -73,14 +76,24 @@ class WindowAttention:
             attention: a `WanAttention`.
             tokens_BLD: normed and modulated.
             rotary: cosines and sines ``[1, L, 1, head]``.
+
+        Returns:
+            ``[B, L, D]``, L those that are wanted.
         """
-        query, key, value = _get_qkv_projections(attention, tokens_BLD, None)
+        query, key, value = self._projections(attention, tokens_BLD)
         query, key = attention.norm_q(query), attention.norm_k(key)
         query, key, value = (each.unflatten(2, (attention.heads, -1)) for each in (query, key, value))
-        query, key = _turned(query, *rotary), _turned(key, *rotary)
+        asking = rotary if self.wanted is None else (rotary[0][:, self.wanted], rotary[1][:, self.wanted])
+        query, key = _turned(query, *asking), _turned(key, *rotary)
         attended = self._attended(query, key, value, attention.processor._attention_backend)
         result: Tensor = attention.to_out[1](attention.to_out[0](attended.flatten(2, 3).type_as(query)))
         return result
+
+    def _projections(self, attention: Any, tokens_BLD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        if self.wanted is not None and not attention.fused_projections:
+            return attention.to_q(tokens_BLD[:, self.wanted]), attention.to_k(tokens_BLD), attention.to_v(tokens_BLD)
+        query, key, value = _get_qkv_projections(attention, tokens_BLD, None)
+        return query if self.wanted is None else query[:, self.wanted], key, value
 
     def _attended(self, query: Tensor, key: Tensor, value: Tensor, backend: Any) -> Tensor:
         def dispatch(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -91,7 +104,7 @@ class WindowAttention:
             return dispatch(query, torch.cat([self.kept.key, key], 1), torch.cat([self.kept.value, value], 1))
         if self.kept is not None:
             self.kept.key, self.kept.value = self._context(key), self._context(value)
-        if not self.is_frozen:
+        if not self.is_frozen or self.wanted is not None:
             return dispatch(query, key, value)
         context = dispatch(self._context(query), self._context(key), self._context(value))
         targets = dispatch(query[:, self.targets], key, value)
@@ -102,10 +115,32 @@ class WindowAttention:
         return torch.cat([each[:, : self.targets.start], each[:, self.targets.stop :]], dim=1)
 
 
+def is_replaceable(network: Any) -> bool:
+    """Return whether self-attention may take the way of this module: it goes through diffusers' plain processor.
+
+    A compiled block stays as it is, where all tokens ask and see all: one graph for each length of window.
+    """
+    block = network.blocks[-1]
+    return type(block.attn1.processor) is WanAttnProcessor and block._compiled_call_impl is None
+
+
+def only_wanted(window: WindowAttention | None, wanted: slice) -> WindowAttention | None:
+    """Return how the last block attends, if only the tokens `wanted` of a window need an output.
+
+    `window` itself where that is not the same: frozen context sees less than all, and kept context is not among the
+    tokens.
+    """
+    if window is None:
+        return None
+    is_within = window.targets.start <= wanted.start and wanted.stop <= window.targets.stop
+    has_context = window.kept is None or window.kept.key is None
+    return replace(window, wanted=wanted) if has_context and (is_within or not window.is_frozen) else window
+
+
 def window_attention(
     kinds: Tensor | None, num_tokens: int, *, is_frozen: bool, kept: Sequence[ContextKeysValues | None]
-) -> list[WindowAttention | None]:
-    """Return how each block attends; None where nothing differs from plain attention over the whole window.
+) -> list[WindowAttention]:
+    """Return how each block attends to a window whose context is frozen or kept.
 
     Args:
         kinds: ``[F]`` integers of `FrameKind` on the CPU; None: all are targets.
@@ -124,17 +159,22 @@ def window_attention(
         msg = "the context of this window is kept already; give its targets alone, or a new ContextMemory"
         raise InvalidInputError(msg)
     if is_known or not has_context:
-        return [WindowAttention(slice(0, num_tokens), is_frozen, each) if is_known else None for each in kept]
+        return [
+            WindowAttention(slice(0, num_tokens), is_frozen and is_known, each if is_known else None) for each in kept
+        ]
     if not places or places[-1] - places[0] + 1 != len(places):
         msg = f"frame_kinds is {values}; the targets of a window must follow each other, and there must be some"
         raise InvalidInputError(msg)
     per_frame = num_tokens // len(values)
     targets = slice(places[0] * per_frame, (places[-1] + 1) * per_frame)
-    return [WindowAttention(targets, is_frozen, each) if is_frozen or each is not None else None for each in kept]
+    return [WindowAttention(targets, is_frozen, each) for each in kept]
 
 
 def _turned(each: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
-    """Rotary positions on pairs of neighbouring numbers, as Wan lays them out."""
-    even, odd = torch.unflatten(each, -1, (-1, 2)).unbind(-1)
-    cosine, sine = cosines[..., 0::2], sines[..., 1::2]
-    return torch.stack([even * cosine - odd * sine, even * sine + odd * cosine], dim=-1).flatten(-2).type_as(each)
+    """Rotary positions on pairs of neighbouring numbers, as Wan lays them out, in float32."""
+    pairs, cosine, sine = torch.unflatten(each, -1, (-1, 2)), cosines[..., 0::2], sines[..., 1::2]
+    if torch.compiler.is_compiling():  # Inductor has no complex numbers, and fuses these
+        even, odd = pairs.unbind(-1)
+        return torch.stack([even * cosine - odd * sine, even * sine + odd * cosine], dim=-1).flatten(-2).type_as(each)
+    turned = torch.view_as_complex(pairs.float().contiguous()) * torch.complex(cosine, sine)
+    return torch.view_as_real(turned).flatten(-2).type_as(each)

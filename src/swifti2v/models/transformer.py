@@ -24,7 +24,13 @@ from diffusers.utils import apply_lora_scale
 from torch import Tensor, nn
 
 from swifti2v.errors import CheckpointError, InvalidInputError
-from swifti2v.models.context_attention import ContextMemory, WindowAttention, window_attention
+from swifti2v.models.context_attention import (
+    ContextMemory,
+    WindowAttention,
+    is_replaceable,
+    only_wanted,
+    window_attention,
+)
 from swifti2v.models.local_detail import LocalDetail
 from swifti2v.models.text_attention import KeptText, TextMemory, keeps_text
 from swifti2v.models.transformer_block import FramePositionRope, StageTwoBlock, modulate
@@ -275,6 +281,11 @@ class StageTwoTransformer(WanTransformer3DModel):
         is_part = token_frames_1L.shape[1] != frames * rows * columns
         token_frames_L = token_frames_1L[0] if is_part and temb_BMD.shape[1] > 1 else None
         windows = self._windows(frame_kinds, frames * rows * columns, context_memory, is_part=is_part)
+        wanted = slice(*(output_frames or slice(None)).indices(frames)[:2])
+        if windows and wanted.stop - wanted.start < frames and not self.is_cache_enabled:
+            # Caches of diffusers compare whole outputs of blocks.
+            of_tokens = slice(wanted.start * rows * columns, wanted.stop * rows * columns)
+            windows = [*windows[:-1], only_wanted(windows[-1], of_tokens)]
 
         for index, block in enumerate(self.blocks):
             kept_block = kept.blocks[index] if kept is not None else None
@@ -285,9 +296,9 @@ class StageTwoTransformer(WanTransformer3DModel):
             else:
                 tokens_BLD = block(*arguments)
 
-        wanted = output_frames or slice(None)
         if not is_part:  # a rank that holds a part of the tokens cannot leave any out before they are gathered
-            tokens_BLD = torch.unflatten(tokens_BLD, 1, (frames, -1))[:, wanted].flatten(1, 2)
+            if tokens_BLD.shape[1] == frames * rows * columns:
+                tokens_BLD = torch.unflatten(tokens_BLD, 1, (frames, -1))[:, wanted].flatten(1, 2)
             temb_BMD = temb_BMD[:, wanted] if temb_BMD.shape[1] > 1 else temb_BMD
         patches = torch.unflatten(self._head(tokens_BLD, temb_BMD, token_frames_L), 1, (-1, rows, columns))
         sample = self._unpatchify(patches[:, wanted] if is_part else patches)
@@ -311,13 +322,14 @@ class StageTwoTransformer(WanTransformer3DModel):
         self, frame_kinds: Tensor | None, num_tokens: int, memory: ContextMemory | None, *, is_part: bool
     ) -> Sequence[WindowAttention | None]:
         is_frozen = self.config.context_attention == "frozen"
-        plain = [None] * len(self.blocks)
         if memory is None and not is_frozen:
-            return plain
+            is_plain = is_part or not self.blocks or not is_replaceable(self)
+            return [None if is_plain else WindowAttention(slice(0, num_tokens)) for _ in self.blocks]
         if is_part:
             msg = "a context that is frozen or kept is not divided over devices; run it on one, or keep no context"
             raise InvalidInputError(msg)
-        return window_attention(frame_kinds, num_tokens, is_frozen=is_frozen, kept=memory.blocks if memory else plain)
+        kept = memory.blocks if memory else [None] * len(self.blocks)
+        return window_attention(frame_kinds, num_tokens, is_frozen=is_frozen, kept=kept)
 
     def _kept_text(self, text: Tensor) -> KeptText | None:
         if self._text_memory is None or torch.is_grad_enabled() or not keeps_text(self.blocks[0].attn2):

@@ -23,21 +23,56 @@ PART_TOKENS = 4096
 """Tokens that everything but attention takes at once: enough for a GPU's matrix products, a frame at 2560x1408."""
 
 
-def modulate(tokens_BLD: Tensor, scale_BMD: Tensor, shift_BMD: Tensor, token_frames_L: Tensor | None) -> Tensor:
-    """Return ``tokens * (1 + scale) + shift``, each token with the row of its frame."""
+def modulate(
+    tokens_BLD: Tensor,
+    scale_BMD: Tensor,
+    shift_BMD: Tensor,
+    token_frames_L: Tensor | None,
+    *,
+    out: Tensor | None = None,
+) -> Tensor:
+    """Return ``tokens * (1 + scale) + shift``, each token with the row of its frame; in `out`, if given."""
     if token_frames_L is not None:
         scale_BMD, shift_BMD = scale_BMD[:, token_frames_L], shift_BMD[:, token_frames_L]
-    by_frame = torch.unflatten(tokens_BLD, 1, (scale_BMD.shape[1], -1))
-    return torch.addcmul(shift_BMD.unsqueeze(2), by_frame, 1 + scale_BMD.unsqueeze(2)).flatten(1, 2)
+    by_frame = _by_rows(tokens_BLD, scale_BMD)
+    into = None if out is None else _by_rows(out, scale_BMD)
+    made = torch.addcmul(shift_BMD.unsqueeze(2), by_frame, 1 + scale_BMD.unsqueeze(2), out=into)
+    return made.flatten(1, 2) if out is None else out
 
 
-def _add_gated(tokens_BLD: Tensor, update_BLD: Tensor, gate_BMD: Tensor, token_frames_L: Tensor | None) -> Tensor:
-    """Return ``tokens + update * gate``, summed in the gate's float32, in the dtype of `tokens`."""
+def _add_gated(
+    tokens_BLD: Tensor,
+    update_BLD: Tensor,
+    gate_BMD: Tensor,
+    token_frames_L: Tensor | None,
+    *,
+    out: Tensor | None = None,
+) -> Tensor:
+    """Return ``tokens + update * gate``, summed in the gate's float32, in the dtype of `tokens`; in `out`, if given."""
     if token_frames_L is not None:
         gate_BMD = gate_BMD[:, token_frames_L]
-    tokens, update = (torch.unflatten(each, 1, (gate_BMD.shape[1], -1)) for each in (tokens_BLD, update_BLD))
-    total = torch.addcmul(tokens, update, gate_BMD.unsqueeze(2))
-    return total.flatten(1, 2).type_as(tokens_BLD)
+    tokens, update = _by_rows(tokens_BLD, gate_BMD), _by_rows(update_BLD, gate_BMD)
+    into = None if out is None else _by_rows(out, gate_BMD)
+    total = torch.addcmul(tokens, update, gate_BMD.unsqueeze(2), out=into)
+    return total.flatten(1, 2).type_as(tokens_BLD) if out is None else out
+
+
+def _by_rows(tokens_BLD: Tensor, rows_BMD: Tensor) -> Tensor:
+    """View ``[B, L, D]`` as ``[B, M, L/M, D]``, the tokens of each row of modulation together."""
+    return torch.unflatten(tokens_BLD, 1, (rows_BMD.shape[1], -1))
+
+
+def _tokens_of(wanted: slice | None, tokens_BLD: Tensor) -> Tensor:
+    return tokens_BLD if wanted is None else tokens_BLD[:, wanted]
+
+
+def _rows_of(wanted: slice | None, num_tokens: int, rows: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """Return of each ``[B, M, D]`` the rows of the tokens `wanted`, which are whole frames."""
+    num_rows = rows[0].shape[1]
+    if wanted is None or num_rows == 1:
+        return rows
+    per_row = num_tokens // num_rows
+    return tuple(each[:, wanted.start // per_row : wanted.stop // per_row] for each in rows)
 
 
 def _token_parts(num_tokens: int, num_rows: int) -> list[tuple[slice, slice]]:
@@ -102,19 +137,25 @@ class StageTwoBlock(WanTransformerBlock):
             token_frames: ``[L]``, the row of `temb` of each token, where the tokens are a part of the sequence.
             kept_text: keys and values of this text, or the place to put them.
             window: who attends to whom; None: all tokens to all.
+
+        Returns:
+            ``[B, L, D]``, L the tokens that `window` wants.
         """
         modulation = (self.scale_shift_table + temb.float()).unbind(2)
+        wanted = window.wanted if window is not None else None
+        attend = partial(self._attend, rotary=rotary_emb, window=window)
+        read_text = partial(self._read_text, text_BTD=encoder_hidden_states, kept=kept_text)
         if token_frames is None and not torch.is_grad_enabled():
-            attend = partial(self._attend, rotary=rotary_emb, window=window)
-            return self._forward_by_frames(hidden_states, encoder_hidden_states, modulation, attend, kept_text)
-        shift, scale, gate, ffn_shift, ffn_scale, ffn_gate = modulation
+            return self._forward_by_frames(hidden_states, modulation, wanted, attend, read_text)
+        shift, scale = modulation[:2]
+        gate, ffn_shift, ffn_scale, ffn_gate = _rows_of(wanted, hidden_states.shape[1], modulation[2:])
 
         normed = modulate(self.norm1(hidden_states.float()), scale, shift, token_frames).type_as(hidden_states)
-        attended = self._attend(normed, rotary_emb, window)
-        hidden_states = _add_gated(hidden_states, attended, gate, token_frames)
+        attended = attend(normed)
+        hidden_states = _add_gated(_tokens_of(wanted, hidden_states), attended, gate, token_frames)
 
         # norm2 computes in float32 and returns its input's dtype by itself.
-        hidden_states = hidden_states + self._read_text(hidden_states, encoder_hidden_states, kept_text)
+        hidden_states = hidden_states + read_text(hidden_states)
 
         normed = modulate(self.norm3(hidden_states.float()), ffn_scale, ffn_shift, token_frames)
         return _add_gated(hidden_states, self.ffn(normed.type_as(hidden_states)), ffn_gate, token_frames)
@@ -122,33 +163,34 @@ class StageTwoBlock(WanTransformerBlock):
     def _forward_by_frames(
         self,
         hidden_states: Tensor,
-        encoder_hidden_states: Tensor,
         modulation: tuple[Tensor, ...],
+        wanted: slice | None,
         attend: Callable[[Tensor], Tensor],
-        kept_text: TextKeysValues | None,
+        read_text: Callable[[Tensor], Tensor],
     ) -> Tensor:
         """Do the same without gradients, all but attention a few frames at a time.
 
         The float32 copies and the feed-forward activations of a whole window would be 1.1 GiB at five frames of
         2560x1408.
         """
-        shift, scale, gate, ffn_shift, ffn_scale, ffn_gate = modulation
-        parts = _token_parts(hidden_states.shape[1], shift.shape[1])
+        shift, scale = modulation[:2]
+        gate, ffn_shift, ffn_scale, ffn_gate = _rows_of(wanted, hidden_states.shape[1], modulation[2:])
         normed = torch.empty_like(hidden_states)
-        for tokens, rows in parts:
+        for tokens, rows in _token_parts(hidden_states.shape[1], shift.shape[1]):
             part = self.norm1(hidden_states[:, tokens].float())
-            normed[:, tokens] = modulate(part, scale[:, rows], shift[:, rows], None)
+            modulate(part, scale[:, rows], shift[:, rows], None, out=normed[:, tokens])
         attended = attend(normed)
         # Not in place: a cache of diffusers may still compare the input with the output.
-        result = normed
+        entering, result = _tokens_of(wanted, hidden_states), _tokens_of(wanted, normed)
+        parts = _token_parts(result.shape[1], gate.shape[1])
         for tokens, rows in parts:
-            result[:, tokens] = _add_gated(hidden_states[:, tokens], attended[:, tokens], gate[:, rows], None)
+            _add_gated(entering[:, tokens], attended[:, tokens], gate[:, rows], None, out=result[:, tokens])
         del attended
-        result += self._read_text(result, encoder_hidden_states, kept_text)
+        result += read_text(result)
         for tokens, rows in parts:
             part = result[:, tokens]
             inner = modulate(self.norm3(part.float()), ffn_scale[:, rows], ffn_shift[:, rows], None).type_as(part)
-            result[:, tokens] = _add_gated(part, self.ffn(inner), ffn_gate[:, rows], None)
+            _add_gated(part, self.ffn(inner), ffn_gate[:, rows], None, out=part)
             del inner
         return result
 
@@ -160,6 +202,6 @@ class StageTwoBlock(WanTransformerBlock):
         )
         return attended
 
-    def _read_text(self, tokens_BLD: Tensor, text_BTD: Tensor, kept: TextKeysValues | None) -> Tensor:
+    def _read_text(self, tokens_BLD: Tensor, *, text_BTD: Tensor, kept: TextKeysValues | None) -> Tensor:
         normed = self.norm2(tokens_BLD)
         return self.attn2(normed, text_BTD, None, None) if kept is None else kept.attend(self.attn2, normed, text_BTD)

@@ -56,7 +56,9 @@ class ModelReplica:
     def __init__(self, settings: ServiceSettings, cluster: ClusterSettings) -> None:
         self._models = [model.name for model in settings.models]
         self._queue = JobQueue.open(settings.data, url=settings.database_url)
-        self._runner = PipelineRunner.on_device(cluster.worker_device, cluster.memory)
+        self._runner = PipelineRunner.on_device(
+            cluster.worker_device, cluster.memory, acceleration=cluster.acceleration
+        )
         self._runner.pipeline(self._models[0])
         self._options = WorkerOptions(
             models=self._models, lease_seconds=cluster.lease_seconds, grace_seconds=cluster.grace_seconds

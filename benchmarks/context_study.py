@@ -86,6 +86,10 @@ BIDIRECTIONAL = Network("bidirectional")
 FROZEN = Network("frozen", model={"context_attention": "frozen"})
 WITH_ARTEFACTS = Network("artefacts", pairs={"coded_share": 1.0})
 CLEAN_CONTEXT = Network("clean_context", model={"context_noise": 0.0})
+OWN = {"own_context_share": 0.5, "own_context_segments": 2}
+OWN_CONTEXT = Network("own_context", model=OWN)
+OWN_FROZEN = Network("own_frozen", model={"context_attention": "frozen", **OWN})
+"""The last two are judged by `benchmarks.own_context`."""
 NETWORKS = (BIDIRECTIONAL, FROZEN, WITH_ARTEFACTS, CLEAN_CONTEXT)
 
 SHORT = (

@@ -60,7 +60,8 @@ METRICS: tuple[Metric, ...] = (
         "one",
         "-1 .. 1",
         "<a, b> / max(<a, a>, <b, b>) of the high-pass (luma less its blur of sigma 2 px) of the image moved to the "
-        f"frame (a) and of the frame (b) on pixels that both show; mean over every 8th frame and the last; {_FULL}",
+        "frame (a) and of the frame (b) on pixels that both show; mean over frames 8, 16, ... and the last; "
+        f"{_FULL}",
         _OWN,
     ),
     Metric(

@@ -204,7 +204,7 @@ class _Judge:
                 if index == 0 and self._standard.image is not None:
                     self.first = measure_fidelity(frame, self._standard.image)
                 waiting.append(self._start(index, frame, next(truths, None)))
-                if index % DETAIL_EVERY == 0:
+                if index and index % DETAIL_EVERY == 0:
                     self._start_detail(index, details)
                 if len(waiting) == FRAMES_IN_FLIGHT:
                     self._collect(waiting.popleft())
@@ -213,7 +213,7 @@ class _Judge:
             self.truth_goes_on = next(truths, None) is not None
         while waiting:
             self._collect(waiting.popleft())
-        if self.looks and len(self.looks) - 1 not in details:
+        if len(self.looks) > 1 and len(self.looks) - 1 not in details:
             self._start_detail(len(self.looks) - 1, details)
         self.details = {index: detail.result() for index, detail in details.items()}
 

@@ -8,12 +8,9 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 from swifti2v.errors import InvalidInputError
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
 
 
 class Size(NamedTuple):
@@ -84,11 +81,6 @@ class CodecGeometry:
             return range(1)
         start = self.temporal * (latent_frame - 1) + 1
         return range(start, start + self.temporal)
-
-    def chunk_lengths(self, num_frames: int) -> Iterator[int]:
-        """Yield the pixel frames of each latent frame in turn: 1, temporal, temporal, ..."""
-        for latent_frame in range(self.latent_frames(num_frames)):
-            yield len(self.frames_of(latent_frame))
 
     def check_size(self, size: Size) -> None:
         """Raise `InvalidInputError` with the nearest usable size unless both sides are multiples of `size_multiple`."""

@@ -9,12 +9,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from swifti2v.errors import InvalidInputError
-from swifti2v.sampling.schedules import FEW_STEP_SIGMAS, check_sigmas, shifted_sigmas, with_final_zero
+from swifti2v.sampling.schedules import FEW_STEP_SIGMAS, check_sigmas, shifted_sigmas
 
 
 def test_four_steps_are_the_published_timesteps():
     # ModelTC/LightX2V-Wan2.2-Lightning issue 3: [1000.0000, 937.5001, 833.3333, 625.0000, 0]
-    assert [round(1000 * sigma, 3) for sigma in with_final_zero(FEW_STEP_SIGMAS)] == [1000, 937.5, 833.333, 625, 0]
+    assert [round(1000 * sigma, 3) for sigma in FEW_STEP_SIGMAS] == [1000, 937.5, 833.333, 625]
 
 
 def test_few_step_sigmas_lie_on_the_curve_of_shift_5():
@@ -72,10 +72,6 @@ def test_numbers_out_of_range_are_errors(num_steps, settings):
 def test_a_schedule_that_is_not_one_is_an_error_that_names_the_fix(sigmas, fix):
     with pytest.raises(InvalidInputError, match=fix):
         check_sigmas(sigmas)
-
-
-def test_the_final_zero_is_added_once():
-    assert with_final_zero((1.0, 0.5)) == with_final_zero((1.0, 0.5, 0.0)) == (1.0, 0.5, 0.0)
 
 
 def test_few_step_sigmas_are_those_of_the_scheduler():

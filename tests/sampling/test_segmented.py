@@ -9,13 +9,13 @@ import pytest
 import torch
 
 from swifti2v.errors import GenerationCancelled, InvalidInputError
-from swifti2v.sampling.schedules import FEW_STEP_SIGMAS, shifted_sigmas, with_final_zero
+from swifti2v.sampling.schedules import FEW_STEP_SIGMAS, shifted_sigmas
 from swifti2v.sampling.segmented import Window, derived_seed, frame_noise, sample_segments
 from swifti2v.sampling.solvers import euler, renoise
 from swifti2v.segments import FrameKind, max_window, plan_segments
 
 SHAPE = (1, 2, 1, 3, 4)
-SIGMAS = with_final_zero(FEW_STEP_SIGMAS)
+SIGMAS = (*FEW_STEP_SIGMAS, 0.0)
 
 
 def make_reference(num_latent_frames: int, seed: int = 0) -> list[torch.Tensor]:

@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from swifti2v.errors import InvalidInputError
-from swifti2v.sampling.schedules import FEW_STEP_SIGMAS, shifted_sigmas, with_final_zero
+from swifti2v.sampling.schedules import FEW_STEP_SIGMAS, shifted_sigmas
 from swifti2v.sampling.solvers import euler, renoise
 
-SIGMAS = with_final_zero(FEW_STEP_SIGMAS)
+SIGMAS = (*FEW_STEP_SIGMAS, 0.0)
 
 
 def velocity(x: torch.Tensor, sigma: float) -> torch.Tensor:

@@ -10,15 +10,21 @@ from typing import TYPE_CHECKING
 from swifti2v.errors import OutputError
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from pathlib import Path
+    from typing import BinaryIO
 
 
-def write_atomically(path: Path, content: bytes, *, writer: str = "") -> None:
-    """Write `content` beside `path`, flush it to the disk, and give it its name in one step.
+UNFINISHED = ".*.part"
+"""Pattern of what a killed writer leaves behind in a folder."""
+
+
+def write_atomically(path: Path, content: bytes | Callable[[BinaryIO], object], *, writer: str = "") -> None:
+    """Write `content` beside `path`, flush it to the disk, and give it its name in one step; the name outlives a crash.
 
     Args:
         path: the file; one of that name is replaced.
-        content: all of it.
+        content: all of it, or what writes it into an open file.
         writer: tells processes apart that may write the same file at the same time.
 
     Raises:
@@ -27,10 +33,14 @@ def write_atomically(path: Path, content: bytes, *, writer: str = "") -> None:
     partial = path.with_name(f".{path.name}{writer}.part")
     try:
         with partial.open("wb") as file:
-            file.write(content)
+            if isinstance(content, bytes):
+                file.write(content)
+            else:
+                content(file)
             file.flush()
             os.fsync(file.fileno())
         partial.replace(path)
+        _flush_names(path.parent)
     except OSError as error:
         with contextlib.suppress(OSError):
             partial.unlink(missing_ok=True)
@@ -38,6 +48,14 @@ def write_atomically(path: Path, content: bytes, *, writer: str = "") -> None:
         fix = "free some space and run again" if full else "choose a folder that is writable"
         msg = f"{str(path)!r} cannot be written ({error.strerror}); {fix}"
         raise OutputError(msg) from error
+
+
+def _flush_names(folder: Path) -> None:
+    opened = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(opened)
+    finally:
+        os.close(opened)
 
 
 def make_folder(folder: Path) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import repeat
 from pathlib import Path
@@ -20,6 +20,7 @@ import numpy as np
 from numpy.lib import format as npy_format
 
 from swifti2v.errors import InvalidInputError, OutputError, WorkDirectoryError
+from swifti2v.media.atomic_files import UNFINISHED, write_atomically
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -27,7 +28,6 @@ if TYPE_CHECKING:
 
 _PIECE = re.compile(r"piece_(\d{6})\.npy")
 _COMPLETE = "complete.json"
-_UNFINISHED = ".unfinished"
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class FrameStore:
         self.directory = Path(directory)
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
-            for leftover in self.directory.glob(f"*{_UNFINISHED}"):
+            for leftover in self.directory.glob(UNFINISHED):
                 leftover.unlink()
         except OSError as error:
             raise _not_written(self.directory, error) from error
@@ -65,16 +65,6 @@ class FrameStore:
     def __len__(self) -> int:
         """Return the number of frames."""
         return self._pieces[-1].start + self._pieces[-1].num_frames if self._pieces else 0
-
-    @property
-    def num_pieces(self) -> int:
-        """Number of pieces: how often `append` was called with frames."""
-        return len(self._pieces)
-
-    @property
-    def frame_shape(self) -> tuple[int, int, int] | None:
-        """Height, width and 3; None while the store is empty."""
-        return self._frame_shape
 
     @property
     def is_complete(self) -> bool:
@@ -108,18 +98,13 @@ class FrameStore:
         def save(file: BinaryIO) -> None:
             npy_format.write_array(file, np.ascontiguousarray(array), allow_pickle=False)
 
-        self._write_atomically(path, save)
+        write_atomically(path, save)
         self._add(path)
 
     def complete(self, metadata: Mapping[str, Any]) -> None:
         """Mark that no more frames will come and keep `metadata` (JSON values) with them."""
         content = {"num_frames": len(self), "metadata": dict(metadata)}
-        encoded = json.dumps(content, indent=1, sort_keys=True).encode()
-
-        def save(file: BinaryIO) -> None:
-            file.write(encoded)
-
-        self._write_atomically(self.directory / _COMPLETE, save)
+        write_atomically(self.directory / _COMPLETE, json.dumps(content, indent=1, sort_keys=True).encode())
         self._metadata = self._read_metadata()
 
     def clear(self) -> None:
@@ -220,23 +205,6 @@ class FrameStore:
         if num_frames != len(self):
             raise _damaged(self.directory, f"it holds {len(self)} of {num_frames} frames")
         return metadata
-
-    def _write_atomically(self, path: Path, save: Callable[[BinaryIO], None]) -> None:
-        unfinished = path.with_name(path.name + _UNFINISHED)
-        try:
-            with unfinished.open("wb") as file:
-                save(file)
-                file.flush()
-                os.fsync(file.fileno())
-            unfinished.replace(path)
-            folder = os.open(self.directory, os.O_RDONLY)
-            try:
-                os.fsync(folder)  # the name itself must survive a crash as well
-            finally:
-                os.close(folder)
-        except OSError as error:
-            unfinished.unlink(missing_ok=True)
-            raise _not_written(self.directory, error) from error
 
 
 def _damaged(directory: Path, problem: str) -> WorkDirectoryError:

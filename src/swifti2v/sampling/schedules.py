@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 # The four steps at which the public Wan2.2 distillations were trained (ModelTC/Wan2.2-Lightning,
-# wan/utils/fm_solvers_euler.py): linspace(1, 0, 5)[:-1] shifted by 5. The final 0.0 is left to `with_final_zero`.
+# wan/utils/fm_solvers_euler.py): linspace(1, 0, 5)[:-1] shifted by 5. The final 0.0 is left out.
 FEW_STEP_SIGMAS: tuple[float, ...] = (1.0, 0.9375, 5 / 6, 0.625)
 
 
@@ -43,12 +43,6 @@ def shifted_sigmas(num_steps: int, *, shift: float, start: float = 1.0) -> tuple
     unshifted_start = start / (shift - (shift - 1) * start)
     unshifted = (unshifted_start * (num_steps - step) / num_steps for step in range(1, num_steps + 1))
     return (float(start), *(shift * u / (1 + (shift - 1) * u) for u in unshifted))
-
-
-def with_final_zero(sigmas: Sequence[float]) -> tuple[float, ...]:
-    """Return `sigmas` as a checked schedule that ends in 0.0, appending it when it is not there."""
-    values = tuple(float(sigma) for sigma in sigmas)
-    return check_sigmas(values if values and values[-1] == 0.0 else (*values, 0.0))
 
 
 def check_sigmas(sigmas: Sequence[float]) -> tuple[float, ...]:

@@ -12,9 +12,11 @@ import typer
 from typer.testing import CliRunner
 
 from swifti2v.cli import app as app_module
-from swifti2v.errors import ConfigurationError, SwiftI2VError
+from swifti2v.errors import ConfigurationError, InvalidInputError, SwiftI2VError
 from swifti2v.jobs.queue import JobQueue
+from swifti2v.jobs.runner import PipelineRunner
 from swifti2v.memory.budget import WAN22
+from swifti2v.pipelines.acceleration import Acceleration
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -57,8 +59,27 @@ def test_an_unknown_model_is_refused_before_anything_is_served(tmp_path: Path) -
     assert "\n" not in str(result.exception)
 
 
+def test_the_worker_runs_as_it_was_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("gradio", reason="the app is an extra: pip install 'swifti2v[app]'")
+    given = []
+
+    def stop(*arguments: Any) -> Any:
+        given.append(arguments)
+        raise InvalidInputError("far enough")
+
+    monkeypatch.setattr(app_module, "pipeline_runner", stop)
+    program = typer.Typer()
+    program.command()(app_module.app)
+    options = ["--attention", "native", "--compile", "--decoder", "light", "--decoder-weights", "w", "--memory", "2GB"]
+    result = CliRunner().invoke(program, [*options, "--decode-device", "cpu", "--data-dir", str(tmp_path)])
+    assert str(result.exception) == "far enough"
+    expected = Acceleration("native", compile_blocks=True, decoder="light", decoder_weights="w", decode_device="cpu")
+    assert given == [(None, "2GB", expected)]
+
+
 def test_the_worker_stops_with_the_app(tmp_path: Path) -> None:
     queue = JobQueue.open(tmp_path)
-    with app_module._working(queue, "mini", "cpu", None):
+    runner = PipelineRunner(lambda _name: pytest.fail("there is no job"))
+    with app_module._working(queue, "mini", runner):
         assert "worker" in {thread.name for thread in threading.enumerate()}
     assert "worker" not in {thread.name for thread in threading.enumerate()}

@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 from swifti2v.cli.jobs import app
 from swifti2v.errors import ConfigurationError, ImageInputError, InvalidInputError, JobError, SwiftI2VError
 from swifti2v.media.video_reader import VideoReader
+from tests.pipelines.light_weights import write_light_weights
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -81,6 +82,34 @@ def test_a_preview_and_its_video(jobs: Callable[..., str], photo: Path, tiny_che
         shown = json.loads(jobs("show", job_id))
         sizes[job_id] = np.concatenate(list(VideoReader(tmp_path / "data" / shown["video"]))).shape
     assert sizes == {preview: (9, 16, 16, 3), video: (9, 64, 64, 3)}
+
+
+def test_a_worker_decodes_as_it_was_told(
+    jobs: Callable[..., str],
+    photo: Path,
+    tiny_checkpoint: Path,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    model, work = ("--model", str(tiny_checkpoint)), ("work", "--until-idle", "--device", "cpu")
+    weights = write_light_weights(tmp_path / "light.safetensors")
+    videos = []
+    for options in ((), ("--decoder", "light", "--decoder-weights", str(weights))):
+        job_id = jobs("submit", str(photo), *model, *SHORT).strip()
+        jobs(*work, *model, *options)
+        shown = json.loads(jobs("show", job_id))
+        videos.append(np.concatenate(list(VideoReader(tmp_path / "data" / shown["video"]))))
+    exact, light = videos
+    assert exact.shape == light.shape == (9, 64, 64, 3)
+    assert np.abs(exact.astype(int) - light).max() > 16
+    assert [
+        f"decoder_weights='{weights}'" in record.message for record in caplog.records if "runs on" in record.message
+    ] == [
+        False,
+        True,
+    ]
+    with pytest.raises(InvalidInputError, match="use decoder light"):
+        jobs(*work, "--decoder-weights", str(weights))
 
 
 def test_cancelling(jobs: Callable[..., str], photo: Path, tiny_checkpoint: Path) -> None:

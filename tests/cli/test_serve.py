@@ -7,13 +7,25 @@ from typing import TYPE_CHECKING
 import pytest
 from typer.testing import CliRunner
 
-from swifti2v.cli import serve
+from swifti2v.cli import jobs, serve
 from swifti2v.errors import InvalidInputError, SwiftI2VError
+from swifti2v.pipelines.acceleration import Acceleration
 from swifti2v.serving.keys import KeyFile
 from swifti2v.serving.settings import ClusterSettings
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+FAST = (
+    *("--attention", "native", "--compile", "--decode-device", "cpu"),
+    "--decoder",
+    "light",
+    "--decoder-weights",
+    "w",
+)
+FAST_ACCELERATION = Acceleration(
+    "native", compile_blocks=True, decoder="light", decoder_weights="w", decode_device="cpu"
+)
 
 
 def run(*arguments: str) -> str:
@@ -54,9 +66,15 @@ def test_options_of_a_cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     started = []
     monkeypatch.setattr(serve, "_run_on_ray", lambda _settings, _address, cluster: started.append(cluster))
     scale = ("--workers", "4", "--min-workers", "0", "--idle", "5", "--gpus-per-worker", "0.5", "--memory", "24GB")
-    run("--ray", "--open", "--model", "mini", *scale, "--lease", "7", "--data", str(tmp_path))
+    run("--ray", "--open", "--model", "mini", *scale, *FAST, "--lease", "7", "--data", str(tmp_path))
     expected = ClusterSettings(
-        min_workers=0, max_workers=4, gpus_per_worker=0.5, memory="24GB", lease_seconds=7.0, idle_seconds=5.0
+        min_workers=0,
+        max_workers=4,
+        gpus_per_worker=0.5,
+        memory="24GB",
+        acceleration=FAST_ACCELERATION,
+        lease_seconds=7.0,
+        idle_seconds=5.0,
     )
     assert started == [expected]
     assert expected.worker_device == "cuda"
@@ -67,6 +85,24 @@ def test_fewer_workers_than_stay_are_refused(tmp_path: Path) -> None:
         run("--ray", "--open", "--model", "mini", "--min-workers", "3", "--workers", "2", "--data", str(tmp_path))
 
 
-def test_workers_are_named_their_models(tmp_path: Path) -> None:
-    command = serve._worker_command(["mini", "wan2.2"], ["--data", "x y"])
-    assert command[-6:] == ["--model", "mini", "--model", "wan2.2", "--data", "x y"]
+def test_workers_are_told_how_to_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The command line that `serve` makes is read by `jobs work` itself."""
+    commands: list[list[str]] = []
+    runners: list[tuple[object, ...]] = []
+
+    def stop(*arguments: object) -> None:
+        runners.append(arguments)
+        raise InvalidInputError("far enough")
+
+    monkeypatch.setattr(serve, "_run", lambda *_arguments, command, **_options: commands.append(command))
+    monkeypatch.setattr(jobs, "pipeline_runner", stop)
+    data = ("--data", str(tmp_path / "x y"))
+    run("--open", "--model", "mini", "--model", "mini", "--memory", "24GB", *FAST, *data)
+    run("--open", "--model", "mini", "--device", "cpu", *data)
+    for command in commands:
+        result = CliRunner().invoke(jobs.app, command[command.index("work") :])
+        assert str(result.exception) == "far enough", result.output
+    assert runners == [(None, "24GB", FAST_ACCELERATION), ("cpu", None, Acceleration())]
+    assert [command.count("--model") for command in commands] == [2, 1]
+    with pytest.raises(InvalidInputError, match="attention 'fast' is not known"):
+        run("--open", "--model", "mini", "--attention", "fast", *data)

@@ -39,7 +39,7 @@ def worker(queue: JobQueue, pipeline: TwoStagePipeline) -> Worker:
 
 def submit(queue: JobQueue, *, preview: bool) -> Job:
     pixels = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
-    request = JobRequest("tiny", "pan left", to_mapping(OPTIONS), preview=preview)
+    request = JobRequest("tiny", "pan left", to_mapping(OPTIONS), preview=preview, keep_motion=not preview)
     return queue.submit(PIL.Image.fromarray(pixels), request, owner="ann")
 
 

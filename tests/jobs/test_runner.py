@@ -14,7 +14,7 @@ import pytest
 
 from swifti2v.config import to_mapping
 from swifti2v.geometry import Size
-from swifti2v.jobs.pictures import Spritesheet, save_thumbnail
+from swifti2v.jobs.pictures import Spritesheet, _shrunk, save_thumbnail
 from swifti2v.jobs.runner import PipelineRunner, ProgressGauge
 from swifti2v.jobs.state import Job, JobProgress, JobRequest, JobState
 from swifti2v.jobs.worker import Outcome, Task, Worker, WorkerOptions
@@ -89,7 +89,7 @@ def test_a_job_leaves_a_video_and_its_pictures(
     files = queue.result_files(done)
     assert files is not None
     left = sorted(path.name for path in files.directory.iterdir())
-    assert left == ["motion.mp4", "spritesheet.jpg", "thumbnail.jpg", "video.mp4"]
+    assert left == ["spritesheet.jpg", "thumbnail.jpg", "video.mp4"]
     bare = pipeline(photo, "pan left", options=OPTIONS)
     assert files.video.read_bytes() == bare.save(tmp_path / "bare.mp4").read_bytes()
     assert sum(len(chunk) for chunk in VideoReader(files.video)) == 17
@@ -205,6 +205,12 @@ def test_the_sheet_holds_first_and_last_frame(tmp_path: Path) -> None:
     save_thumbnail(np.zeros((100, 2000, 3), np.uint8), tmp_path / "thumbnail.jpg")
     with PIL.Image.open(tmp_path / "thumbnail.jpg") as picture:
         assert picture.size == (480, 24)
+
+
+def test_small_pictures_are_averages_of_the_frame() -> None:
+    frame = np.random.default_rng(0).integers(0, 256, (96, 320, 3), dtype=np.uint8)
+    averages = frame.reshape(48, 2, 160, 2, 3).mean((1, 3))
+    assert np.abs(np.asarray(_shrunk(frame, 160)) - averages).max() <= 1
 
 
 MINI = GenerationOptions(size=Size(64, 32), num_frames=41, segment_size=1, num_inference_steps=4, seed=1)

@@ -23,7 +23,9 @@ if TYPE_CHECKING:
 
 def test_a_job_keeps_what_was_asked_for(store: JobStore, clock: Clock) -> None:
     options = {"size": [64, 32], "fps": None}
-    request = JobRequest("mini", "pan 'left'; DROP TABLE jobs --\n\u2603", options, ("turned",), preview=True)
+    request = JobRequest(
+        "mini", "pan 'left'; DROP TABLE jobs --\n\u2603", options, ("turned",), preview=True, keep_motion=True
+    )
     job_id = new_job_id()
     store.submit(job_id, request, owner="ann", max_attempts=2)
     job = store.get(job_id)

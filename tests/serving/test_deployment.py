@@ -15,9 +15,13 @@ import pytest
 
 from swifti2v.jobs.queue import JobQueue
 from swifti2v.jobs.state import JobState
+from swifti2v.models.light_decoder import LightDecoder
+from swifti2v.pipelines.acceleration import Acceleration
+from swifti2v.serving.settings import ClusterSettings, ServedModel, ServiceSettings
 from tests.jobs.conftest import wait_for
 from tests.jobs.test_chaos import AUDIT
-from tests.serving.conftest import picture_bytes
+from tests.pipelines.light_weights import write_light_weights
+from tests.serving.conftest import DEFAULTS, picture_bytes
 
 pytest.importorskip("ray", reason="Ray is not installed: pip install 'swifti2v[ray]'")
 
@@ -39,6 +43,18 @@ def free_port() -> int:
     """Return a port that is free now: Ray's proxy takes none but a given one."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
         return int(listener.getsockname()[1])
+
+
+@pytest.mark.filterwarnings("ignore")  # Ray's own, when it is imported
+def test_a_replica_decodes_as_it_was_told(tmp_path: Path, tiny_checkpoint: Path) -> None:
+    from swifti2v.serving.deployment import ModelReplica
+
+    weights = write_light_weights(tmp_path / "light.safetensors")
+    name = str(tiny_checkpoint)
+    settings = ServiceSettings(data=tmp_path / "data", models=(ServedModel(name, DEFAULTS),))
+    light = Acceleration("native", decoder="light", decoder_weights=str(weights))
+    replica = ModelReplica(settings, ClusterSettings(acceleration=light))
+    assert isinstance(replica._runner.pipeline(name).parts.decoder, LightDecoder)
 
 
 @contextmanager

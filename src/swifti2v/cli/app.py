@@ -70,6 +70,7 @@ def app(  # noqa: PLR0913 - typer makes an option of each parameter
         decode_device=decode_device,
     )
     log_to_stderr()
+    runner = pipeline_runner(device, memory, acceleration) if worker else None
     queue = JobQueue.open(data_dir)
     studio = Studio(queue, model, dimensions=_dimensions(model))
     if not is_loopback(host):
@@ -81,7 +82,7 @@ def app(  # noqa: PLR0913 - typer makes an option of each parameter
         application, host=host, port=port, log_level="warning", timeout_graceful_shutdown=_CLOSE_SECONDS
     )
     server = uvicorn.Server(configuration)
-    with _working(queue, model, pipeline_runner(device, memory, acceleration)) if worker else nullcontext():
+    with nullcontext() if runner is None else _working(queue, model, runner):
         server.run()
 
 

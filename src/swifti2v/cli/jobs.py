@@ -87,7 +87,7 @@ def submit(  # noqa: PLR0913 - typer makes an option of each parameter
     )
     loaded = load_image(image)
     settings_of(model, options)  # what can be found wrong now should not be found by a worker
-    request = JobRequest(model, prompt, to_mapping(options), loaded.notes, preview)
+    request = JobRequest(model, prompt, to_mapping(options), loaded.notes, preview=preview)
     typer.echo(_open(data, database).submit(loaded.image, request, max_attempts=max_attempts).id)
 
 

@@ -6,7 +6,7 @@
   attempt_0001/     a folder for each claim, so that a worker that was given up for dead cannot disturb its successor
     work/           what the pipeline keeps to resume (`pipelines/run_store.py`); of a preview it stays
     .video.part.mp4 the growing video, fragmented
-    motion.mp4      the motion reference, once Stage I has made it; of a preview it is `video.mp4`
+    motion.mp4      the motion reference, once Stage I has made it, if it is to be kept; of a preview it is `video.mp4`
     video.mp4, thumbnail.jpg, spritesheet.jpg
 ```
 """

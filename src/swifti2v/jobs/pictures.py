@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
+import cv2
 import PIL.Image
 
 if TYPE_CHECKING:
@@ -57,9 +58,12 @@ class Spritesheet:
 
 
 def _shrunk(frame: NDArray[np.uint8], side: int) -> PIL.Image.Image:
-    image = PIL.Image.fromarray(frame)
-    image.thumbnail((side, side), PIL.Image.Resampling.BICUBIC, reducing_gap=1.0)  # averages, then the rest by bicubic
-    return image
+    """Return a frame of at most `side` pixels a side."""
+    height, width = frame.shape[:2]
+    scale = min(1.0, side / max(height, width))
+    size = max(1, round(width * scale)), max(1, round(height * scale))
+    # OpenCV reads a frame where it is; Pillow would copy all of it first.
+    return PIL.Image.fromarray(cv2.resize(frame, size, interpolation=cv2.INTER_AREA) if scale < 1 else frame)
 
 
 def _save(image: PIL.Image.Image, path: Path) -> None:

@@ -92,7 +92,7 @@ class JobQueue:
             self.files.begin_with(new_id, preview.id, made)
             return self.store.submit(
                 new_id,
-                replace(preview.request, preview=False),
+                replace(preview.request, preview=False, keep_motion=True),  # it was looked at: it will be compared
                 owner=preview.owner,
                 max_attempts=preview.max_attempts,
             )

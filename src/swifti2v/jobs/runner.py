@@ -83,7 +83,7 @@ class PipelineRunner:
 
         def on_progress(progress: Progress) -> None:
             task.report(gauge.read(progress))
-            if progress.phase != "stage_one" and not files.motion.exists():
+            if asked.keep_motion and progress.phase != "stage_one" and not files.motion.exists():
                 _write_motion(files, settings.fps)
 
         with closing(make(request, work_dir=files.work, on_progress=on_progress)) as pieces:

@@ -67,6 +67,7 @@ class JobRequest:
         notes: what was done to the picture when it was taken in ("rotated by its EXIF orientation").
         preview: stop after Stage I: the motion reference is the video that is made. `JobQueue.continue_preview` makes
             the whole video of it.
+        keep_motion: write the motion reference beside the video, to be compared with it.
     """
 
     model: str
@@ -74,6 +75,7 @@ class JobRequest:
     options: Mapping[str, Any] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     preview: bool = False
+    keep_motion: bool = False
 
 
 @dataclass(frozen=True)

@@ -80,7 +80,9 @@ class JobStore:
             "owner": owner,
             "model": request.model,
             "prompt": request.prompt,
-            "options": json.dumps({"options": dict(request.options), "notes": request.notes}),
+            "options": json.dumps(
+                {"options": dict(request.options), "notes": request.notes, "keep_motion": request.keep_motion}
+            ),
             "preview": request.preview,
             "state": JobState.QUEUED,
             "claims": 0,
@@ -297,7 +299,8 @@ def _claim(job: Job) -> dict[str, Any]:
 _IS_ACTIVE = JOBS.c.state.in_(ACTIVE_STATES)
 _IS_FINAL = JOBS.c.state.in_(FINAL_STATES)
 _IN_PROGRESS = JOBS.c.state == JobState.IN_PROGRESS
-_EXPIRED = JOBS.c.lease_expires_at < bindparam("now")
+_NOW = bindparam("now", type_=JOBS.c.available_at.type)
+_EXPIRED = JOBS.c.lease_expires_at < _NOW
 _ATTEMPTS_LEFT = JOBS.c.claims - JOBS.c.releases < JOBS.c.max_attempts
 _CLAIMED_BY = and_(JOBS.c.id == bindparam("job"), JOBS.c.lease_token == bindparam("token"))
 
@@ -321,7 +324,7 @@ _FAIL_LOST = update(JOBS).where(_IN_PROGRESS, _EXPIRED, ~_ATTEMPTS_LEFT)
 @cache
 def _taking(*, of_models: bool, skip_locked: bool) -> ReturningUpdate[Any]:
     """Return the statement that takes the oldest job that waits, or whose worker let its lease run out."""
-    waiting = and_(JOBS.c.state == JobState.QUEUED, JOBS.c.available_at <= bindparam("now"))
+    waiting = and_(JOBS.c.state == JobState.QUEUED, JOBS.c.available_at <= _NOW)
     free = or_(waiting, and_(_IN_PROGRESS, _EXPIRED, _ATTEMPTS_LEFT))
     oldest = select(JOBS.c.id).where(free).order_by(JOBS.c.sequence).limit(1)
     if of_models:
@@ -329,7 +332,7 @@ def _taking(*, of_models: bool, skip_locked: bool) -> ReturningUpdate[Any]:
     if skip_locked:  # rows of others are passed over, not waited for; SQLite, with one writer, has no such clause
         oldest = oldest.with_for_update(skip_locked=True)
     taking = update(JOBS).where(JOBS.c.id == oldest.scalar_subquery(), free).returning(JOBS)
-    return taking.values(claims=JOBS.c.claims + 1, started_at=func.coalesce(JOBS.c.started_at, bindparam("now")))
+    return taking.values(claims=JOBS.c.claims + 1, started_at=func.coalesce(JOBS.c.started_at, _NOW))
 
 
 def _failed(now: float, failure: JobFailure) -> dict[str, Any]:
@@ -361,7 +364,14 @@ def _job(row: RowMapping) -> Job:
 
 def _request(row: RowMapping) -> JobRequest:
     kept = json.loads(row["options"])
-    return JobRequest(row["model"], row["prompt"], kept["options"], tuple(kept["notes"]), row["preview"])
+    return JobRequest(
+        row["model"],
+        row["prompt"],
+        kept["options"],
+        tuple(kept["notes"]),
+        preview=row["preview"],
+        keep_motion=kept.get("keep_motion", True),  # in queues of earlier versions every video was to be compared
+    )
 
 
 def _result(values: dict[str, Any]) -> JobResult:

@@ -159,7 +159,9 @@ class Studio:
             raise InvalidInputError(msg)
         loaded = load_image(form.image)
         options = self._options(form)
-        request = JobRequest(self.model, form.prompt, to_mapping(options), loaded.notes, preview)
+        request = JobRequest(
+            self.model, form.prompt, to_mapping(options), loaded.notes, preview=preview, keep_motion=True
+        )
         return self.queue.submit(loaded.image, request)
 
     def _options(self, form: Form) -> GenerationOptions:

@@ -4,10 +4,12 @@ Commands:
     python -m benchmarks.full_size                   on a GPU: the real pipeline, seconds, GiB, TFLOP/s a phase
     python -m benchmarks.full_size --cap 24GiB       the same while PyTorch may take no more than that, planned for it
     python -m benchmarks.full_size --decoder light   the same with TAEHV's small decoder
+    python -m benchmarks.full_size --compile --quantization float8    with compiled blocks and float8 products
     python -m benchmarks.full_size --baseline        diffusers' own classes on the same shapes as well
     python -m benchmarks.full_size --device meta     anywhere: exact FLOPs and peak live bytes of each phase
 
-Without a GPU ``meta`` is the default. Live bytes leave out weights, workspaces of kernels and fragmentation.
+Without a GPU ``meta`` is the default. Live bytes leave out weights, workspaces of kernels and fragmentation. Shares of
+the roofline are of bfloat16's, float8 products or not. Compiled blocks are compiled in a run before the one measured.
 """
 
 from __future__ import annotations
@@ -51,10 +53,10 @@ class Row:
 # ---- the account, on the meta device ----
 
 
-def accounts(size: Size, *, baseline: bool) -> list[Row]:
-    """Count each phase of a run on the meta device."""
+def accounts(size: Size, *, baseline: bool, float8: bool = False) -> list[Row]:
+    """Count each phase of a run on the meta device, with float8 products in the transformers or without."""
     codec = networks.codec(networks.VAE22, "meta")
-    rows = [_stage_one_row(size), *(_stage_two_row(size, frames) for frames in (4, 5))]
+    rows = [_stage_one_row(size, float8=float8), *(_stage_two_row(size, frames, float8=float8) for frames in (4, 5))]
     for tiling in (None, (2, 2)):
         rows += _codec_rows(codec, size, tiling, num_chunks=3)
     rows += [_light_row(size, wide=wide, num_chunks=3) for wide in (False, True)]
@@ -63,13 +65,13 @@ def accounts(size: Size, *, baseline: bool) -> list[Row]:
     return rows
 
 
-def _stage_one_row(size: Size) -> Row:
+def _stage_one_row(size: Size, *, float8: bool = False) -> Row:
     import torch
 
     from swifti2v.memory.budget import WAN22
 
     small = WAN22.reference_size(size)
-    network = networks.expert("meta")
+    network = _quantized(networks.expert("meta"), float8=float8)
     with torch.device("meta"):
         latents = torch.empty(1, 36, 21, small.height // 8, small.width // 8, dtype=torch.bfloat16)
         text = torch.empty(1, 512, 4096, dtype=torch.bfloat16)
@@ -85,12 +87,20 @@ def _window(size: Size, frames: int) -> tuple[torch.Tensor, torch.Tensor, torch.
         return latents, torch.empty(1, frames), torch.empty(1, 512, 4096, dtype=torch.bfloat16)
 
 
-def _stage_two_row(size: Size, frames: int) -> Row:
-    network = networks.stage_two("meta")
+def _stage_two_row(size: Size, frames: int, *, float8: bool = False) -> Row:
+    network = _quantized(networks.stage_two("meta"), float8=float8)
     latents, timestep, text = _window(size, frames)
     return _counted(
         f"Stage II, one forward of {frames} frames", lambda: network(latents, timestep, text, return_dict=False)
     )
+
+
+def _quantized(network: Any, *, float8: bool) -> Any:
+    from swifti2v.models.float8_products import use_float8_products
+
+    if float8:
+        use_float8_products([network], device=network.device)
+    return network
 
 
 def _diffusers_stage_two_row(size: Size, frames: int) -> Row:
@@ -229,24 +239,19 @@ def measured(arguments: argparse.Namespace, size: Size) -> tuple[list[Row], dict
     from swifti2v.memory.light_cost import with_light_decoder
     from swifti2v.models.light_decoder import LightDecoder
     from swifti2v.models.vae import WanStreamingCodec
+    from swifti2v.pipelines.acceleration import Acceleration, accelerated
     from swifti2v.pipelines.fitting import MemoryLimits
     from swifti2v.pipelines.options import GenerationOptions
     from swifti2v.pipelines.two_stage import TwoStagePipeline
 
     limits = MemoryLimits.parse(arguments.cap) if arguments.cap else None
-    parts = networks.parts(arguments.device, limits, light=arguments.decoder == "light")
+    ways = Acceleration("native", compile_blocks=arguments.compile, quantization=arguments.quantization)
+    parts = accelerated(networks.parts(arguments.device, limits, light=arguments.decoder == "light"), ways)
     torch.cuda.empty_cache()
     # From here on: the networks were made on the device one by one, each larger than some caps.
     if limits is not None and limits.device_bytes is not None:
         total = torch.cuda.get_device_properties(0).total_memory
         torch.cuda.set_per_process_memory_fraction(min(1.0, limits.device_bytes / total))
-    clock = PhaseClock()
-    clock.wrap(parts.stage_one, "encode_prompt", "text encoding")
-    clock.wrap(parts.stage_one, "_run", "stage one")
-    clock.wrap(parts.stage_two.transformer, "forward", "stage two")
-    clock.wrap(WanStreamingCodec, "_encode_chunk", "reference encode")
-    clock.wrap(WanStreamingCodec, "_decode_group", "decode")
-    clock.wrap(LightDecoder, "_decode", "decode")
     pipeline = TwoStagePipeline(parts)
     options = GenerationOptions(
         size=size,
@@ -255,12 +260,16 @@ def measured(arguments: argparse.Namespace, size: Size) -> tuple[list[Row], dict
         keep_context=arguments.keep_context,
     )
     request = pipeline.request(Image.linear_gradient("L").convert("RGB").resize(size), "a wave", options=options)
-    started = time.perf_counter()
-    first_seconds = 0.0
-    for piece in pipeline.stream(request):
-        first_seconds = first_seconds or time.perf_counter() - started
-        del piece
-    whole = {"seconds": time.perf_counter() - started, "first_frames_seconds": first_seconds}
+    if arguments.compile:
+        _streamed(pipeline, request)
+    clock = PhaseClock()
+    clock.wrap(parts.stage_one, "encode_prompt", "text encoding")
+    clock.wrap(parts.stage_one, "_run", "stage one")
+    clock.wrap(parts.stage_two.transformer, "forward", "stage two")
+    clock.wrap(WanStreamingCodec, "_encode_chunk", "reference encode")
+    clock.wrap(WanStreamingCodec, "_decode_group", "decode")
+    clock.wrap(LightDecoder, "_decode", "decode")
+    whole = _streamed(pipeline, request)
     dimensions = with_light_decoder(WAN22) if arguments.decoder == "light" else WAN22
     costs = {
         p.name: p
@@ -275,6 +284,14 @@ def measured(arguments: argparse.Namespace, size: Size) -> tuple[list[Row], dict
         share = rate / roofline if roofline else None
         rows.append(Row(phase, costs[phase].tflop, clock.peaks[phase] / GIB, clock.calls[phase], seconds, rate, share))
     return rows, whole
+
+
+def _streamed(pipeline: Any, request: Any) -> dict[str, Any]:
+    started, first_seconds = time.perf_counter(), 0.0
+    for piece in pipeline.stream(request):
+        first_seconds = first_seconds or time.perf_counter() - started
+        del piece
+    return {"seconds": time.perf_counter() - started, "first_frames_seconds": first_seconds}
 
 
 def measured_baseline(size: Size, device: str) -> list[Row]:
@@ -350,6 +367,8 @@ def main() -> None:
     parser.add_argument("--keep-context", action="store_true", help="run a segment's context in its first step only")
     parser.add_argument("--cap", help="device memory that the run may take, for instance 24GiB")
     parser.add_argument("--decoder", choices=("exact", "light"), default="exact", help="of the run on a GPU")
+    parser.add_argument("--quantization", choices=("none", "float8"), default="none", help="of the transformers")
+    parser.add_argument("--compile", action="store_true", help="the transformers' blocks, on a GPU")
     parser.add_argument("--baseline", action="store_true", help="diffusers' own classes on the same shapes as well")
     add_result_arguments(parser, pictures=False)
     arguments = parser.parse_args()
@@ -362,7 +381,7 @@ def main() -> None:
     whole: dict[str, Any] = {}
     checks: list[Check] = []
     if arguments.device == "meta":
-        rows = accounts(size, baseline=arguments.baseline)
+        rows = accounts(size, baseline=arguments.baseline, float8=arguments.quantization == "float8")
         checks = account_checks(rows) if arguments.size == "2560x1408" else []
     else:
         rows, whole = measured(arguments, size)

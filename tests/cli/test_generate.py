@@ -145,6 +145,21 @@ def test_options_reach_the_pipeline(run: Run, monkeypatch: pytest.MonkeyPatch) -
     assert (settings.few_step, settings.stage_one_steps, settings.stage_one_guidance_scale) == (False, 3, 1.25)
 
 
+def test_float8_products_that_a_card_has_not_are_refused_before_anything_is_loaded(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("swifti2v.pipelines.loading.open_device", torch.device)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (8, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "A100")
+    result = run(*SHORT, "--quantization", "float8", "--device", "cuda:0")
+    assert result.exit_code == EXIT_ERROR
+    assert result.stderr.count("\n") == 1
+    assert "A100 has no float8 products (capability 8.0" in result.stderr
+    result = run(*SHORT, "--quantization", "float8", "--device", "cpu")  # loaded; these networks are too narrow
+    assert result.exit_code == EXIT_ERROR
+    assert "24 by 24, and float8 products take multiples of 16; use quantization none" in result.stderr
+
+
 def test_the_light_decoder_writes_another_video_of_the_same_clip(run: Run, tmp_path: Path) -> None:
     work, weights = tmp_path / "work", write_light_weights(tmp_path / "light.safetensors")
     few = ("--prompt", "pan left", "--work-dir", str(work), *SHORT)

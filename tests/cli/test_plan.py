@@ -70,6 +70,16 @@ def test_smaller_weights() -> None:
     assert plans["float8"]["weight_bytes"] * 2 == pytest.approx(plans["bfloat16"]["weight_bytes"])
 
 
+def test_float8_products() -> None:
+    given = ("--memory", "auto", "--gpu", "h200", "--quantization")
+    plans = {name: json.loads(run("--json", *given, name).stdout) for name in ("none", "float8")}
+    assert {name: plan["quantization"] for name, plan in plans.items()} == {name: name for name in plans}
+    seconds = [plans[name]["memory"]["predicted_seconds"] for name in ("none", "float8")]
+    assert 0.5 * seconds[0] < seconds[1] < 0.9 * seconds[0]
+    assert plans["float8"]["weight_bytes"] < 0.62 * plans["none"]["weight_bytes"]
+    assert "bfloat16 weights, float8 products" in run("--quantization", "float8").stdout
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [

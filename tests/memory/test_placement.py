@@ -29,6 +29,14 @@ def wan_output(network: WanTransformer3DModel) -> torch.Tensor:
     return sample
 
 
+def test_a_text_encoder_stored_narrow_embeds_in_its_own_dtype(tiny_text_encoder: UMT5EncoderModel) -> None:
+    """Pipelines cast the embedding to the encoder's dtype, that of its first parameter: the table of words."""
+    encoder = tiny_text_encoder.to(torch.bfloat16)
+    store_weights(encoder, "float8", compute_dtype=torch.bfloat16)
+    assert encoder.dtype == torch.bfloat16
+    assert encoder.encoder.block[0].layer[0].SelfAttention.q.weight.dtype == torch.float8_e4m3fn
+
+
 @pytest.mark.parametrize("placement", ["resident", "loaded", "streamed"])
 def test_the_output_is_that_of_the_resident_network_and_again_after_release(
     tiny_wan_dit: Callable[..., WanTransformer3DModel], placement: Placement

@@ -4,17 +4,23 @@ from __future__ import annotations
 
 import re
 from dataclasses import replace
+from itertools import chain
+from typing import TYPE_CHECKING, Any
 
 import pytest
+import torch
+from diffusers import WanTransformer3DModel
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from benchmarks import full_size_networks
 from swifti2v.errors import InvalidInputError, MemoryBudgetError
 from swifti2v.geometry import Size
-from swifti2v.memory.budget import WAN22, RunSettings, weight_bytes
+from swifti2v.memory.budget import WAN22, RunSettings, plan_run, stored_bytes, weight_bytes
 from swifti2v.memory.codec_cost import WAN22_VAE
 from swifti2v.memory.devices import DEVICES, device_rates
 from swifti2v.memory.lean_cost import lean_decode_bytes, lean_encode_bytes
+from swifti2v.memory.live_bytes import accounted
 from swifti2v.memory.plan import (
     CONTEXT_BYTES,
     STORED_DTYPES,
@@ -23,7 +29,12 @@ from swifti2v.memory.plan import (
     plan_memory,
     tighter_budget,
 )
-from swifti2v.memory.ways import GIB, GRIDS, tile_size
+from swifti2v.memory.ways import GIB, GRIDS, stage_two_seconds, tile_size
+from swifti2v.models.float8_products import use_float8_products
+from swifti2v.models.transformer import StageTwoTransformer
+
+if TYPE_CHECKING:
+    from swifti2v.memory.transformer_cost import TransformerDimensions
 
 TWO_K = Size(2560, 1408)
 
@@ -145,6 +156,75 @@ def test_unlimited_memory_keeps_every_weight_on_the_device_and_gives_nothing_up(
     )
     assert plan.given_up == ()
     assert (plan.codec.columns, plan.codec.rows, plan.codec.parks_features) == (1, 1, False)
+
+
+FLOAT8 = replace(WAN22, float8_products=True)
+STAGE_TWO = full_size_networks.TI2V_5B | {"in_channels": 96, "reference_channels": 48}
+
+
+def test_float8_products_halve_the_time_of_the_blocks_linear_layers() -> None:
+    """By hand: of Stage II's 271 TFLOP a forward, 30 blocks of 6LD^2 + 2TD^2 + 2LDF multiply-adds are in float8."""
+    rates, run = device_rates("h200"), RunSettings(TWO_K, segment_size=20, neighbors_before=0, num_inference_steps=1)
+    (exact, one), (float8, _) = (stage_two_seconds(each, run, rates) for each in (WAN22, FLOAT8))
+    assert one == 1
+    length, dim, inner, text = 21 * 3520, 3072, 14336, 512
+    blocks = 2 * 30 * (6 * length * dim**2 + 2 * text * dim**2 + 2 * length * dim * inner) / 1e12
+    assert exact - float8 == pytest.approx(blocks * (1 / 700 - 1 / 1400))
+    assert rates.float8_tflop_per_second == 2 * rates.matmul_tflop_per_second
+
+
+def test_transformers_with_float8_products_take_a_byte_a_weight_and_the_text_encoder_two() -> None:
+    narrow = WAN22.stored_bytes("bfloat16") - FLOAT8.stored_bytes("bfloat16")
+    transformers = 2 * WAN22.stage_one.num_parameters + WAN22.stage_two.num_parameters
+    assert narrow == pytest.approx(transformers, rel=0.02)
+    assert FLOAT8.stored_bytes("float8") == WAN22.stored_bytes("float8")  # there is nothing to store twice
+    exact, float8 = (plan_run(each, RunSettings(TWO_K)) for each in (WAN22, FLOAT8))
+    assert exact.weight_bytes - float8.weight_bytes == pytest.approx(transformers)
+    assert exact.tflop == float8.tflop
+    halves = {"stage one", "stage two"}
+    for one, other in zip(exact.phases, float8.phases, strict=True):
+        assert other.weight_bytes == pytest.approx(one.weight_bytes / (2 if one.name in halves else 1), abs=1)
+
+
+@pytest.mark.parametrize("gib", [8, 24, None])
+@pytest.mark.parametrize("gpu", ["h200", "rtx4090"])
+def test_float8_products_are_planned_faster_and_smaller(gib: int | None, gpu: str) -> None:
+    run, budget = RunSettings(TWO_K), None if gib is None else gib * GIB
+    exact, float8 = (
+        plan_memory(each, run, device_rates(gpu), budget_bytes=budget, host_bytes=None) for each in (WAN22, FLOAT8)
+    )
+    assert float8.seconds < exact.seconds
+    assert float8.host_bytes < exact.host_bytes
+    assert float8.weight_dtype == "bfloat16"  # of the text encoder
+    assert budget is None or float8.peak_bytes <= budget
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("kind", "config", "dimensions", "latents"),
+    [
+        (WanTransformer3DModel, full_size_networks.EXPERT, WAN22.stage_one, (21, 44, 80)),
+        (StageTwoTransformer, STAGE_TWO, WAN22.stage_two, (5, 88, 160)),
+    ],
+    ids=["stage one", "stage two"],
+)
+def test_bytes_of_networks_with_float8_products(
+    kind: Any, config: dict[str, Any], dimensions: TransformerDimensions, latents: tuple[int, int, int]
+) -> None:
+    """One block on the meta device: what it stores, and that rounding what enters a layer fits into the account."""
+    with full_size_networks.built_on("meta"):
+        network = kind(**config | {"num_layers": 1}).eval()
+        window = torch.empty(1, dimensions.in_channels, *latents)
+        text = torch.empty(1, 512, 4096)
+    use_float8_products([network], device=network.device)
+    block = replace(dimensions, num_layers=1)
+    stored = sum(tensor.nbytes for tensor in chain(network.parameters(), network.buffers()))
+    assert stored == pytest.approx(stored_bytes(block, "float8"), rel=0.02)
+    with torch.no_grad(), accounted() as account:
+        network(window, torch.empty(1, device="meta"), text)
+    num_tokens = block.num_tokens(*latents)
+    assert account.tflop == pytest.approx(block.forward_cost(num_tokens).tflop, rel=1e-3)
+    assert account.peak_bytes <= 1.02 * block.activation_bytes(num_tokens)
 
 
 def test_less_memory_says_what_it_gives_up() -> None:

@@ -168,6 +168,14 @@ class TestAgainstTheParentClass:
         # In the same precision the two classes round alike.
         assert (output - run(low_base, per_token(low_inputs))).abs().max() < 0.01 * exact.abs().max()
 
+    def test_rotary_tables_may_be_narrow(self, transformer: StageTwoTransformer) -> None:
+        """``network.to(torch.bfloat16)`` takes them along; loaders keep them in float32."""
+        inputs = make_inputs()
+        expected = run(transformer, inputs)
+        narrow = {key: value.to(torch.bfloat16) for key, value in inputs.items()}
+        made = run(transformer.to(torch.bfloat16), narrow | {"timestep": inputs["timestep"]})
+        assert (made - expected).abs().max() < 0.1 * expected.abs().max()
+
     def test_never_holds_a_modulation_per_token(self, base: Any, transformer: StageTwoTransformer) -> None:
         inputs = make_inputs(batch=1) | {"hidden_states": torch.randn(1, CHANNELS, 3, 16, 24)}
         tokens_per_frame = 8 * 12

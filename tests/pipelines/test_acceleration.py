@@ -23,11 +23,12 @@ from swifti2v.pipelines.acceleration import (
     share_sequence,
     transformers_of,
 )
+from swifti2v.pipelines.ahead import made_ahead
 from swifti2v.pipelines.loading import load_parts
 from swifti2v.pipelines.options import GenerationOptions
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
 PROCESS = Path(__file__).with_name("sharing_process.py")
 
@@ -35,6 +36,8 @@ PROCESS = Path(__file__).with_name("sharing_process.py")
 def test_settings_that_cannot_be() -> None:
     with pytest.raises(InvalidInputError, match="attention 'quick' is not known; use auto, native"):
         Acceleration(attention="quick")
+    with pytest.raises(InvalidInputError, match="quantization 'int2' is not known; use none or float8"):
+        Acceleration(quantization="int2")  # type: ignore[arg-type]
     with pytest.raises(InvalidInputError, match="num_processes is 0"):
         Acceleration(num_processes=0)
 
@@ -120,11 +123,16 @@ def test_a_clip_takes_three_graphs_and_later_sizes_are_compiled_too(tiny_wan_dit
     before = counts["stats"]["unique_graphs"]
 
     def graphs_after_a_clip(width: int) -> int:
-        with torch.no_grad(), network.text_kept():
-            for frames in (4, 5, 5, 5, 5, 5, 4):
-                for _step in range(2):
-                    timestep = torch.tensor([[0.0] + [500.0] * (frames - 1)])
-                    network(torch.randn(1, 48, frames, 4, width), timestep, text)
+        def produce(_notify: Callable[[int], None]) -> Iterator[torch.Tensor]:
+            with network.text_kept():
+                for frames in (4, 5, 5, 5, 5, 5, 4):
+                    for _step in range(2):
+                        timestep = torch.tensor([[0.0] + [500.0] * (frames - 1)])
+                        yield network(torch.randn(1, 48, frames, 4, width), timestep, text).sample
+
+        # In the thread where Stage II works beside the decoder.
+        for _ in made_ahead(produce, on_event=lambda _event: None, device=torch.device("cpu")):
+            pass
         return int(counts["stats"]["unique_graphs"]) - before
 
     # PyTorch gives up at 8 unless it is told otherwise.

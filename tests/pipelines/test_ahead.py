@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import threading
 import time
 import weakref
@@ -138,6 +139,42 @@ def test_gradients_stay_as_the_reader_has_them() -> None:
     for _ in made_ahead(produce, on_event=lambda _event: None, device=CPU):
         assert torch.is_grad_enabled()
     assert seen == [False]
+
+
+def test_settings_of_the_reader_hold_in_the_thread() -> None:
+    """Those of `torch.compile` are context variables: with its own, the thread would run most sizes uncompiled."""
+    from torch import _dynamo
+
+    with _dynamo.config.patch(recompile_limit=77):
+        seen = []
+
+        def produce(_notify: Callable[[int], None]) -> Iterator[torch.Tensor]:
+            seen.append(_dynamo.config.recompile_limit)
+            yield torch.ones(1)
+
+        list(made_ahead(produce, on_event=lambda _event: None, device=CPU))
+    assert seen == [77]
+
+
+def test_an_error_keeps_nothing_alive_once_it_is_handled() -> None:
+    """What a failed attempt had on the device must be free for the next one, without waiting for the collector."""
+    kept: list[weakref.ref[torch.Tensor]] = []
+
+    def produce(_notify: Callable[[int], None]) -> Iterator[torch.Tensor]:
+        activation = torch.ones(1000)
+        kept.append(weakref.ref(activation))
+        yield torch.ones(1)
+        raise torch.OutOfMemoryError(f"with {len(activation)}")
+
+    gc.collect()
+    gc.disable()
+    try:
+        with pytest.raises(torch.OutOfMemoryError) as caught:
+            list(made_ahead(produce, on_event=lambda _event: None, device=CPU))
+        del caught
+        assert kept[0]() is None
+    finally:
+        gc.enable()
 
 
 def test_producer_and_reader_work_at_the_same_time() -> None:

@@ -10,6 +10,7 @@ import torch
 
 from swifti2v.errors import CheckpointError, InvalidInputError
 from swifti2v.geometry import Size
+from swifti2v.memory.placement import PlacedNetworks
 from swifti2v.models.light_decoder import LightDecoder
 from swifti2v.models.vae import WanStreamingCodec
 from swifti2v.pipelines.acceleration import Acceleration
@@ -99,7 +100,8 @@ def test_a_plan_cuts_the_frames_of_a_decoder_elsewhere_too(tiny_checkpoint: Path
     plan = plan_for(parts, settings, MemoryLimits())
     while plan.codec.columns * plan.codec.rows == 1:
         plan = plan_for(parts, settings, MemoryLimits(plan.peak_bytes - 1))
-    placed, networks = place(parts, plan)
+    networks = PlacedNetworks(parts.device)
+    placed = place(parts, plan, networks)
     networks.release()
     assert isinstance(placed.decoder, WanStreamingCodec)
     assert placed.decoder.tiling is not None

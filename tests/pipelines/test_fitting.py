@@ -13,7 +13,7 @@ import torch
 from swifti2v.errors import MemoryBudgetError
 from swifti2v.geometry import Size
 from swifti2v.memory import plan as plan_module
-from swifti2v.memory.placement import is_stored_narrow
+from swifti2v.memory.placement import PlacedNetworks, is_stored_narrow
 from swifti2v.models.tiling import Tiling
 from swifti2v.models.vae import WanStreamingCodec
 from swifti2v.pipelines import fitting
@@ -136,7 +136,8 @@ def test_streamed_networks_of_both_stages_give_the_frames_of_resident_ones(
     parts = opened(tiny_checkpoint, LIMITLESS).parts
     plan = plan_within(parts, None)
     streamed = replace(plan, ways=tuple(replace(way, placement="streamed") for way in plan.ways))
-    placed, networks = place(parts, streamed)
+    networks = PlacedNetworks(parts.device)
+    placed = place(parts, streamed, networks)
     actual = small_frames(replace(placed, memory=None))
     networks.release()
     assert exercised.streamed > 30  # every layer of the text encoder, every block, in each of their passes
@@ -207,7 +208,7 @@ def test_a_preview_is_placed_too_and_goes_on_after_an_overflow(
     expected = motion_of(opened(tiny_checkpoint, None))
     generate, plans = StageOne.generate, []
     placed = fitting.place
-    monkeypatch.setattr(fitting, "place", lambda parts, plan: plans.append(plan) or placed(parts, plan))
+    monkeypatch.setattr(fitting, "place", lambda parts, plan, to: plans.append(plan) or placed(parts, plan, to))
 
     def full_once(self: StageOne, *arguments: Any, **options: Any) -> Any:
         if len(plans) == 1:
@@ -245,8 +246,47 @@ def test_without_limits_an_overflow_is_the_callers(tiny_checkpoint: Path, monkey
 
 def test_limits_are_read_from_words() -> None:
     assert MemoryLimits.parse("24GiB", "64GiB") == MemoryLimits(24 * 2**30, 64 * 2**30)
-    if not torch.cuda.is_available():
-        assert MemoryLimits.parse("auto") == LIMITLESS
+
+
+def test_automatic_limits_are_what_is_free_on_the_device_of_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: asked.append(device) or (5 * 2**30, 0))
+    second = torch.device("cuda:1")
+    limits = MemoryLimits.parse("auto", "64GiB").on(second)
+    assert limits == MemoryLimits(5 * 2**30 + fitting.CONTEXT_BYTES, 64 * 2**30)
+    assert asked == [second]
+    assert MemoryLimits.parse("auto").on(torch.device("cpu")) == LIMITLESS
+    assert MemoryLimits(7).on(second) == MemoryLimits(7)
+
+
+def test_a_device_that_is_full_while_networks_are_placed(
+    tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The run goes on with a tighter plan, and no hook of the first stays on a network."""
+    pipeline = opened(tiny_checkpoint, LIMITLESS)
+    expected = frames_of(pipeline)
+    original, calls = fitting.PlacedNetworks.place, []
+
+    def full_once(self: Any, network: torch.nn.Module, placement: Any, **options: Any) -> None:
+        calls.append(placement)
+        if len(calls) == 3:
+            raise torch.OutOfMemoryError("on the way in")
+        original(self, network, placement, **options)
+
+    monkeypatch.setattr(fitting.PlacedNetworks, "place", full_once)
+    torch.testing.assert_close(frames_of(pipeline).int(), expected.int(), rtol=0, atol=1)
+    assert len(calls) > 3
+    for network in (*transformers_of(pipeline.parts), pipeline.parts.stage_one.pipeline.text_encoder):
+        modules = list(network.modules())
+        assert not any(hasattr(module, "_hf_hook") for module in modules)
+        assert not any(module._diffusers_hook.hooks for module in modules if hasattr(module, "_diffusers_hook"))
+
+
+def test_parts_stay_as_they_were_loaded(tiny_checkpoint: Path) -> None:
+    pipeline = opened(tiny_checkpoint, LIMITLESS)
+    loaded = pipeline.parts
+    frames_of(pipeline)
+    assert pipeline.parts is loaded
 
 
 def test_decoding_runs_beside_denoising_where_the_plan_has_room(tiny_checkpoint: Path) -> None:
@@ -255,6 +295,7 @@ def test_decoding_runs_beside_denoising_where_the_plan_has_room(tiny_checkpoint:
     tight = plan_within(parts, roomy.peak_bytes - 1)
     assert tight.peak_bytes < roomy.peak_bytes
     for plan, asked, expected in ((roomy, "decode", "decode"), (tight, "decode", "write"), (roomy, "none", "none")):
-        placed, networks = place(replace(parts, overlap=asked), plan)
+        networks = PlacedNetworks(parts.device)
+        placed = place(replace(parts, overlap=asked), plan, networks)
         networks.release()
         assert placed.overlap == expected

@@ -13,8 +13,11 @@ from diffusers import FirstBlockCacheConfig
 
 from swifti2v.errors import InvalidInputError
 from swifti2v.geometry import Size
+from swifti2v.memory.placement import PlacedNetworks
+from swifti2v.models.context_attention import ContextMemory
 from swifti2v.models.transformer import StageTwoTransformer
 from swifti2v.models.vae import open_codec
+from swifti2v.pipelines import stage_two as stage_two_module
 from swifti2v.pipelines.options import GenerationSettings
 from swifti2v.pipelines.stage_two import StageTwo
 from swifti2v.sampling.schedules import shifted_sigmas
@@ -120,6 +123,36 @@ def test_context_is_kept_within_a_segment_and_for_each_text(concat: StageTwo) ->
     exact = whole(concat, replace(settings, keep_context=False), negative_prompt_embeds=text(7))
     assert not torch.equal(kept, exact)
     torch.testing.assert_close(kept, exact, rtol=0, atol=0.2)
+
+
+def test_kept_context_is_let_go_before_a_segment_is_handed_out(
+    concat: StageTwo, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is gigabytes at full size, and whoever takes the segment decodes it on the same device."""
+    made: list[weakref.ref[ContextMemory]] = []
+
+    class Watched(ContextMemory):
+        def __init__(self, num_blocks: int) -> None:
+            super().__init__(num_blocks)
+            made.append(weakref.ref(self))
+
+    monkeypatch.setattr(stage_two_module, "ContextMemory", Watched)
+    settings = replace(SETTINGS, keep_context=True)
+    for item in concat.refine(iter(chunks()), settings, prompt_embeds=text()):
+        assert not any(each() for each in made), item.segment
+    assert len(made) == 3
+
+
+def test_a_text_is_read_once_though_the_network_waits_elsewhere(concat: StageTwo) -> None:
+    """It is known by its tensor, so that it must be one that the network can take as it is."""
+    read = []
+    concat.transformer.blocks[0].attn2.to_k.register_forward_hook(lambda *_: read.append(1))
+    concat.transformer.to(torch.bfloat16)
+    networks = PlacedNetworks(torch.device("cpu"))
+    networks.place(concat.transformer, "loaded", group="refinement")
+    list(concat.refine(iter(chunks()), SETTINGS, prompt_embeds=text()))
+    networks.release()
+    assert len(read) == 1
 
 
 def test_context_is_not_kept_beside_a_cache_of_diffusers(concat: StageTwo) -> None:

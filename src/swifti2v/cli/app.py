@@ -11,13 +11,16 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from swifti2v.cli.jobs import (
-    DEFAULT_DATA,
+from swifti2v.cli.acceleration_options import (
     AttentionOption,
     CompileOption,
     DecodeDeviceOption,
     DecoderOption,
     DecoderWeightsOption,
+    QuantizationOption,
+)
+from swifti2v.cli.jobs import (
+    DEFAULT_DATA,
     MemoryOption,
     log_to_stderr,
     pipeline_runner,
@@ -45,6 +48,7 @@ def app(  # noqa: PLR0913 - typer makes an option of each parameter
     memory: MemoryOption = None,
     attention: AttentionOption = "auto",
     compile_blocks: CompileOption = False,
+    quantization: QuantizationOption = "none",
     decoder: DecoderOption = "exact",
     decoder_weights: DecoderWeightsOption = None,
     decode_device: DecodeDeviceOption = None,
@@ -65,6 +69,7 @@ def app(  # noqa: PLR0913 - typer makes an option of each parameter
     acceleration = Acceleration(
         attention=attention,
         compile_blocks=compile_blocks,
+        quantization=quantization,
         decoder=decoder,
         decoder_weights=decoder_weights,
         decode_device=decode_device,

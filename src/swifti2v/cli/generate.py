@@ -11,6 +11,14 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from swifti2v.cli.acceleration_options import (
+    AttentionOption,
+    CompileOption,
+    DecodeDeviceOption,
+    DecoderOption,
+    DecoderWeightsOption,
+    QuantizationOption,
+)
 from swifti2v.cli.processes import ProcessGroup, launched_processes
 from swifti2v.cli.progress import progress_bars
 from swifti2v.errors import InvalidInputError, MemoryBudgetError
@@ -74,17 +82,12 @@ def generate(  # noqa: PLR0913 - typer makes an option of each parameter
     many_step: Annotated[bool, typer.Option(help="Stage I without its few-step adapters.")] = False,
     memory: Annotated[str | None, typer.Option(help="Device memory to plan for: auto, or 24GiB; see `plan`.")] = None,
     host_memory: Annotated[str | None, typer.Option(help="Host memory to plan for, with --memory.")] = None,
-    attention: Annotated[str, typer.Option(help="auto, native, cudnn, flash, flash3, sage or xformers.")] = "auto",
-    compile_blocks: Annotated[bool, typer.Option("--compile", help="Compile the transformers' blocks.")] = False,
-    decoder: Annotated[
-        Literal["exact", "light"], typer.Option(help="The checkpoint's decoder, or a small one of lower fidelity.")
-    ] = "exact",
-    decoder_weights: Annotated[
-        str | None, typer.Option(help="Of the light decoder: a file, or OWNER/NAME/FILE on the hub.")
-    ] = None,
-    decode_device: Annotated[
-        str | None, typer.Option(help="Decode there, cuda:1 for instance, beside the denoising.")
-    ] = None,
+    attention: AttentionOption = "auto",
+    compile_blocks: CompileOption = False,
+    quantization: QuantizationOption = "none",
+    decoder: DecoderOption = "exact",
+    decoder_weights: DecoderWeightsOption = None,
+    decode_device: DecodeDeviceOption = None,
     work_dir: WorkDirOption = None,
     device: DeviceOption = None,
     as_json: JsonOption = False,
@@ -116,7 +119,7 @@ def generate(  # noqa: PLR0913 - typer makes an option of each parameter
         raise InvalidInputError(msg)
     speed = _Speed(
         memory=None if memory is None else (memory, host_memory),
-        acceleration={"attention": attention, "compile_blocks": compile_blocks},
+        acceleration={"attention": attention, "compile_blocks": compile_blocks, "quantization": quantization},
         decoding={"decoder": decoder, "decoder_weights": decoder_weights, "decode_device": decode_device},
     )
     job.run(model, device=device, few_step=not many_step, speed=speed)
@@ -256,10 +259,13 @@ class _Job:
         load_image(self.image)
         quiet_libraries()
 
-        from swifti2v.pipelines.loading import settings_of
+        from swifti2v.models.float8_products import check_float8_device
+        from swifti2v.pipelines.loading import open_device, settings_of
         from swifti2v.pipelines.run_store import RunStore
 
         settings_of(model, self.options, few_step=few_step)
+        if speed.acceleration.get("quantization") == "float8":
+            check_float8_device(open_device(device or self.processes.device))
         if self.work_dir is not None:
             RunStore(self.work_dir)
 

@@ -9,10 +9,18 @@ import threading
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from swifti2v.cli.acceleration_options import (
+    AttentionOption,
+    CompileOption,
+    DecodeDeviceOption,
+    DecoderOption,
+    DecoderWeightsOption,
+    QuantizationOption,
+)
 from swifti2v.errors import InvalidInputError
 from swifti2v.geometry import Size
 from swifti2v.pipelines.options import GenerationOptions
@@ -36,17 +44,6 @@ DatabaseOption = Annotated[
     typer.Option(envvar="SWIFTI2V_DATABASE", help="URL of the queue's database; default: SQLite in the data folder."),
 ]
 MemoryOption = Annotated[str | None, typer.Option(help="Device memory that a run may take: auto, 24GiB, ...")]
-AttentionOption = Annotated[str, typer.Option(help="auto, native, cudnn, flash, flash3, sage or xformers.")]
-CompileOption = Annotated[bool, typer.Option("--compile", help="Compile the transformers' blocks.")]
-DecoderOption = Annotated[
-    Literal["exact", "light"], typer.Option(help="The checkpoint's decoder, or a small one of lower fidelity.")
-]
-DecoderWeightsOption = Annotated[
-    str | None, typer.Option(help="Of the light decoder: a file, or OWNER/NAME/FILE on the hub.")
-]
-DecodeDeviceOption = Annotated[
-    str | None, typer.Option(help="Decode there, cuda:1 for instance, beside the denoising.")
-]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 app = typer.Typer(help="Queue videos, watch them, cancel them; work on the queue.", no_args_is_help=True)
@@ -175,6 +172,7 @@ def work(  # noqa: PLR0913 - typer makes an option of each parameter
     memory: MemoryOption = None,
     attention: AttentionOption = "auto",
     compile_blocks: CompileOption = False,
+    quantization: QuantizationOption = "none",
     decoder: DecoderOption = "exact",
     decoder_weights: DecoderWeightsOption = None,
     decode_device: DecodeDeviceOption = None,
@@ -197,6 +195,7 @@ def work(  # noqa: PLR0913 - typer makes an option of each parameter
     acceleration = Acceleration(
         attention=attention,
         compile_blocks=compile_blocks,
+        quantization=quantization,
         decoder=decoder,
         decoder_weights=decoder_weights,
         decode_device=decode_device,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from importlib.resources import as_file, files
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
@@ -50,6 +50,9 @@ def plan(  # noqa: PLR0913 - typer makes an option of each parameter
         bool, typer.Option("--keep-context", help="Run a segment's context in its first step only.")
     ] = False,
     dtype: Annotated[str, typer.Option(help="Storage of weights: float32, bfloat16, float8 or int4.")] = "bfloat16",
+    quantization: Annotated[
+        Literal["none", "float8"], typer.Option(help="Float8 products in the transformers' blocks, compiled.")
+    ] = "none",
     memory: Annotated[
         str | None, typer.Option(help="Plan for so much device memory: auto (no limit), 24GiB, 16GiB, ...")
     ] = None,
@@ -68,6 +71,7 @@ def plan(  # noqa: PLR0913 - typer makes an option of each parameter
         return
     planned = planned_model(model)
     dimensions = planned.dimensions if decoder == "exact" else with_light_decoder(planned.dimensions)
+    dimensions = replace(dimensions, float8_products=quantization == "float8")
     settings = RunSettings(
         size=Size.parse(size),
         num_frames=frames,
@@ -86,10 +90,12 @@ def plan(  # noqa: PLR0913 - typer makes an option of each parameter
     run = plan_run(dimensions, settings, weight_dtype=weight_dtype)
     fitted = _fitted(dimensions, settings, gpu, memory, host_memory) if memory is not None else None
     if as_json:
-        mapping = plan_as_mapping(model, settings, run) | memory_as_mapping(gpu, fitted)
+        mapping = plan_as_mapping(model, settings, run) | {"quantization": quantization}
+        mapping |= memory_as_mapping(gpu, fitted)
         typer.echo(json.dumps(mapping, indent=2))
         return
     title = f"{model}, {settings.size}, {settings.num_frames} frames, {weight_dtype} weights"
+    title += ", float8 products" * dimensions.float8_products
     console = Console()
     console.print(plan_table(title, run))
     console.print(

@@ -12,15 +12,18 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from swifti2v.cli.jobs import (
-    DEFAULT_DATA,
+from swifti2v.cli.acceleration_options import (
     AttentionOption,
     CompileOption,
-    DatabaseOption,
-    DataOption,
     DecodeDeviceOption,
     DecoderOption,
     DecoderWeightsOption,
+    QuantizationOption,
+)
+from swifti2v.cli.jobs import (
+    DEFAULT_DATA,
+    DatabaseOption,
+    DataOption,
     MemoryOption,
 )
 from swifti2v.errors import ConfigurationError, InvalidInputError
@@ -58,6 +61,7 @@ def serve(  # noqa: PLR0913 - typer makes an option of each parameter
     memory: MemoryOption = None,
     attention: AttentionOption = "auto",
     compile_blocks: CompileOption = False,
+    quantization: QuantizationOption = "none",
     decoder: DecoderOption = "exact",
     decoder_weights: DecoderWeightsOption = None,
     decode_device: DecodeDeviceOption = None,
@@ -91,6 +95,7 @@ def serve(  # noqa: PLR0913 - typer makes an option of each parameter
     acceleration = Acceleration(
         attention=attention,
         compile_blocks=compile_blocks,
+        quantization=quantization,
         decoder=decoder,
         decoder_weights=decoder_weights,
         decode_device=decode_device,
@@ -221,6 +226,7 @@ def _worker_command(models: list[str], options: Mapping[str, object], accelerati
     given = {
         **options,
         "attention": acceleration.attention,
+        "quantization": acceleration.quantization,
         "decoder": acceleration.decoder,
         "decoder-weights": acceleration.decoder_weights,
         "decode-device": acceleration.decode_device,

@@ -49,6 +49,8 @@ class PipelineDimensions:
         window_frames: longest clip that Stage I makes at once, in pixel frames.
         overlap_frames: pixel frames that a later window of Stage I shares with the one before it.
         light_decoder: decodes in the place of Stage II's codec; None: that codec does.
+        float8_products: the linear layers of the transformers' blocks hold and multiply float8, however the other
+            weights are stored.
     """
 
     text_encoder: TextEncoderDimensions
@@ -63,6 +65,7 @@ class PipelineDimensions:
     window_frames: int = 81
     overlap_frames: int = 5
     light_decoder: LightDecoderDimensions | None = None
+    float8_products: bool = False
 
     def reference_size(self, size: Size) -> Size:
         """Return the size of the motion reference of an output of `size`."""
@@ -71,12 +74,20 @@ class PipelineDimensions:
             factor = max(factor, sqrt(size.width * size.height / self.max_reference_area))
         return reduced_size(size, factor, self.stage_one_codec.spatial_factor * self.stage_one.patch_size[1])
 
+    def transformer_dtype(self, dtype: WeightDtype) -> WeightDtype:
+        """Return how the transformers are stored where the other weights are stored as `dtype`."""
+        return "float8" if self.float8_products else dtype
+
+    @property
+    def transformer_parameters(self) -> int:
+        """Weights of the transformers, every expert counted."""
+        return self.num_experts * self.stage_one.num_parameters + self.stage_two.num_parameters
+
     @property
     def num_parameters(self) -> int:
         """Weights of all networks, every expert counted."""
-        networks = (self.text_encoder, self.stage_two)
-        transformers = self.num_experts * self.stage_one.num_parameters + sum(one.num_parameters for one in networks)
-        return transformers + self.stage_one_codec.num_parameters + self.decoding_parameters
+        codecs = self.stage_one_codec.num_parameters + self.decoding_parameters
+        return self.transformer_parameters + self.text_encoder.num_parameters + codecs
 
     @property
     def decoding_parameters(self) -> int:
@@ -87,8 +98,9 @@ class PipelineDimensions:
     def stored_bytes(self, dtype: WeightDtype) -> int:
         """Bytes of all weights where transformers and text encoder are stored as `dtype`, the codecs as they are."""
         codecs = weight_bytes(self.stage_one_codec.num_parameters + self.decoding_parameters, "bfloat16")
-        experts = self.num_experts * stored_bytes(self.stage_one, dtype)
-        return codecs + experts + stored_bytes(self.text_encoder, dtype) + stored_bytes(self.stage_two, dtype)
+        narrow = self.transformer_dtype(dtype)
+        transformers = self.num_experts * stored_bytes(self.stage_one, narrow) + stored_bytes(self.stage_two, narrow)
+        return codecs + transformers + stored_bytes(self.text_encoder, dtype)
 
 
 WAN22 = PipelineDimensions(
@@ -221,21 +233,25 @@ def plan_run(
     Args:
         dimensions: the networks.
         settings: size, length, steps and segments.
-        weight_dtype: how the weights are stored; activations are counted as bf16.
+        weight_dtype: how the weights are stored, but for transformers with float8 products; activations are counted
+            as bf16.
 
     Raises:
         InvalidInputError: a size, a length or a number of the plan cannot be used.
     """
     _check_counts(settings)
     _stage_two_geometry(dimensions).check_size(settings.size)
+    narrow = dimensions.transformer_dtype(weight_dtype)
     phases = (
         _text_phase(dimensions, settings, weight_dtype),
-        _stage_one_phase(dimensions, settings, weight_dtype),
+        _stage_one_phase(dimensions, settings, narrow),
         _encode_phase(dimensions, settings, weight_dtype),
-        _stage_two_phase(dimensions, settings, weight_dtype),
+        _stage_two_phase(dimensions, settings, narrow),
         _decode_phase(dimensions, settings, weight_dtype),
     )
-    return RunPlan(phases, weight_bytes(dimensions.num_parameters, weight_dtype))
+    others = dimensions.num_parameters - dimensions.transformer_parameters
+    stored = weight_bytes(others, weight_dtype) + weight_bytes(dimensions.transformer_parameters, narrow)
+    return RunPlan(phases, stored)
 
 
 def _check_counts(settings: RunSettings) -> None:

@@ -14,6 +14,8 @@ class DeviceRates:
     Args:
         name: as users write it.
         matmul_tflop_per_second: of large bfloat16 products.
+        float8_tflop_per_second: of large float8 products; the same share of the maker's peak (1,979 and 330 TFLOP/s,
+            dense) as bfloat16's.
         attention_tflop_per_second: of fused attention.
         convolution_tflop_per_second: of 3D convolutions, channels last.
         host_bytes_per_second: from pinned host memory and back.
@@ -21,6 +23,7 @@ class DeviceRates:
 
     name: str
     matmul_tflop_per_second: float
+    float8_tflop_per_second: float
     attention_tflop_per_second: float
     convolution_tflop_per_second: float
     host_bytes_per_second: float
@@ -29,9 +32,9 @@ class DeviceRates:
 DEVICES = {
     rates.name: rates
     for rates in (
-        DeviceRates("h200", 700, 550, 650, 50e9),
-        DeviceRates("h800", 700, 550, 650, 50e9),
-        DeviceRates("rtx4090", 160, 150, 80, 24e9),
+        DeviceRates("h200", 700, 1400, 550, 650, 50e9),
+        DeviceRates("h800", 700, 1400, 550, 650, 50e9),
+        DeviceRates("rtx4090", 160, 320, 150, 80, 24e9),
     )
 }
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from contextlib import suppress
 from functools import partial
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -32,8 +33,9 @@ GROUP_HOOKS = ("group_offloading", "layer_execution_tracker", "lazy_prefetch_gro
 
 
 NARROW = torch.float8_e4m3fn
-TEXT_ENCODER_EXACT = (r"\.wo$", "norm")
-"""Layers of UMT5 that stay as they are: transformers casts what enters ``wo`` to the dtype of its stored weight."""
+TEXT_ENCODER_EXACT = (r"\.wo$", "norm", r"(^|\.)(shared|embed_tokens)$")
+"""Layers of UMT5 that stay as they are: transformers casts what enters ``wo`` to the dtype of its stored weight, and
+pipelines cast the prompt's embedding to that of the encoder's first parameter, the table of words."""
 
 
 class LoadOnCall(ModelHook):  # type: ignore[misc]
@@ -136,6 +138,7 @@ def store_weights(network: nn.Module, dtype: WeightDtype, *, compute_dtype: torc
     """Store the large weights of a transformer or text encoder as `dtype`, and compute in `compute_dtype` as before.
 
     What is not exact any more stays so: weights cannot be taken back to a wider dtype. To be called before `place`.
+    A network with float8 products holds float8 already, and is left as it is.
 
     Raises:
         MemoryBudgetError: `dtype` needs a quantizer that is not part of this project yet.
@@ -154,5 +157,5 @@ def store_weights(network: nn.Module, dtype: WeightDtype, *, compute_dtype: torc
 
 
 def is_stored_narrow(network: nn.Module) -> bool:
-    """Return whether `store_weights` has stored a network in float8."""
-    return any(parameter.dtype == NARROW for parameter in network.parameters())
+    """Return whether a network holds float8: stored by `store_weights`, or for float8 products, whose are buffers."""
+    return any(tensor.dtype == NARROW for tensor in chain(network.parameters(), network.buffers()))

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
     from swifti2v.memory.budget import PhaseCost, PipelineDimensions, RunSettings, WeightDtype
     from swifti2v.memory.devices import DeviceRates
+    from swifti2v.memory.transformer_cost import ForwardCost, TransformerDimensions
 
 GIB = 2**30
 OVERLAP_PIXELS = 128
@@ -94,10 +95,11 @@ def phase_ways(
 ) -> tuple[tuple[Way, ...], ...]:
     """Return the ways of each phase while the networks of the others are off the device."""
     phases = {phase.name: phase for phase in plan_run(dimensions, settings, weight_dtype=dtype).phases}
+    narrow = dimensions.transformer_dtype(dtype)
     return (
         tuple(_text_ways(dimensions, phases["text encoding"], rates, dtype)),
-        tuple(_stage_one_ways(dimensions, settings, phases["stage one"], rates, dtype)),
-        tuple(_refinement_ways(dimensions, settings, phases, rates, dtype)),
+        tuple(_stage_one_ways(dimensions, settings, phases["stage one"], rates, narrow)),
+        tuple(_refinement_ways(dimensions, settings, phases, rates, narrow)),
     )
 
 
@@ -135,9 +137,11 @@ def _stage_one_ways(
 ) -> Iterator[Way]:
     expert, codec = dimensions.stage_one, dimensions.stage_one_codec
     weights = stored_bytes(expert, dtype)
-    cost = expert.forward_cost(phase.num_tokens, text_tokens=dimensions.text_tokens)
-    attention = cost.self_attention_tflop + cost.cross_attention_tflop
-    forward = cost.linear_tflop / rates.matmul_tflop_per_second + attention / rates.attention_tflop_per_second
+    cost, ends = (
+        network.forward_cost(phase.num_tokens, text_tokens=dimensions.text_tokens)
+        for network in (expert, _without_blocks(expert))
+    )
+    forward = _seconds(cost, ends, rates, float8=dimensions.float8_products)
     windows = plan_windows(
         settings.num_frames,
         window_frames=dimensions.window_frames,
@@ -180,7 +184,8 @@ def _refinement_ways(
     codec_weights = weight_bytes(dimensions.decoding_parameters, "bfloat16")
     compute, num_forwards = stage_two_seconds(dimensions, settings, rates)
     transfer_seconds = weights / rates.host_bytes_per_second
-    activation = phases["stage two"].activation_bytes + _text_bytes(dimensions, settings)
+    text = _text_bytes(dimensions, settings)
+    activation = phases["stage two"].activation_bytes + text
     placements: tuple[tuple[Literal["loaded", "streamed"], int, int, float], ...] = (
         ("loaded", weights, weights, compute + transfer_seconds),
         (
@@ -196,7 +201,7 @@ def _refinement_ways(
                 "refinement",
                 placement,
                 held + codec_weights,
-                max(coding_bytes, idle_bytes + activation),
+                max(coding_bytes + text, idle_bytes + activation),
                 moved + parking,
                 passing + seconds,
                 codec=way,
@@ -214,9 +219,22 @@ def _text_bytes(dimensions: PipelineDimensions, settings: RunSettings) -> int:
 def stage_two_seconds(dimensions: PipelineDimensions, settings: RunSettings, rates: DeviceRates) -> tuple[float, int]:
     """Return the predicted seconds of Stage II's forward passes, and how many they are."""
     cost, num_forwards = refinement_cost(dimensions, settings)
-    attention = cost.self_attention_tflop + cost.cross_attention_tflop
-    seconds = cost.linear_tflop / rates.matmul_tflop_per_second + attention / rates.attention_tflop_per_second
-    return seconds, num_forwards
+    ends, _ = refinement_cost(replace(dimensions, stage_two=_without_blocks(dimensions.stage_two)), settings)
+    return _seconds(cost, ends, rates, float8=dimensions.float8_products), num_forwards
+
+
+def _without_blocks(transformer: TransformerDimensions) -> TransformerDimensions:
+    """Return what is never multiplied in float8: the embeddings and the last projection."""
+    return replace(transformer, num_layers=0)
+
+
+def _seconds(cost: ForwardCost, ends: ForwardCost, rates: DeviceRates, *, float8: bool) -> float:
+    """Return the predicted seconds of `cost`, of which `ends` is outside the blocks; kernels fused, rounding too."""
+    blocks = (cost.linear_tflop - ends.linear_tflop) / (
+        rates.float8_tflop_per_second if float8 else rates.matmul_tflop_per_second
+    )
+    attention = (cost.self_attention_tflop + cost.cross_attention_tflop) / rates.attention_tflop_per_second
+    return ends.linear_tflop / rates.matmul_tflop_per_second + blocks + attention
 
 
 def _codec_ways(

@@ -260,6 +260,10 @@ def load_stage_two_transformer(
 def load_stage_two_vae(resolved: ResolvedCheckpoint, *, dtype: torch.dtype = torch.float32) -> nn.Module:
     """Load Stage II's codec: diffusers' `AutoencoderKLWan`, or a class of `STAGE_TWO_CODECS`.
 
+    Args:
+        resolved: with the part "stage_two".
+        dtype: of a network; the linear transforms of `STAGE_TWO_CODECS` stay in float32, the dtype of their latents.
+
     Raises:
         CheckpointError: missing or damaged files, an unknown class.
     """
@@ -272,7 +276,7 @@ def load_stage_two_vae(resolved: ResolvedCheckpoint, *, dtype: torch.dtype = tor
             f"{folder / 'config.json'} is of a {name}; Stage II takes AutoencoderKLWan or {', '.join(STAGE_TWO_CODECS)}"
         )
         raise CheckpointError(msg)
-    return _load_model(getattr(import_module(STAGE_TWO_CODECS[name]), name), folder, dtype)
+    return _load_model(getattr(import_module(STAGE_TWO_CODECS[name]), name), folder, torch.float32)
 
 
 def load_stage_one_pipeline(

@@ -176,5 +176,5 @@ def _turned(each: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
     if torch.compiler.is_compiling():  # Inductor has no complex numbers, and fuses these
         even, odd = pairs.unbind(-1)
         return torch.stack([even * cosine - odd * sine, even * sine + odd * cosine], dim=-1).flatten(-2).type_as(each)
-    turned = torch.view_as_complex(pairs.float().contiguous()) * torch.complex(cosine, sine)
+    turned = torch.view_as_complex(pairs.float().contiguous()) * torch.complex(cosine.float(), sine.float())
     return torch.view_as_real(turned).flatten(-2).type_as(each)

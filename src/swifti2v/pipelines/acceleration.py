@@ -11,6 +11,7 @@ import torch
 
 from swifti2v.errors import InvalidInputError
 from swifti2v.models.attention_choice import check_attention_name, set_attention
+from swifti2v.models.float8_products import use_float8_products
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -26,13 +27,15 @@ uncompiled without a word, in a worker that has made its third size."""
 
 @dataclass(frozen=True)
 class Acceleration:
-    """Ways to run faster; all but a light decoder give the same video.
+    """Ways to run faster; all but a light decoder and quantization give the same video.
 
     Args:
         attention: `auto`, or a name of `swifti2v.models.attention_choice.BACKENDS`.
         compile_blocks: compile the block of each transformer once (`torch.compile`, regional). Shapes are static: every
             length of window is a graph of its own. With M targets and one neighbour before, those are the first window
             (1 + M), the ones in the middle (1 + 1 + M) and, where M does not divide the clip, a shorter last one.
+        quantization: `float8`: the linear layers of the transformers' blocks hold and multiply float8
+            (`models/float8_products.py`), inexactly; with `compile_blocks` rounding costs less. `none`: as they are.
         overlap: decode and hand out frames beside the denoising of the next segment.
         num_processes: that share the sequence of every forward (Ulysses), one a card, as torchrun starts them.
         decoder: `exact` is Stage II's codec; `light` a small network of lower fidelity (`models/light_decoder.py`).
@@ -40,12 +43,13 @@ class Acceleration:
         decode_device: where finished segments are decoded, ``cuda:1`` for instance; None: where they are made.
 
     Raises:
-        InvalidInputError: the name of attention or decoder is unknown, weights are given for the exact decoder, or
-            there is less than one process.
+        InvalidInputError: the name of attention, quantization or decoder is unknown, weights are given for the exact
+            decoder, or there is less than one process.
     """
 
     attention: str = "auto"
     compile_blocks: bool = False
+    quantization: Literal["none", "float8"] = "none"
     overlap: bool = True
     num_processes: int = 1
     decoder: Literal["exact", "light"] = "exact"
@@ -54,6 +58,9 @@ class Acceleration:
 
     def __post_init__(self) -> None:
         check_attention_name(self.attention)
+        if self.quantization not in {"none", "float8"}:
+            msg = f"quantization {self.quantization!r} is not known; use none or float8"
+            raise InvalidInputError(msg)
         if self.decoder not in {"exact", "light"}:
             msg = f"decoder {self.decoder!r} is not known; use exact or light"
             raise InvalidInputError(msg)
@@ -69,9 +76,12 @@ def accelerated(parts: Parts, acceleration: Acceleration) -> Parts:
     """Set the networks of `parts` up, in place, and return the parts to run with.
 
     Raises:
-        InvalidInputError: an attention that is not installed, or processes that are not there.
+        InvalidInputError: an attention that is not installed, processes that are not there, or float8 products on a
+            device or of weights that do not have them.
     """
     networks = transformers_of(parts)
+    if acceleration.quantization == "float8":
+        use_float8_products(networks, device=parts.device)
     set_attention(networks, acceleration.attention, device=parts.device)
     if acceleration.num_processes > 1:
         share_sequence(networks, acceleration.num_processes)

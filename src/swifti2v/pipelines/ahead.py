@@ -10,7 +10,9 @@ from __future__ import annotations
 import queue
 import threading
 from contextlib import ExitStack, closing, contextmanager
+from contextvars import copy_context
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import TYPE_CHECKING, TypeVar, cast
 
 import torch
@@ -68,9 +70,10 @@ def made_ahead(
     messages: queue.SimpleQueue[_Item | _Event | _End] = queue.SimpleQueue()
     has_left = threading.Event()
     may_go_on = threading.Semaphore(1)
+    # In a copy of this context: settings of `torch.compile` (how many graphs a block may have) are variables of it.
     thread = threading.Thread(
-        target=_work,
-        args=(produce, messages, may_go_on, has_left, _recorded(device), device),
+        target=copy_context().run,
+        args=(_work, produce, messages, may_go_on, has_left, _recorded(device), device),
         name=THREAD_NAME,
         daemon=True,
     )
@@ -91,6 +94,9 @@ def made_ahead(
         has_left.set()
         may_go_on.release()
         thread.join()
+        # An error holds the frames that it passed, and they what they had on the device; a name for it in one of them
+        # would close a circle, and a run that goes on after an out-of-memory needs that memory.
+        message = None  # type: ignore[assignment]
 
 
 def _work(
@@ -126,6 +132,7 @@ def _work(
     except BaseException as raised:  # noqa: BLE001 - it is the reader's to handle
         error = raised
     messages.put(_End(error))
+    error = None  # see the end of `made_ahead`
 
 
 @contextmanager
@@ -134,10 +141,16 @@ def _own_stream(device: torch.device, before: torch.cuda.Event | None) -> Iterat
     with ExitStack() as held:
         if before is not None:
             held.enter_context(torch.cuda.device(device))
-            stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+            stream = _stream(torch.cuda.current_device())
             stream.wait_event(before)
             held.enter_context(torch.cuda.stream(stream))
         yield
+
+
+@lru_cache
+def _stream(device_index: int) -> torch.cuda.Stream:
+    """Return the stream of a card for work ahead: always the same, because freed memory is kept for its stream."""
+    return torch.cuda.Stream(device_index)  # type: ignore[no-untyped-call]
 
 
 def _recorded(device: torch.device) -> torch.cuda.Event | None:

@@ -16,8 +16,9 @@ from swifti2v.memory.checkpoint_dimensions import codec_from_config
 from swifti2v.memory.devices import DEVICES, DeviceRates
 from swifti2v.memory.light_cost import LightDecoderDimensions
 from swifti2v.memory.placement import PlacedNetworks, is_stored_narrow, store_weights
-from swifti2v.memory.plan import MemoryPlan, parse_bytes, plan_memory, tighter_budget
+from swifti2v.memory.plan import CONTEXT_BYTES, MemoryPlan, parse_bytes, plan_memory, tighter_budget
 from swifti2v.memory.transformer_cost import TextEncoderDimensions, TransformerDimensions
+from swifti2v.models.float8_products import has_float8_products
 from swifti2v.models.light_decoder import LightDecoder
 from swifti2v.models.tiling import Tiling
 from swifti2v.models.vae import CodecSettings, WanStreamingCodec
@@ -40,23 +41,36 @@ ASSUMED_RATES: DeviceRates = DEVICES["rtx4090"]
 
 @dataclass(frozen=True)
 class MemoryLimits:
-    """What a run may take: bytes of the device and of the host, None for no limit."""
+    """What a run may take.
+
+    Args:
+        device_bytes: of the device; None: no limit.
+        host_bytes: of the host; None: no limit.
+        is_automatic: `device_bytes` is to be what is free on the device, once it is known which.
+    """
 
     device_bytes: int | None = None
     host_bytes: int | None = None
+    is_automatic: bool = False
 
     @classmethod
     def parse(cls, device: str, host: str | None = None) -> Self:
-        """Read ``24GiB`` and the like; ``auto`` is what is free on the CUDA device, no limit where there is none.
+        """Read ``24GiB`` and the like; ``auto`` is what is free on the CUDA device, no limit on another.
 
         Raises:
             InvalidInputError: an amount has another form.
         """
-        if device == "auto":
-            limit = torch.cuda.mem_get_info()[0] if torch.cuda.is_available() else None
-        else:
-            limit = parse_bytes(device)
-        return cls(limit, None if host is None else parse_bytes(host))
+        is_automatic = device == "auto"
+        limit = None if is_automatic else parse_bytes(device)
+        return cls(limit, None if host is None else parse_bytes(host), is_automatic)
+
+    def on(self, device: torch.device) -> MemoryLimits:
+        """Return the limits in bytes, read off `device` now where they are automatic."""
+        if not self.is_automatic:
+            return self
+        # Plans keep bytes for the driver's own, and those are taken already.
+        free = torch.cuda.mem_get_info(device)[0] + CONTEXT_BYTES if device.type == "cuda" else None
+        return MemoryLimits(free, self.host_bytes)
 
 
 def frames_within_limits(
@@ -79,8 +93,9 @@ def frames_within_limits(
     plan = plan_for(parts, settings, parts.memory)
     num_done = 0
     while True:
-        placed, networks = place(parts, plan)
+        networks = PlacedNetworks(parts.device)
         try:
+            placed = place(parts, plan, networks)
             with closing(cast("Generator[Tensor, None, None]", attempt(placed))) as pieces:
                 for index, frames in enumerate(pieces):
                     if index >= num_done:
@@ -102,7 +117,8 @@ def plan_for(parts: Parts, settings: GenerationSettings, limits: MemoryLimits) -
     """Return the plan of a run; raise `MemoryBudgetError` if none fits.
 
     Weights stay as they were loaded where there is a plan with them; else they are stored in float8. Once they are,
-    every later plan has them so.
+    every later plan has them so. Transformers with float8 products hold float8 in any plan, and only the text encoder
+    is left to store.
     """
     run = RunSettings(
         size=settings.size,
@@ -124,7 +140,8 @@ def plan_for(parts: Parts, settings: GenerationSettings, limits: MemoryLimits) -
         ASSUMED_RATES,
         budget_bytes=limits.device_bytes,
         host_bytes=limits.host_bytes,
-        dtypes=("float8",) if is_stored_narrow(transformer) else (loaded, "float8"),
+        # The text encoder's: it is stored whenever the transformers are, and has no float8 products.
+        dtypes=("float8",) if is_stored_narrow(parts.stage_one.pipeline.text_encoder) else (loaded, "float8"),
     )
 
 
@@ -145,6 +162,7 @@ def dimensions_of(parts: Parts) -> PipelineDimensions:
         window_frames=parts.stage_one.window_frames,
         overlap_frames=parts.stage_one.overlap_frames,
         light_decoder=_light_dimensions(parts.decoder) if isinstance(parts.decoder, LightDecoder) else None,
+        float8_products=has_float8_products(two.transformer),
     )
 
 
@@ -152,9 +170,11 @@ def _light_dimensions(decoder: LightDecoder) -> LightDecoderDimensions:
     return LightDecoderDimensions(**asdict(decoder.network.layout))
 
 
-def place(parts: Parts, plan: MemoryPlan) -> tuple[Parts, PlacedNetworks]:
-    """Put the networks where `plan` wants them; return the parts to run with, and what to release after the run."""
-    networks = PlacedNetworks(parts.device)
+def place(parts: Parts, plan: MemoryPlan, networks: PlacedNetworks) -> Parts:
+    """Put the networks where `plan` wants them, and return the parts to run with.
+
+    `networks` are to be released after the run, and also if this fails: then some of them have their places already.
+    """
     one, two = parts.stage_one.pipeline, parts.stage_two
     for network in (one.text_encoder, one.transformer, one.transformer_2, two.transformer):
         if network is not None:
@@ -180,7 +200,7 @@ def place(parts: Parts, plan: MemoryPlan) -> tuple[Parts, PlacedNetworks]:
         beside = "decode"
     placed = StageTwo(two.transformer, codec, uses_prompt=two.uses_prompt)
     overlap = "none" if parts.overlap == "none" else beside
-    return replace(parts, stage_two=placed, overlap=overlap, decoder=decoder), networks
+    return replace(parts, stage_two=placed, overlap=overlap, decoder=decoder)
 
 
 def _codec_settings(plan: MemoryPlan, settings: CodecSettings) -> CodecSettings:

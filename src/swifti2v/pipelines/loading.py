@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Literal
 
 import torch
@@ -111,6 +111,7 @@ def load_parts(
         InvalidInputError: there is no such device, or it cannot be accelerated so.
     """
     place = open_device(device)
+    memory = memory.on(place) if memory is not None else None
     # With limits, networks come to the device when a run needs them (`fitting.py`).
     home = place if memory is None else torch.device("cpu")
     dtype = dtype or (torch.float32 if place.type == "cpu" else torch.bfloat16)
@@ -118,7 +119,8 @@ def load_parts(
     one, two = checkpoint.index.stage_one, checkpoint.index.stage_two
     acceleration = acceleration or Acceleration(attention="native")
     light = _light_decoder(checkpoint, acceleration, place, dtype, local_files_only=local_files_only)
-    stored = _stored_dtype(checkpoint, memory, "float32" if dtype == torch.float32 else "bfloat16")
+    loaded: WeightDtype = "float32" if dtype == torch.float32 else "bfloat16"
+    stored = _stored_dtype(checkpoint, memory, loaded, float8_products=acceleration.quantization == "float8")
     transformer = load_stage_two_transformer(checkpoint, dtype=dtype, refiner=trained_refiner(checkpoint))
     store_weights(transformer, stored, compute_dtype=dtype)
     codec = open_codec(load_stage_two_vae(checkpoint, dtype=dtype).to(home).eval())
@@ -172,8 +174,10 @@ def _exact_elsewhere(codec: StreamingCodec, acceleration: Acceleration) -> Video
     return decoder_elsewhere(codec, open_device(acceleration.decode_device))
 
 
-def _stored_dtype(checkpoint: ResolvedCheckpoint, memory: MemoryLimits | None, loaded: WeightDtype) -> WeightDtype:
-    """Return `float8` where the host has no room for the weights as they are loaded; else they stay as they are."""
+def _stored_dtype(
+    checkpoint: ResolvedCheckpoint, memory: MemoryLimits | None, loaded: WeightDtype, *, float8_products: bool
+) -> WeightDtype:
+    """Return `float8` where the host has no room for the weights as they will be; else they stay as they are."""
     if memory is None or memory.host_bytes is None:
         return loaded
     one, two = checkpoint.index.stage_one, checkpoint.index.stage_two
@@ -183,6 +187,7 @@ def _stored_dtype(checkpoint: ResolvedCheckpoint, memory: MemoryLimits | None, l
         checkpoint.folder_of("stage_two") / two.vae_subfolder,
         text_tokens=one.max_sequence_length,
     )
+    dimensions = replace(dimensions, float8_products=float8_products)
     return loaded if dimensions.stored_bytes(loaded) <= memory.host_bytes else "float8"
 
 

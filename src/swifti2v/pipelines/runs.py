@@ -36,7 +36,8 @@ class Progress:
 
 
 OnProgress = Callable[[Progress], None]
-"""Called after every step; raise `GenerationCancelled` in it to cancel. Finished work stays in the work directory."""
+"""Called after every step; raise `GenerationCancelled` in it to cancel. What is finished stays in the
+work directory: Stage I as a whole, Stage II segment by segment."""
 
 
 @dataclass(frozen=True)

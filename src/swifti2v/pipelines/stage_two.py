@@ -7,10 +7,11 @@ length of the clip.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from itertools import chain, starmap
+from itertools import chain
 from typing import TYPE_CHECKING
 
 import torch
+from diffusers.utils.torch_utils import get_module_execution_device
 
 from swifti2v.errors import InvalidInputError
 from swifti2v.geometry import CodecGeometry
@@ -61,6 +62,9 @@ class _ContextMemories:
         memory = ContextMemory(self._num_blocks)
         self._memories.append((text, memory))
         return memory
+
+    def clear(self) -> None:
+        self._window, self._memories = None, []
 
 
 class StageTwo:
@@ -153,7 +157,11 @@ class StageTwo:
             on_step=on_step,
         )
         with self.transformer.text_kept():
-            yield from starmap(FinishedLatents, sampled)
+            for segment, targets in sampled:
+                if memories is not None:
+                    memories.clear()  # gigabytes, and whoever reads this may decode on the same device
+                yield FinishedLatents(segment, targets)
+                del targets
 
     def keeps_context(self, settings: GenerationSettings) -> bool:
         """Return whether the context is run once a segment: because it is asked for, or as nothing is lost by it.
@@ -170,13 +178,15 @@ class StageTwo:
         return settings.num_inference_steps > 1 and (settings.keep_context or is_exact)
 
     def _text(self, embeds: Tensor | None) -> Tensor:
-        device = self.transformer.device
+        # Where and in what the network works, which is not where it waits: a kept text is known by its tensor, and the
+        # network would be given a copy of another one at every call.
+        device, dtype = get_module_execution_device(self.transformer), self.transformer.dtype
         if not self.uses_prompt:
-            return torch.zeros(1, 1, self.transformer.config.text_dim, device=device)
+            return torch.zeros(1, 1, self.transformer.config.text_dim, device=device, dtype=dtype)
         if embeds is None:
             msg = "this Stage II was trained with prompts; pass prompt_embeds (and negative ones for guidance)"
             raise InvalidInputError(msg)
-        return embeds.to(device)
+        return embeds.to(device, dtype)
 
     def check_refiner(self, settings: GenerationSettings) -> None:
         """Raise `InvalidInputError` if the network was not made for the refiner of `settings`."""

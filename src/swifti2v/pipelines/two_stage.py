@@ -170,36 +170,41 @@ class TwoStagePipeline:
             OutputError: while iterating, if `work_dir` cannot be written.
         """
         report = on_progress or _ignore
-        with closing(self._run(request, work_dir, lambda store: self._frames(request, store, report))) as pieces:
+
+        def make(parts: Parts, store: RunStore) -> Iterator[Tensor]:
+            return self._frames(parts, request, store, report)
+
+        with closing(self._run(request, work_dir, make)) as pieces:
             for piece in pieces:
                 yield piece
                 report(Progress("frames", piece.first_frame + len(piece.frames), request.settings.num_frames))
 
     def _run(
-        self, request: GenerationRequest, work_dir: str | Path | None, make: Callable[[RunStore], Iterator[Tensor]]
+        self,
+        request: GenerationRequest,
+        work_dir: str | Path | None,
+        make: Callable[[Parts, RunStore], Iterator[Tensor]],
     ) -> Generator[FinishedFrames, None, None]:
-        """Yield the frames that `make` makes, with networks placed as the limits of memory have it."""
+        """Yield the frames that `make` makes with networks placed as the limits of memory have it."""
         with RunStore.open(Path(work_dir) if work_dir is not None else None) as store:
-
-            def attempt(parts: Parts) -> Iterator[Tensor]:
-                self.parts = parts
-                return make(store)
-
             done = 0
-            with closing(frames_within_limits(self.parts, request.settings, attempt)) as pieces:
+            attempts = frames_within_limits(self.parts, request.settings, lambda parts: make(parts, store))
+            with closing(attempts) as pieces:
                 for frames in pieces:
                     yield FinishedFrames(done, frames)
                     done += len(frames)
 
-    def _frames(self, request: GenerationRequest, store: RunStore, report: OnProgress) -> Iterator[Tensor]:
+    def _frames(
+        self, parts: Parts, request: GenerationRequest, store: RunStore, report: OnProgress
+    ) -> Iterator[Tensor]:
         """Yield the frames of a run, uint8 [f,H,W,3], a latent frame at a time."""
         embeds = self._encode_prompt(request)
-        self._make_motion_reference(request, embeds, store, report)
-        reference = self._hybrid_reference(request, store)
+        self._make_motion_reference(parts, request, embeds, store, report)
+        reference = _made_reference(parts, request, store)
         if request.settings.refiner == "none":
             yield from map(to_uint8, reference)
         else:
-            yield from self._refine(reference, request, embeds, store, report)
+            yield from _refined(parts, reference, request, embeds, store, report)
 
     def preview(
         self,
@@ -210,12 +215,12 @@ class TwoStagePipeline:
     ) -> Generator[FinishedFrames, None, None]:
         """Yield the motion reference, at its own size; `stream` with the same `work_dir` continues from it."""
         report = on_progress or _ignore
-        yield from self._run(request, work_dir, lambda store: self._motion_frames(request, store, report))
 
-    def _motion_frames(self, request: GenerationRequest, store: RunStore, report: OnProgress) -> Iterator[Tensor]:
-        """Yield the motion reference, uint8 [f,h,w,3]."""
-        self._make_motion_reference(request, self._encode_prompt(request), store, report)
-        yield from map(torch.from_numpy, store.motion.chunks())
+        def make(parts: Parts, store: RunStore) -> Iterator[Tensor]:
+            self._make_motion_reference(parts, request, self._encode_prompt(request), store, report)
+            yield from map(torch.from_numpy, store.motion.chunks())
+
+        yield from self._run(request, work_dir, make)
 
     def prompt_notes(self, request: GenerationRequest) -> tuple[str, ...]:
         """Return what there is to say of the prompt: that it is empty, or cut at the encoder's limit."""
@@ -238,7 +243,7 @@ class TwoStagePipeline:
         return request.prompt, settings.negative_prompt if guided else None
 
     def _make_motion_reference(
-        self, request: GenerationRequest, embeds: PromptEmbeds, store: RunStore, report: OnProgress
+        self, parts: Parts, request: GenerationRequest, embeds: PromptEmbeds, store: RunStore, report: OnProgress
     ) -> None:
         """Run Stage I into the store, unless the store holds its result."""
         settings = request.settings
@@ -246,16 +251,16 @@ class TwoStagePipeline:
         if store.motion.is_complete:
             return
         store.motion.clear()
-        size = self.parts.motion_size(settings.size)
+        size = parts.motion_size(settings.size)
         guided = settings.stage_one_guidance_scale > 1
         options = StageOneOptions(
             num_inference_steps=settings.stage_one_steps,
             few_step=settings.few_step,
             guidance_scale=settings.stage_one_guidance_scale,
             negative_prompt=settings.negative_prompt if guided else "",
-            flow_shift=self.parts.many_step_flow_shift,
+            flow_shift=parts.many_step_flow_shift,
         )
-        pieces = self.parts.stage_one.generate(
+        pieces = parts.stage_one.generate(
             request.image.resize(size, PIL.Image.Resampling.LANCZOS),
             None,
             size=size,
@@ -269,69 +274,73 @@ class TwoStagePipeline:
             store.motion.append(piece.numpy())
         store.motion.complete({"size": str(size)})
 
-    def _hybrid_reference(self, request: GenerationRequest, store: RunStore) -> Iterator[Tensor]:
-        settings = request.settings
-        return hybrid_reference(
-            (torch.from_numpy(frames) for frames in store.motion.chunks()),
-            image_to_tensor(request.image),
-            options=ReferenceOptions(mode=settings.reference, flow_scale=settings.flow_scale),
-            device=self.parts.device,
-            temporal_factor=self.parts.stage_two.geometry.temporal,
-        )
-
-    def _refine(
-        self,
-        reference: Iterator[Tensor],
-        request: GenerationRequest,
-        embeds: PromptEmbeds,
-        store: RunStore,
-        report: OnProgress,
-    ) -> Iterator[Tensor]:
-        """Run Stage II and decode, side by side; yield uint8 [f,H,W,3], a latent frame at a time."""
-        settings = request.settings
-        stage_two = self.parts.stage_two
-        store.claim_segments(settings.stage_two_identity())
-        num_segments = len(stage_two.plan(settings))
-        num_steps = settings.num_inference_steps
-
-        def kept(notify: OnProgress) -> Iterator[Tensor]:
-            def on_step(segment: Segment, step: int, _num_steps: int) -> None:
-                done, number = segment.index * num_steps + step + 1, segment.index + 1
-                notify(Progress("stage_two", done, num_segments * num_steps, number, num_segments))
-
-            refined = stage_two.refine(
-                reference,
-                settings,
-                prompt_embeds=embeds.prompt,
-                negative_prompt_embeds=embeds.negative,
-                finished=store.segment,
-                on_step=on_step,
-            )
-            for item in refined:
-                if item.segment is not None and not store.has(item.segment):
-                    store.save_segment(item.segment, item.latents)
-                yield item.latents
-                del item  # or it would live on while the next segment is made
-
-        decoder = self.parts.decoder or stage_two.codec
-
-        def decoded(notify: OnProgress) -> Iterator[Tensor]:
-            yield from decoder.decode_stream(kept(notify))
-
-        # The reader of the frames writes a file, most often; so frames at least are made ahead of it.
-        match self.parts.overlap:
-            case "decode":
-                latents = made_ahead(kept, on_event=report, device=self.parts.device)
-                with closing(latents):
-                    yield from decoder.decode_stream(latents)
-            case "write":
-                yield from made_ahead(decoded, on_event=report, device=self.parts.device)
-            case "none":
-                yield from decoded(report)
-
     def _identity(self, request: GenerationRequest) -> dict[str, str]:
         digest = hashlib.sha256(request.image.tobytes()).hexdigest()
-        return {"image": digest, "prompt": request.prompt, "checkpoint": self.parts.name}
+        dtype = str(self.parts.stage_two.transformer.dtype).removeprefix("torch.")
+        return {"image": digest, "prompt": request.prompt, "checkpoint": self.parts.name, "dtype": dtype}
+
+
+def _made_reference(parts: Parts, request: GenerationRequest, store: RunStore) -> Iterator[Tensor]:
+    """Yield the hybrid reference of the motion reference in the store, [1,3,f,H,W], f = 1, 4, 4, ..."""
+    settings = request.settings
+    return hybrid_reference(
+        (torch.from_numpy(frames) for frames in store.motion.chunks()),
+        image_to_tensor(request.image),
+        options=ReferenceOptions(mode=settings.reference, flow_scale=settings.flow_scale),
+        device=parts.device,
+        temporal_factor=parts.stage_two.geometry.temporal,
+    )
+
+
+def _refined(
+    parts: Parts,
+    reference: Iterator[Tensor],
+    request: GenerationRequest,
+    embeds: PromptEmbeds,
+    store: RunStore,
+    report: OnProgress,
+) -> Iterator[Tensor]:
+    """Run Stage II and decode, side by side; yield uint8 [f,H,W,3], a latent frame at a time."""
+    settings = request.settings
+    stage_two = parts.stage_two
+    store.claim_segments(settings.stage_two_identity())
+    num_segments = len(stage_two.plan(settings))
+    num_steps = settings.num_inference_steps
+
+    def kept(notify: OnProgress) -> Iterator[Tensor]:
+        def on_step(segment: Segment, step: int, _num_steps: int) -> None:
+            done, number = segment.index * num_steps + step + 1, segment.index + 1
+            notify(Progress("stage_two", done, num_segments * num_steps, number, num_segments))
+
+        refined = stage_two.refine(
+            reference,
+            settings,
+            prompt_embeds=embeds.prompt,
+            negative_prompt_embeds=embeds.negative,
+            finished=store.segment,
+            on_step=on_step,
+        )
+        for item in refined:
+            if item.segment is not None and not store.has(item.segment):
+                store.save_segment(item.segment, item.latents)
+            yield item.latents
+            del item  # or it would live on while the next segment is made
+
+    decoder = parts.decoder or stage_two.codec
+
+    def decoded(notify: OnProgress) -> Iterator[Tensor]:
+        yield from decoder.decode_stream(kept(notify))
+
+    # The reader of the frames writes a file, most often; so frames at least are made ahead of it.
+    match parts.overlap:
+        case "decode":
+            latents = made_ahead(kept, on_event=report, device=parts.device)
+            with closing(latents):
+                yield from decoder.decode_stream(latents)
+        case "write":
+            yield from made_ahead(decoded, on_event=report, device=parts.device)
+        case "none":
+            yield from decoded(report)
 
 
 def _with_seed(settings: GenerationSettings, generator: torch.Generator) -> GenerationSettings:

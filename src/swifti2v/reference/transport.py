@@ -124,7 +124,25 @@ def _transported_frames(motion: Iterable[Tensor], image: Tensor, options: Refere
     next(frames)
     yield torch.cat((image, torch.ones_like(image[:1])))
     workers = options.num_workers or min(os.cpu_count() or 1, MOST_WORKERS)
-    yield from _ahead(DetailTransport(first, image, options=options), frames, workers)
+    transport = on_this_stream(DetailTransport(first, image, options=options), image.device)
+    yield from _ahead(transport, frames, workers)
+
+
+def on_this_stream(function: Callable[[Tensor], Tensor], device: torch.device) -> Callable[[Tensor], Tensor]:
+    """Return `function` to be called in other threads, its CUDA work in the order of this thread's stream.
+
+    The current stream belongs to a thread. Pool threads would work on the default one, and nothing would order that
+    behind, or before, the stream of whoever reads their results.
+    """
+    if device.type != "cuda":
+        return function
+    stream = torch.cuda.current_stream(device)
+
+    def called(item: Tensor) -> Tensor:
+        with torch.cuda.stream(stream):
+            return function(item)
+
+    return called
 
 
 def _ahead(function: Callable[[Tensor], Tensor], items: Iterator[Tensor], workers: int) -> Iterator[Tensor]:

@@ -27,7 +27,7 @@ from swifti2v.pipelines.two_stage import TwoStagePipeline
 from swifti2v.training.embedded.reference_pairs import ReferencePair
 from swifti2v.training.engine.loop import LoopOptions, TrainingLoop
 from swifti2v.training.refiner.distillation import DistillationObjective, DistillationOptions
-from swifti2v.training.refiner.segment_flow import SegmentFlowOptions
+from swifti2v.training.refiner.window_source import WindowSourceOptions
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -98,7 +98,9 @@ def distilled(teacher: Path, num_steps: int, *, pairs: Path, output: Path, setti
     options = DistillationOptions(
         num_student_steps=num_steps,
         teacher_steps_per_step=TEACHER_STEPS // num_steps,
-        flow=SegmentFlowOptions(flow_shift=settings.flow_shift, prompt_dropped_share=0.0, own_context_share=0.5),
+        flow=WindowSourceOptions(
+            flow_shift=settings.flow_shift, prompt_dropped_share=0.0, own_context_share=0.5, own_context_steps=1
+        ),
     )
     student, frozen = (StageTwoTransformer.from_pretrained(teacher, torch_dtype=torch.float32) for _ in range(2))
     kept = [ReferencePair(*pair) for pair in torch.load(pairs, weights_only=True)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -143,3 +144,18 @@ def test_a_bad_output_is_told_before_the_work(folder: Path, monkeypatch: pytest.
 
     monkeypatch.setattr(judging, "evaluate_videos", work)
     assert run(folder / "clip.mp4", "-o", folder / "clip.mp4" / "inside").exit_code == EXIT_ERROR
+
+
+@pytest.mark.parametrize("missing", ["jinja2", "matplotlib"])
+def test_a_report_that_cannot_be_made_is_refused_before_anything_is_measured(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, missing: str
+) -> None:
+    measured: list[Any] = []
+    monkeypatch.setattr("swifti2v.evaluation.evaluate.evaluate_videos", lambda *given, **_: measured.append(given))
+    monkeypatch.setitem(sys.modules, missing, None)
+    result = run(folder / "clip.mp4", "--output", tmp_path / "report")
+    assert (result.exit_code, measured) == (EXIT_ERROR, [])
+    assert result.stderr == (
+        f"error: --output needs {missing}; install what is missing with: pip install 'swifti2v[evaluate]'\n"
+    )
+    assert not (tmp_path / "report").exists()

@@ -20,6 +20,7 @@ from swifti2v.training.refiner.encoding import EncodingOptions
 from swifti2v.training.refiner.run import DistillationRun, RefinerRun, TransitionRun
 from swifti2v.training.refiner.segment_flow import SegmentFlowOptions
 from swifti2v.training.refiner.transition import TransitionOptions
+from swifti2v.training.refiner.validation import ValidationOfRefiner
 from swifti2v.training.refiner.windows import WindowOptions
 
 LOOP = LoopOptions(num_steps=100, gradient_accumulation=2)
@@ -68,6 +69,22 @@ def test_own_context_is_a_forward_of_the_segment_before() -> None:
     assert dearer.tflop_per_sample - plain.tflop_per_sample == pytest.approx(0.5 * 2 * forward)
     chain = counted(RefinerRun(LOOP, flow=replace(own, own_context_segments=3)))  # one, two or three segments
     assert chain.tflop_per_sample - plain.tflop_per_sample == pytest.approx(0.5 * 2 * 2 * forward)
+
+
+def test_validation_is_every_step_of_every_segment_of_its_clips() -> None:
+    """21 latent frames in seven windows: the first has no neighbour, and the last has two targets."""
+    loop = replace(LOOP, num_steps=1000, validate_every=250)
+    judged = counted(RefinerRun(loop, flow=FIVE, validation=ValidationOfRefiner(num_samples=9, num_steps=10)))
+    plain = counted(RefinerRun(loop, flow=FIVE))
+    four, five = (STAGE_TWO_5B.forward_cost(frames * 3520).tflop for frames in (4, 5))
+    clip = 10 * (2 * four + 5 * five)
+    assert judged.tflop(1) - plain.tflop(1) == pytest.approx(4 * 9 * clip)
+    assert judged.tflop(8) - plain.tflop(8) == pytest.approx(4 * 16 * clip)  # nine clips on eight cards: two rounds
+    assert plain.tflop(8) == pytest.approx(plain.num_samples(8) * plain.tflop_per_sample)
+    shared = counted(RefinerRun(replace(loop, context_parallel=2), validation=ValidationOfRefiner(num_samples=9)))
+    assert shared.validation.tflop(4) == pytest.approx(4 * 12 * clip)
+    student = DistillationRun(loop, validation=ValidationOfRefiner(num_samples=9))
+    assert counted(student).validation.tflop_per_clip == pytest.approx(clip * 4 / 10)
 
 
 def test_a_teacher_adds_its_forwards() -> None:

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from swifti2v.evaluation.results import Evaluation
 
 RESULTS_JSON, RESULTS_MARKDOWN = "results.json", "results.md"
+OF_REPORTS = ("jinja2", "matplotlib")
+"""What the page of a report needs; the extra `evaluate` installs it."""
 
 VideosArgument = Annotated[list[Path], typer.Argument(help="Videos to judge; all at the size of the first.")]
 ImageOption = Annotated[Path | None, typer.Option(help="The input image.")]
@@ -63,6 +65,7 @@ def evaluate(
         cvvdp=cvvdp,
     )
     if output is not None:
+        _check_installed()
         _make_folder(output)
     with progress_bars(quiet=as_json) as on_progress:
         evaluation = evaluate_videos(request, on_progress=on_progress)
@@ -101,6 +104,16 @@ def _segment_size(text: str) -> int | None:
     except ValueError as error:
         msg = f"segment size {text!r} is not known; use a number from 2 on, or auto"
         raise InvalidInputError(msg) from error
+
+
+def _check_installed() -> None:
+    """Raise `OutputError` unless a report can be made here; called before the long work."""
+    from importlib.util import find_spec
+
+    missing = [name for name in OF_REPORTS if find_spec(name) is None]
+    if missing:
+        msg = f"--output needs {' and '.join(missing)}; install what is missing with: pip install 'swifti2v[evaluate]'"
+        raise OutputError(msg)
 
 
 def _make_folder(folder: Path) -> None:

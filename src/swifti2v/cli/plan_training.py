@@ -101,7 +101,7 @@ def _fit_as_mapping(cost: TrainingCost, fit: Fit) -> dict[str, Any]:
         "changes": fit.changes,
         "min_cards": fit.min_cards,
         "num_samples": samples,
-        "gpu_hours": fit.machine.gpu_hours(samples * cost.tflop_per_sample),
+        "gpu_hours": fit.machine.gpu_hours(cost.tflop(fit.machine.num_cards)),
     }
 
 
@@ -136,7 +136,7 @@ def _training_table(recipe: Path, cost: TrainingCost, found: list[Fit]) -> Table
         memory, samples = fit.memory, cost.num_samples(fit.machine.num_cards)
         held = (memory.weight_bytes, memory.gradient_bytes, memory.optimizer_bytes, memory.average_bytes)
         work = memory.activation_bytes + memory.gathered_bytes
-        hours = fit.machine.gpu_hours(samples * cost.tflop_per_sample)
+        hours = fit.machine.gpu_hours(cost.tflop(fit.machine.num_cards))
         table.add_row(
             fit.machine.name,
             "yes" if fit.fits else "no",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -64,11 +65,13 @@ def stage_one(
 
 
 @app.command()
-def transition(recipe: RecipeArgument, *, data: VideosOption, output: OutputOption) -> None:
+def transition(
+    recipe: RecipeArgument, *, data: VideosOption, output: OutputOption, initial: InitialOption = None
+) -> None:
     """Make what Stage II learns from: clips, and references that Stage I has lightly denoised (stage-transition)."""
     from swifti2v.training.refiner.run import TransitionRun, build_references
 
-    _encode(build_references, load_yaml(TransitionRun, recipe), data, output)
+    _encode(build_references, _from_checkpoint(load_yaml(TransitionRun, recipe), initial), data, output)
 
 
 @app.command("stage-two")
@@ -125,7 +128,7 @@ def _encode(build: Callable[..., Any], run: Any, data: Path, output: Path) -> No
     from swifti2v.cli.progress import progress_bars
 
     quiet_libraries()
-    with progress_bars(quiet=False) as on_bar:
+    with progress_bars(quiet=not _is_first()) as on_bar:
         cache = build(
             run,
             data=data,
@@ -133,7 +136,10 @@ def _encode(build: Callable[..., Any], run: Any, data: Path, output: Path) -> No
             on_video=None if on_bar is None else lambda done, total: on_bar("videos", done, total),
             on_clip=None if on_bar is None else lambda clip: on_bar("clips", clip.done + clip.skipped, clip.total),
         )
-    typer.echo(f"{len(cache)} clips in {output}, {len(cache.skipped)} skipped")
+    missing = ""
+    if cache.num_missing:
+        missing = f", {cache.num_missing} still missing: other processes make them; if none is left, run this again"
+    _say(f"{len(cache)} clips in {output}, {len(cache.skipped)} skipped{missing}")
 
 
 def _train_low_res_lora(
@@ -145,14 +151,15 @@ def _train_low_res_lora(
 
     run = _from_checkpoint(load_yaml(LowResLoraRun, recipe), initial)
     with joined_processes(run.loop.context_parallel) as processes:
-        train_low_res_lora(
+        checkpoint = train_low_res_lora(
             run,
             cache=LatentCache.open(cache),
             output=output,
             processes=processes,
             on_step=None if on_step is None else lambda _expert, report: on_step(report),
         )
-    typer.echo(f"LoRA files, for diffusers and for ComfyUI: {output}")
+    _say(f"LoRA files, for diffusers and for ComfyUI: {checkpoint / 'adapters'}")
+    _tell(checkpoint)
 
 
 @contextmanager
@@ -162,7 +169,7 @@ def _training() -> Iterator[Callable[[Any], None] | None]:
     from swifti2v.cli.progress import progress_bars
 
     quiet_libraries()
-    with progress_bars(quiet=False) as on_bar:
+    with progress_bars(quiet=not _is_first()) as on_bar:
         yield None if on_bar is None else _shown_on(on_bar)
 
 
@@ -182,4 +189,15 @@ def _from_checkpoint(run: Any, initial: str | None) -> Any:
 
 
 def _tell(checkpoint: Path) -> None:
-    typer.echo(f"generate with: swifti2v generate IMAGE --model {checkpoint}")
+    _say(f"generate with: swifti2v generate IMAGE --model {checkpoint}")
+
+
+def _say(line: str) -> None:
+    """Print a line, once for all processes."""
+    if _is_first():
+        typer.echo(line)
+
+
+def _is_first() -> bool:
+    """Whether this is the only process, or the first of those that torchrun has started."""
+    return "TORCHELASTIC_RUN_ID" not in os.environ or os.environ["RANK"] == "0"

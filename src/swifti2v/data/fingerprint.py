@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
+from swifti2v.data.file_stamps import file_stamp
+
 if TYPE_CHECKING:
     from pathlib import Path
 
@@ -126,8 +128,7 @@ def _canonical(parts: Mapping[str, object]) -> str:
 def _file_stamp(path: Path, source_check: SourceCheck) -> str:
     try:
         if source_check == "mtime":
-            status = path.stat()
-            return f"{status.st_size} {status.st_mtime_ns}"
+            return file_stamp(path)
         digest = hashlib.sha256()
         with path.open("rb") as file:
             while block := file.read(_READ_BYTES):

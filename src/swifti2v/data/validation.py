@@ -1,18 +1,21 @@
 """Which videos can be trained on: each is read once, frame by frame, and is accepted or gets a reason.
 
+What reading a video shows depends on its file and the options alone, so that it can be kept (`checked_videos.py`) and
+shared; which videos are copies of others is found out of what all of them have shown.
+
 Frames pass by at the rate of training (`media/video_reader.py`, by time stamp), so that what is found here is counted
 in the frames that `clips.py` will cut. Whatever a file does to its decoder costs that file and never the run.
 """
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Literal
 
+from swifti2v.data.file_stamps import content_key, file_stamp
 from swifti2v.data.prefetch import prefetched
 from swifti2v.data.report import Report, Scene, Skipped
 from swifti2v.data.scenes import SceneSpan, SceneThresholds, find_scenes
@@ -24,7 +27,6 @@ if TYPE_CHECKING:
 
     from swifti2v.data.manifest import ManifestEntry
 
-_SAMPLED_BYTES = 1 << 20
 _FRAME_RATE_MARGIN = 0.9
 
 
@@ -70,6 +72,23 @@ class Verdict:
     skipped: tuple[Skipped, ...]
 
 
+@dataclass(frozen=True)
+class CheckedVideo:
+    """What reading one video has shown.
+
+    Args:
+        name: of its entry in the manifest.
+        stamp: of the file, from before it was read; "" if there was none.
+        content: equal for copies of one file; "" if it cannot be read.
+        verdict: without regard to copies.
+    """
+
+    name: str
+    stamp: str
+    content: str
+    verdict: Verdict
+
+
 OnVideo = Callable[[int, int], None]
 """Called after each video with the number done and the number of all."""
 
@@ -82,28 +101,54 @@ def validate_videos(
     on_video: OnVideo | None = None,
 ) -> Report:
     """Read every video and say what can be used of it; the outcome does not depend on `num_threads`."""
-    copies = _copies(entries) if options.find_copies else {}
-    verdicts: dict[int, Verdict] = {}
+    videos = check_videos(entries, options, num_threads=num_threads, on_video=on_video)
+    return report_of(entries, {video.name: video for video in videos}, options)
 
-    def job(index: int) -> Generator[tuple[int, Verdict], None, None]:
-        entry = entries[index]
-        if index in copies:
-            original = entries[copies[index]].name
-            yield index, _refused(Skipped(entry.name, "copy of another", f"has the content of {original}"))
-        else:
-            yield index, check_video(entry, options)
 
-    jobs = (partial(job, index) for index in range(len(entries)))
-    with closing(prefetched(jobs, num_threads=num_threads)) as results:
-        for done, (index, verdict) in enumerate(results, start=1):
-            verdicts[index] = verdict
+def check_videos(
+    entries: Sequence[ManifestEntry],
+    options: ValidationOptions,
+    *,
+    num_threads: int = 1,
+    on_video: OnVideo | None = None,
+) -> Iterator[CheckedVideo]:
+    """Read videos, and yield what each has shown, as they come."""
+
+    def job(entry: ManifestEntry) -> Generator[CheckedVideo, None, None]:
+        # The stamp comes first: a file that changes while it is read is read again.
+        stamp, content = _stamp_and_content(entry.path)
+        yield CheckedVideo(entry.name, stamp, content, check_video(entry, options))
+
+    with closing(prefetched((partial(job, entry) for entry in entries), num_threads=num_threads)) as videos:
+        for done, video in enumerate(videos, start=1):
+            yield video
             if on_video is not None:
                 on_video(done, len(entries))
-    ordered = [verdicts[index] for index in sorted(verdicts)]
+
+
+def report_of(
+    entries: Sequence[ManifestEntry], videos: Mapping[str, CheckedVideo], options: ValidationOptions
+) -> Report:
+    """Put together what all videos have shown, in the order of `entries`.
+
+    Args:
+        entries: of the manifest.
+        videos: one for each entry, by its name.
+        options: with which they were checked.
+    """
+    originals: dict[str, str] = {}
+    verdicts: list[Verdict] = []
+    for entry in entries:
+        video = videos[entry.name]
+        original = originals.setdefault(video.content, entry.name) if options.find_copies and video.content else ""
+        if original in ("", entry.name):
+            verdicts.append(video.verdict)
+        else:
+            verdicts.append(_refused(Skipped(entry.name, "copy of another", f"has the content of {original}")))
     return Report(
         fps=options.fps,
-        scenes=tuple(scene for verdict in ordered for scene in verdict.scenes),
-        skipped=tuple(item for verdict in ordered for item in verdict.skipped),
+        scenes=tuple(scene for verdict in verdicts for scene in verdict.scenes),
+        skipped=tuple(item for verdict in verdicts for item in verdict.skipped),
     )
 
 
@@ -123,30 +168,11 @@ def check_video(entry: ManifestEntry, options: ValidationOptions) -> Verdict:
     return _judge(entry, reader, spans, options)
 
 
-def _copies(entries: Sequence[ManifestEntry]) -> dict[int, int]:
-    """Index of each file with the content of an earlier one, and of that one: by size, first and last megabyte."""
-    first: dict[tuple[int, str], int] = {}
-    copies: dict[int, int] = {}
-    for index, entry in enumerate(entries):
-        try:
-            key = _content_key(entry.path)
-        except OSError:
-            continue  # reading it will say why
-        if key in first:
-            copies[index] = first[key]
-        else:
-            first[key] = index
-    return copies
-
-
-def _content_key(path: Path) -> tuple[int, str]:
-    size_bytes = path.stat().st_size
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        digest.update(file.read(_SAMPLED_BYTES))
-        file.seek(max(file.tell(), size_bytes - _SAMPLED_BYTES))
-        digest.update(file.read(_SAMPLED_BYTES))
-    return size_bytes, digest.hexdigest()
+def _stamp_and_content(path: Path) -> tuple[str, str]:
+    try:
+        return file_stamp(path), content_key(path)
+    except OSError:
+        return "", ""  # reading it will say why
 
 
 def _header_problem(name: str, reader: VideoReader, options: ValidationOptions) -> Skipped | None:

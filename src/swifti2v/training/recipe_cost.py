@@ -9,6 +9,7 @@ from swifti2v.errors import ConfigurationError
 from swifti2v.geometry import CodecGeometry, Size
 from swifti2v.memory.budget import RunSettings, plan_run
 from swifti2v.memory.training_cost import TrainingSetup, TrainingWork, window_shares
+from swifti2v.segments import plan_segments
 from swifti2v.training.low_res.lora import LoraOptions
 from swifti2v.training.low_res.run import LowResCacheRun, LowResLoraRun
 from swifti2v.training.refiner.run import DistillationRun, RefinerRun, TransitionRun
@@ -18,11 +19,33 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from swifti2v.memory.budget import PipelineDimensions
+    from swifti2v.training.engine.loop import LoopOptions
     from swifti2v.training.refiner.network import NetworkOptions
-    from swifti2v.training.refiner.segment_flow import SegmentFlowOptions
+    from swifti2v.training.refiner.validation import ValidationOfRefiner
+    from swifti2v.training.refiner.window_source import WindowSourceOptions
 
 Recipe = LowResCacheRun | LowResLoraRun | TransitionRun | RefinerRun | DistillationRun
 """Recipes that begin with a checkpoint."""
+
+
+@dataclass(frozen=True)
+class ValidationCost:
+    """What it costs to judge a training while it runs.
+
+    Args:
+        num_validations: in the whole run.
+        num_clips: of each; processes, or groups that share a sample, divide them.
+        tflop_per_clip: forwards of all steps of all segments.
+    """
+
+    num_validations: int = 0
+    num_clips: int = 0
+    tflop_per_clip: float = 0.0
+
+    def tflop(self, num_groups: int) -> float:
+        """TFLOP of all devices; groups that are left without a clip repeat another's."""
+        rounds = -(-self.num_clips // num_groups)
+        return self.num_validations * rounds * num_groups * self.tflop_per_clip
 
 
 @dataclass(frozen=True)
@@ -36,6 +59,7 @@ class TrainingCost:
         batches_per_step: of each device, where the recipe says that.
         samples_per_step: of all devices together, where the recipe says that instead.
         num_runs: trained one after the other.
+        validation: beside the steps.
     """
 
     setup: TrainingSetup
@@ -44,11 +68,21 @@ class TrainingCost:
     batches_per_step: int = 1
     samples_per_step: int | None = None
     num_runs: int = 1
+    validation: ValidationCost = ValidationCost()
 
     def num_samples(self, num_devices: int) -> int:
         """Return how many samples are trained on in all."""
-        own = self.setup.batch_size * self.batches_per_step * max(1, num_devices // self.setup.context_parallel)
+        own = self.setup.batch_size * self.batches_per_step * self._num_groups(num_devices)
         return self.num_runs * self.num_steps * (self.samples_per_step or own)
+
+    def tflop(self, num_devices: int) -> float:
+        """TFLOP of all devices for the whole run, validation included."""
+        return self.num_samples(num_devices) * self.tflop_per_sample + self.validation.tflop(
+            self._num_groups(num_devices)
+        )
+
+    def _num_groups(self, num_devices: int) -> int:
+        return max(1, num_devices // self.setup.context_parallel)
 
 
 @dataclass(frozen=True)
@@ -126,13 +160,14 @@ def _refiner(run: RefinerRun, dimensions: PipelineDimensions, size: Size, num_fr
         tflop_per_sample=step + _own_context_tflop(run.flow, work, dimensions, size),
         num_steps=run.loop.num_steps,
         batches_per_step=run.loop.gradient_accumulation,
+        validation=_validation(run.loop, run.validation, dimensions, size, num_frames),
     )
 
 
 def _distillation(run: DistillationRun, dimensions: PipelineDimensions, size: Size, num_frames: int) -> TrainingCost:
     options = run.distillation
     work = _refiner_work(run.network, dimensions)
-    shares = _token_shares(options.flow, dimensions, size, num_frames)
+    shares = _token_shares(options.source, dimensions, size, num_frames)
     text, again = dimensions.text_tokens, run.network.gradient_checkpointing
     passes = options.teacher_steps_per_step * (2 if options.guidance_scale > 1 else 1)
     step = sum(
@@ -145,10 +180,27 @@ def _distillation(run: DistillationRun, dimensions: PipelineDimensions, size: Si
     )
     return TrainingCost(
         setup=_setup(run, work, max(shares), checkpointing=again, has_teacher=True),
-        tflop_per_sample=step + _own_context_tflop(options.flow, work, dimensions, size),
+        tflop_per_sample=step + _own_context_tflop(options.source, work, dimensions, size),
         num_steps=run.loop.num_steps,
         batches_per_step=run.loop.gradient_accumulation,
+        validation=_validation(run.loop, run.sampling, dimensions, size, num_frames),
     )
+
+
+def _validation(
+    loop: LoopOptions, sampling: ValidationOfRefiner, dimensions: PipelineDimensions, size: Size, num_frames: int
+) -> ValidationCost:
+    if not loop.validate_every or not sampling.num_samples:
+        return ValidationCost()
+    plan = plan_segments(
+        _latent_frames(dimensions, num_frames),
+        segment_size=sampling.segment_size,
+        neighbors_before=sampling.neighbors_before,
+    )
+    per_frame, text = _tokens_per_frame(dimensions, size), dimensions.text_tokens
+    windows = [per_frame * len(segment.window) for segment in plan]
+    forwards = sum(dimensions.stage_two.forward_cost(tokens, text_tokens=text).tflop for tokens in windows)
+    return ValidationCost(loop.num_steps // loop.validate_every, sampling.num_samples, sampling.num_steps * forwards)
 
 
 def _setup(
@@ -190,8 +242,12 @@ def _tokens_per_frame(dimensions: PipelineDimensions, size: Size) -> int:
     return geometry.tokens_per_frame(size)
 
 
+def _latent_frames(dimensions: PipelineDimensions, num_frames: int) -> int:
+    return CodecGeometry(temporal=dimensions.stage_two_codec.temporal_factor).latent_frames(num_frames)
+
+
 def _token_shares(
-    flow: SegmentFlowOptions, dimensions: PipelineDimensions, size: Size, num_frames: int
+    flow: WindowSourceOptions, dimensions: PipelineDimensions, size: Size, num_frames: int
 ) -> Mapping[int, float]:
     windows = flow.windows
     shares = window_shares(
@@ -201,7 +257,7 @@ def _token_shares(
         before_share=flow.own_context_share + (1 - flow.own_context_share) * windows.before_share,
         after_share=windows.after_share,
     )
-    held = CodecGeometry(temporal=dimensions.stage_two_codec.temporal_factor).latent_frames(num_frames)
+    held = _latent_frames(dimensions, num_frames)
     per_frame, by_tokens = _tokens_per_frame(dimensions, size), dict[int, float]()
     for length, share in shares.items():
         tokens = per_frame * min(length, held)  # short clips cut windows short
@@ -210,12 +266,12 @@ def _token_shares(
 
 
 def _own_context_tflop(
-    flow: SegmentFlowOptions, work: TrainingWork, dimensions: PipelineDimensions, size: Size
+    flow: WindowSourceOptions, work: TrainingWork, dimensions: PipelineDimensions, size: Size
 ) -> float:
     tokens = (2 + flow.windows.segment_size) * _tokens_per_frame(dimensions, size)
     forward = work.transformer.forward_cost(tokens, text_tokens=dimensions.text_tokens).tflop
     segments = (1 + flow.own_context_segments) / 2  # drawn from 1 to the most
-    return flow.own_context_share * segments * flow.own_context_steps * forward
+    return flow.own_context_share * segments * flow.num_own_context_steps * forward
 
 
 def _low_res_cache(run: LowResCacheRun, dimensions: PipelineDimensions) -> EncodingCost:

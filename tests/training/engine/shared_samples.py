@@ -1,4 +1,4 @@
-"""A script for `test_context_parallel.py`, started by torchrun: two processes that share each sample."""
+"""A script for `test_context_parallel.py`, started by torchrun: processes that share each sample by twos."""
 
 from __future__ import annotations
 
@@ -17,6 +17,8 @@ from swifti2v.training.refiner.segment_flow import SegmentFlowObjective, Segment
 
 STEPS = 2
 KINDS = ("replicate", "checkpointed", "bfloat16", "lora")
+GROUPS = "groups"
+"""A kind of training whose steps have two batches: for two groups, or for one process that takes them in turn."""
 SIZES = {
     "num_attention_heads": 2, "attention_head_dim": 12, "text_dim": 16, "freq_dim": 16, "ffn_dim": 32, "num_layers": 1,
     "rope_max_seq_len": 32,
@@ -59,7 +61,10 @@ def stage_two(kind: str) -> SegmentFlowObjective:
                 norm.register_forward_pre_hook(lambda _norm, inputs: (inputs[0].float(),))
     data = Latents()
     options = SegmentFlowOptions(own_context_share=0.5)
-    return SegmentFlowObjective(transformer.train(), samples=data, batches=data, options=options)
+    num_batches = 2 if kind == GROUPS else 1
+    return SegmentFlowObjective(
+        transformer.train(), samples=data, batches=data, options=options, num_processes=num_batches
+    )
 
 
 def stage_one() -> LowResLoraObjective:
@@ -80,6 +85,7 @@ def train(kind: str, folder: Path, processes: Processes) -> None:
         checkpoint_every=STEPS,
         log_every=1,
         gradient_clip=1e6,
+        gradient_accumulation=2 // processes.batch_count if kind == GROUPS else 1,
         bfloat16=False,
         sharding="replicate" if kind == "replicate" else "shard",
         context_parallel=processes.context,
@@ -103,7 +109,7 @@ def main(folder: Path, *kinds: str) -> None:
     torch.accelerator.device_count = lambda: 1
     torch._C._get_accelerator = lambda: torch.device("cpu")
     with joined_processes(context_parallel=2) as processes:
-        for kind in kinds or KINDS:
+        for kind in kinds:
             train(kind, folder / kind, processes)
 
 

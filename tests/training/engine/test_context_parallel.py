@@ -1,4 +1,4 @@
-"""Two processes that share each sample do what one does that has it whole: the same losses, the same gradients."""
+"""Processes that share each sample do what one does that has it whole: the same losses, the same gradients."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch import nn
 from swifti2v.errors import ConfigurationError
 from swifti2v.training.engine.distributed import BatchesOfProcess, Processes, joined_processes
 from swifti2v.training.engine.loop import LoopOptions, TrainingLoop
-from tests.training.engine.shared_samples import KINDS, STEPS, stage_two, train
+from tests.training.engine.shared_samples import GROUPS, KINDS, STEPS, stage_two, train
 
 SCRIPT = Path(__file__).with_name("shared_samples.py")
 ALONE = Processes()
@@ -24,10 +24,13 @@ ALONE = Processes()
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folders of the kinds of training, by two processes."""
-    folder = tmp_path_factory.mktemp("runs")
+    return launched(2, tmp_path_factory.mktemp("runs"), *KINDS)
+
+
+def launched(count: int, folder: Path, *kinds: str) -> Path:
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[3])}
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
-    command = [*torchrun, str(SCRIPT), str(folder)]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(count), "--standalone"]
+    command = [*torchrun, str(SCRIPT), str(folder), *kinds]
     subprocess.run(command, check=True, timeout=1800, env=environment)  # noqa: S603 - our own script
     return folder
 
@@ -42,15 +45,24 @@ def entries(folder: Path) -> list[dict[str, float]]:
 def test_losses_and_gradients_are_those_of_one(runs: Path, tmp_path: Path, kind: str) -> None:
     train(kind, tmp_path, ALONE)
     # bfloat16 rounds sums of tokens, which are in another order, to three digits.
-    tolerance = 0.03 if kind == "bfloat16" else 1e-4
-    ours, theirs = entries(runs / kind), entries(tmp_path)
+    assert_alike(runs / kind, tmp_path, tolerance=0.03 if kind == "bfloat16" else 1e-4)
+
+
+@pytest.mark.slow
+def test_two_groups_have_a_batch_each(tmp_path: Path) -> None:
+    """Four processes: what one does that takes the two batches of a step in turn."""
+    launched(4, tmp_path, GROUPS)
+    train(GROUPS, tmp_path / "alone", ALONE)
+    assert_alike(tmp_path / GROUPS, tmp_path / "alone", tolerance=1e-4)
+
+
+def assert_alike(run: Path, alone: Path, *, tolerance: float) -> None:
+    ours, theirs = entries(run), entries(alone)
     assert len(ours) == STEPS
     for name in ("loss", "samples", "tokens"):
         if name in theirs[0]:
             assert [each[name] for each in ours] == pytest.approx([each[name] for each in theirs], abs=tolerance)
-    for found, expected in zip(
-        *(torch.load(folder / "gradients.pt") for folder in (runs / kind, tmp_path)), strict=True
-    ):
+    for found, expected in zip(*(torch.load(folder / "gradients.pt") for folder in (run, alone)), strict=True):
         assert found.keys() == expected.keys()
         largest = max(float(gradient.abs().max()) for gradient in expected.values())
         assert largest > 0.01

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from safetensors.torch import load_file
 from torch import nn
 
@@ -74,6 +75,24 @@ def test_weights_and_their_average_are_those_of_one(runs, sharding) -> None:
     averaged, expected = (torch.load(runs / name / "averaged.pt") for name in (sharding, "one"))
     torch.testing.assert_close(averaged, expected, atol=1e-4, rtol=0)
     assert not torch.equal(averaged["text.weight"], ours["module"]["text.weight"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sharding", SHARDINGS)
+def test_validation_sees_the_average_and_changes_nothing(runs, sharding) -> None:
+    """Not even of the layers that FSDP keeps gathered after a forward without a backward: the outermost ones."""
+    folder = runs / f"validated_{sharding}"
+    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "validation/output" in line] == [3, 6, 9]
+    assert [line["loss"] for line in lines if "loss" in line] == losses(runs / sharding)
+    ours, undisturbed = (torch.load(each / "checkpoint.pt") for each in (folder, runs / sharding))
+    torch.testing.assert_close(ours["module"], undisturbed["module"], atol=0, rtol=0)
+    seen, plain = torch.load(folder / "seen.pt"), Objective().module
+    assert not torch.equal(seen["average"]["text.weight"], ours["module"]["text.weight"])
+    plain.load_state_dict(seen["average"])
+    with torch.no_grad():
+        expected = plain["network"](plain["text"](torch.ones(2, 5)))
+    torch.testing.assert_close(seen["output"], expected, atol=1e-5, rtol=0)
 
 
 @pytest.mark.slow
@@ -148,6 +167,21 @@ def test_one_process_is_what_there_is_without_torchrun() -> None:
         assert processes.any(True)
         assert not processes.any(False)
         assert processes.gather({"loss": 1.0}) == [{"loss": 1.0}]
+
+
+def test_processes_wait_longer_than_a_checkpoint_takes(monkeypatch) -> None:
+    """80 GB at 10 MB/s are two hours; NCCL's own limit is ten minutes."""
+    given = {}
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(dist, "is_torchelastic_launched", lambda: True)
+    monkeypatch.setattr(dist, "init_process_group", lambda backend, **options: given.update(options, backend=backend))
+    monkeypatch.setattr(dist, "get_world_size", lambda: 2)
+    monkeypatch.setattr(dist, "get_rank", lambda: 1)
+    monkeypatch.setattr(dist, "destroy_process_group", lambda: None)
+    with joined_processes() as processes:
+        assert (processes.rank, processes.count) == (1, 2)
+    assert given["backend"] == "gloo"
+    assert given["timeout"].total_seconds() > 80e9 / 10e6
 
 
 def test_one_process_leaves_the_network_plain() -> None:

@@ -170,6 +170,22 @@ def test_validation_sees_the_average_and_is_logged(tmp_path) -> None:
     assert sorted(seen) == [5, 10]
 
 
+@pytest.mark.filterwarnings("ignore:Mismatch dtype between input and weight:UserWarning")
+def test_validation_has_the_precision_of_the_steps(tmp_path) -> None:
+    """Full training has float32 weights only: nothing but the loop knows that matrices are bfloat16."""
+    for mixed, expected in ((True, torch.bfloat16), (False, torch.float32)):
+        objective, found = Regression(), []
+        loop = TrainingLoop(objective, tmp_path / str(mixed), changed(num_steps=2, validate_every=1))
+        loop._autocast = mixed  # which the option leaves off on CPUs that are slow at it
+        objective.module[0].register_forward_hook(lambda *call, found=found: found.append(call[-1].dtype))
+
+        def validate(_step: int, objective=objective) -> dict[str, float]:
+            return {"output": float(objective.module(torch.ones(1, 3)).detach().mean())}
+
+        loop.run(on_validation=validate)
+        assert found == 4 * [expected]
+
+
 def test_only_trained_weights_are_in_the_checkpoint_and_frozen_ones_stay(tmp_path) -> None:
     def partly_frozen() -> Regression:
         objective = Regression()
@@ -298,6 +314,15 @@ def test_prefetched_batches_are_those_asked_for() -> None:
     prefetcher = Prefetcher(make)
     assert [prefetcher.take(step) for step in (3, 4, 5, 9)] == [9, 16, 25, 81]
     assert made.count(4) == 1
+
+
+def test_batches_are_made_one_at_a_time() -> None:
+    """Whoever makes them may keep a state between them, as `BucketBatches` keeps its epoch."""
+    threads = []
+    batches = Prefetcher(lambda step: threads.append(threading.get_ident()) or step)
+    assert [batches.take(step) for step in (0, 1, 7, 8)] == [0, 1, 7, 8]
+    assert len(set(threads)) == 1
+    assert threading.get_ident() not in threads
 
 
 def test_batches_are_prefetched_in_the_strides_of_several_processes() -> None:

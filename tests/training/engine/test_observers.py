@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from importlib.machinery import ModuleSpec
+from pathlib import Path
 from types import ModuleType
 
 import pytest
@@ -56,6 +57,24 @@ def test_a_hosted_tracker_gets_the_numbers_in_order(tmp_path, monkeypatch) -> No
         log.write(5, {"loss": 0.5})
         log.close()
     assert calls == [("init", "run"), (5, {"loss": 0.5}), "finish"]
+
+
+def test_a_run_is_known_to_wandb_by_its_folder(tmp_path, monkeypatch) -> None:
+    """A resumed run is found by its id, and two runs may be in folders of one name."""
+    calls = []
+    fake = ModuleType("wandb")
+    fake.__spec__ = ModuleSpec("wandb", None)
+    fake.init = lambda **settings: calls.append(settings)
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    monkeypatch.chdir(tmp_path)
+    for folder in (tmp_path / "a" / "run", Path("a/run"), tmp_path / "b" / "run"):
+        open_logs(folder, ("wandb",), resumed_step=0)
+    first, again, other = calls
+    assert first == again
+    assert first["resume"] == "allow"
+    assert (first["name"], other["name"]) == ("run", "run")
+    assert first["id"] != other["id"]
+    assert first["id"].isalnum()
 
 
 def test_a_tracker_that_is_not_installed_is_named(tmp_path, monkeypatch) -> None:

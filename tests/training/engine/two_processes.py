@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING
@@ -152,11 +153,33 @@ def train_lora(folder: Path, processes: Processes, sharding: Sharding) -> None:
     loop.run(on_checkpoint=save)
 
 
+def train_and_validate(folder: Path, processes: Processes, sharding: Sharding) -> None:
+    """Train with validations between the checkpoints; each is a forward of the whole network."""
+    objective = Objective()
+    often = replace(options(sharding), validate_every=3)
+    loop = TrainingLoop(objective, folder, often, processes=processes)
+    seen: dict[str, torch.Tensor] = {}
+
+    def validate(step: int) -> dict[str, float]:
+        network, text = objective.module["network"], objective.module["text"]
+        with torch.no_grad():
+            output = network(text(torch.ones(2, 5)))
+        if step == 9:  # the last, because whoever asks for the weights makes FSDP forget what it has gathered
+            average = whole(objective.module.state_dict())
+            seen.update(output=output, average={name: tensor.clone() for name, tensor in average.items()})
+        return {"output": float(output.mean())}
+
+    loop.run(on_validation=validate)
+    if processes.is_main:
+        torch.save(seen, folder / "seen.pt")
+
+
 def main(folder: Path) -> None:
     with joined_processes() as processes:
         for sharding in ("replicate", "shard"):
             train_twice(folder / sharding, processes, sharding)
             train_lora(folder / f"lora_{sharding}", processes, sharding)
+            train_and_validate(folder / f"validated_{sharding}", processes, sharding)
         # The loss of one process is not finite: both have to stop.
         try:
             TrainingLoop(Objective(bad=7), folder / "bad", options(), processes=processes).run()

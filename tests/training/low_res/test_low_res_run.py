@@ -93,14 +93,15 @@ def test_from_a_cache_to_files_for_both_experts(run, cache, tmp_path, tiny_check
     assert [(expert, report.step) for expert, report in reports] == [("high", 1), ("high", 2), ("low", 1), ("low", 2)]
     assert {report.numbers["samples"] for _, report in reports} == {2.0}
     pipeline = WanImageToVideoPipeline.from_pretrained(tiny_checkpoint / "stage_one")
-    pipeline.load_lora_weights(tmp_path / "high", adapter_name="high")
-    pipeline.load_lora_weights(tmp_path / "low", adapter_name="low", load_into_transformer_2=True)
+    files = tmp_path / "checkpoint" / "adapters"
+    pipeline.load_lora_weights(files / "high", adapter_name="high")
+    pipeline.load_lora_weights(files / "low", adapter_name="low", load_into_transformer_2=True)
     assert pipeline.get_list_adapters() == {"transformer": ["high"], "transformer_2": ["low"]}
     plain = WanImageToVideoPipeline.from_pretrained(tiny_checkpoint / "stage_one")
     for expert, component in (("high", "transformer"), ("low", "transformer_2")):
         network = getattr(plain, component)
         before = network.blocks[0].attn1.to_q.weight.clone()
-        fuse(network, load_adapter(read_adapter_file(tmp_path / expert / "comfyui_lora.safetensors"), network))
+        fuse(network, load_adapter(read_adapter_file(files / expert / "comfyui_lora.safetensors"), network))
         layer = getattr(pipeline, component).blocks[0].attn1.to_q
         change = layer.get_delta_weight(expert).detach()
         assert change.abs().max() > 0
@@ -122,7 +123,7 @@ def test_a_folder_of_videos_becomes_a_cache(tiny_checkpoint, tmp_path) -> None:
     folder = ["--data", str(tmp_path / "videos"), "-o", str(tmp_path / "cache")]
     result = CliRunner().invoke(app, ["train", "low-res-cache", str(recipe), *folder])
     assert result.exit_code == 0, result.output
-    assert "2 clips in" in result.output
+    assert result.output == f"2 clips in {tmp_path / 'cache'}, 0 skipped\n"
     made = LatentCache.open(tmp_path / "cache")
     assert made[0].tensors["latents"].shape == (16, 3, 16, 16)
     report = json.loads((tmp_path / "cache" / "data.json").read_text())
@@ -138,6 +139,7 @@ def test_the_command_trains_both_experts(run, cache, tmp_path, tiny_checkpoint) 
     result = CliRunner().invoke(app, given)
     assert result.exit_code == 0, result.output
     assert all((tmp_path / "run" / expert / "checkpoint.pt").exists() for expert in ("high", "low"))
+    assert f"--model {tmp_path / 'run' / 'checkpoint'}\n" in result.output
     assert CliRunner().invoke(app, [*given, "--data", "x"]).exit_code == 2
 
 

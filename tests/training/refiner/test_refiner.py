@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from contextlib import nullcontext
 from dataclasses import replace
 from types import SimpleNamespace
@@ -14,19 +15,26 @@ import PIL.Image
 import pytest
 import torch
 
+from swifti2v.data.cache_index import write_index
 from swifti2v.data.clips import ClipOptions
 from swifti2v.data.latent_cache import LatentCache
+from swifti2v.data.shards import FreshSample, write_shard
 from swifti2v.errors import CheckpointError, ConfigurationError, InvalidInputError, LatentCacheError
 from swifti2v.geometry import Size
 from swifti2v.media.video_writer import VideoWriter
 from swifti2v.models.transformer import StageTwoTransformer
+from swifti2v.pipelines.loading import settings_of
 from swifti2v.pipelines.options import GenerationOptions
 from swifti2v.pipelines.two_stage import TwoStagePipeline
+from swifti2v.sampling.schedules import shifted_sigmas
+from swifti2v.sampling.segmented import sample_segments
+from swifti2v.segments import plan_segments
 from swifti2v.training.engine.distributed import Processes
 from swifti2v.training.engine.loop import LoopOptions
 from swifti2v.training.refiner import run as refiner_run
+from swifti2v.training.refiner import validation
 from swifti2v.training.refiner.distillation import DistillationOptions
-from swifti2v.training.refiner.encoding import EncodingOptions
+from swifti2v.training.refiner.encoding import EncodingOptions, read_empty_prompt
 from swifti2v.training.refiner.network import NetworkOptions, load_network, plain_state, save_network
 from swifti2v.training.refiner.run import (
     DistillationRun,
@@ -111,6 +119,28 @@ def test_cache_of_other_settings_is_refused(transition: TransitionRun, videos: P
         build_references(other, data=videos, output=cache)
 
 
+def test_no_prompt_is_what_a_pipeline_says_it_is(
+    transition: TransitionRun, videos: Path, cache: Path, run: RefinerRun, tmp_path: Path
+) -> None:
+    """The cache holds it once; an older cache gets it without its clips being encoded again."""
+    pipe = TwoStagePipeline.from_pretrained(run.checkpoint, device="cpu")
+    embeds, _ = pipe.parts.stage_one.pipeline.encode_prompt(
+        "", do_classifier_free_guidance=False, max_sequence_length=pipe.parts.stage_one.max_sequence_length
+    )
+    torch.testing.assert_close(read_empty_prompt(cache), embeds[0].half())
+    older = shutil.copytree(cache, tmp_path / "older")
+    (older / "empty_prompt.safetensors").unlink()
+    with pytest.raises(LatentCacheError, match="lacks the empty prompt; run train transition on it again"):
+        train_refiner(run, cache=older, output=tmp_path / "run")
+    shards = {path: path.stat().st_mtime_ns for path in (older / "shards").iterdir()}
+    build_references(transition, data=videos, output=older)
+    torch.testing.assert_close(read_empty_prompt(older), embeds[0].half())
+    assert {path: path.stat().st_mtime_ns for path in (older / "shards").iterdir()} == shards
+    (older / "empty_prompt.safetensors").write_bytes(b"torn")
+    with pytest.raises(LatentCacheError, match="is damaged; run train transition"):
+        read_empty_prompt(older)
+
+
 def test_folder_without_a_usable_video(transition: TransitionRun, tmp_path: Path) -> None:
     (tmp_path / "clip.mp4").write_text("no video")
     (tmp_path / "clip.txt").write_text("words")
@@ -124,8 +154,43 @@ def test_what_was_trained_generates(run: RefinerRun, cache: Path, tmp_path: Path
     assert steps == [1, 2]
     lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     assert any("validation/gained_decibels" in line for line in lines)
-    frames = generated(checkpoint, num_inference_steps=2)
+    frames = generated(checkpoint)
     assert frames.shape == (9, 64, 64, 3)
+
+
+def test_a_checkpoint_runs_as_it_was_judged(run: RefinerRun, cache: Path, tmp_path: Path, monkeypatch) -> None:
+    """What validation hands to the sampler is what a pipeline finds in the index, and none of it is the base's."""
+    judged: list[tuple[Any, Any]] = []
+
+    def noted(frames: Any, plan: Any, *, sigmas: Any, **options: Any) -> Any:
+        judged.append((plan, sigmas))
+        return sample_segments(frames, plan, sigmas=sigmas, **options)
+
+    monkeypatch.setattr(validation, "sample_segments", noted)
+    flow = replace(run.flow, flow_shift=3.0)
+    how = ValidationOfRefiner(num_samples=1, num_steps=3, flow_shift=3.0, segment_size=1, neighbors_before=0)
+    checkpoint = train_refiner(replace(run, flow=flow, validation=how), cache=cache, output=tmp_path)
+    (plan, sigmas), *_ = judged
+    found = TwoStagePipeline.from_pretrained(checkpoint, device="cpu").defaults
+    base = settings_of(run.checkpoint)
+    assert found.num_inference_steps == len(sigmas) - 1 != base.num_inference_steps
+    assert shifted_sigmas(found.num_inference_steps, shift=found.flow_shift) == sigmas
+    assert plan == plan_segments(
+        plan[-1].targets.stop,
+        segment_size=found.segment_size,
+        neighbors_before=found.neighbors_before,
+        neighbors_after=found.neighbors_after,
+    )
+    assert found.segment_size != base.segment_size
+    assert (found.refiner, found.sigma_start, found.guidance_scale, found.positions) == ("concat", 1, 1, "absolute")
+
+
+def test_validation_has_the_time_shift_of_training(run: RefinerRun) -> None:
+    other = ValidationOfRefiner(flow_shift=3.0)
+    with pytest.raises(ConfigurationError, match=r"flow_shift is 5.0 in training and 3.0 in validation; set both"):
+        replace(run, validation=other)
+    with pytest.raises(ConfigurationError, match=r"flow_shift is 5.0 in training and 3.0 in validation; set both"):
+        DistillationRun(LOOP, validation=other)
 
 
 def test_distilled_checkpoint_says_how_many_steps(run: RefinerRun, cache: Path, tmp_path: Path) -> None:
@@ -176,32 +241,85 @@ def test_every_weight_is_trained_without_a_rank(tiny_checkpoint: Path) -> None:
     assert all(weight.requires_grad and weight.dtype == torch.float32 for weight in network.parameters())
 
 
-def test_validation_of_a_perfect_reference(cache: Path, tiny_checkpoint: Path) -> None:
-    """A network whose output is zero velocity from pure noise loses to the reference, and the numbers say so."""
-    samples = LatentCache.open(cache)
-    network = load_network(tiny_checkpoint, NetworkOptions())
+def without_velocity(checkpoint: Path) -> StageTwoTransformer:
+    network = load_network(checkpoint, NetworkOptions())
     with torch.no_grad():
         network.proj_out.weight.zero_()
         network.proj_out.bias.zero_()
+    return network
+
+
+def test_validation_of_a_network_that_leaves_the_noise(cache: Path, tiny_checkpoint: Path) -> None:
+    """A network whose output is zero velocity from pure noise loses to the reference, and the numbers say so."""
+    samples, network = LatentCache.open(cache), without_velocity(tiny_checkpoint)
     options = ValidationOfRefiner(num_samples=1, num_steps=3)
-    numbers = RefinerValidation(network, samples=samples, indices=[0], options=options)(0)
+    numbers = RefinerValidation(network, samples=samples, indices=[0], options=options, processes=Processes())(0)
     tensors = samples[0].tensors
     expected = (tensors["reference.0"].float() - tensors["latents"].float())[:, 1:].square().mean()
     assert numbers["reference_error"] == pytest.approx(float(expected))
     # Zero velocity leaves the noise as it was: its variance and the truth's add up.
     noise_and_truth = 1 + float(tensors["latents"].float()[:, 1:].square().mean())
     assert numbers["refined_error"] == pytest.approx(noise_and_truth, rel=0.1)
+    assert numbers["gained_decibels"] == pytest.approx(10 * np.log10(float(expected) / numbers["refined_error"]))
+
+
+def test_processes_divide_the_clips_and_run_as_many_forwards(cache: Path, tiny_checkpoint: Path) -> None:
+    """Three clips on two processes, the second of which has one to repeat; the numbers are those of one process."""
+    samples, network = LatentCache.open(cache), without_velocity(tiny_checkpoint)
+    options = ValidationOfRefiner(num_samples=3, num_steps=1)
+    alone = RefinerValidation(network, samples=samples, indices=[0, 1, 2], options=options, processes=Processes())(0)
+    forwards = [0, 0]
+    found: list[list[Any]] = []
+
+    class Recorded(Processes):
+        """Two processes, one after the other: each sees what those before it have brought."""
+
+        def gather(self, value: Any) -> list[Any]:
+            found.append(value)
+            return found
+
+    for rank in range(2):
+        own = RefinerValidation(
+            network, samples=samples, indices=[0, 1, 2], options=options, processes=Recorded(rank, 2)
+        )
+        hook = network.register_forward_hook(lambda *_, rank=rank: forwards.__setitem__(rank, forwards[rank] + 1))
+        together = own(0)
+        hook.remove()
+    assert forwards[0] == forwards[1] > 0
+    assert [len(errors) for errors in found] == [2, 1]
+    assert together == pytest.approx(alone)
 
 
 def test_what_is_held_back_is_not_trained_on(cache: Path) -> None:
     samples = LatentCache.open(cache)
     held = HeldOut(samples, 1)
     (bucket,) = samples.buckets
-    assert held.indices == (2,)
-    assert held.buckets == {bucket: (0, 1)}
-    assert RefinerValidation(torch.nn.Module(), samples=samples, indices=(), options=ValidationOfRefiner())(1) == {}
-    with pytest.raises(ConfigurationError, match="hold back fewer than 3"):
+    assert len(held.indices) == 1
+    assert sorted((*held.indices, *held.buckets[bucket])) == [0, 1, 2]
+    nothing = ValidationOfRefiner()
+    none = RefinerValidation(torch.nn.Module(), samples=samples, indices=(), options=nothing, processes=Processes())
+    assert none(1) == {}
+    assert HeldOut(samples, 0).buckets == samples.buckets
+    with pytest.raises(ConfigurationError, match="3 videos; hold back fewer than 3"):
         HeldOut(samples, 3)
+
+
+def test_whole_videos_are_held_back_in_no_order_of_names(tmp_path: Path) -> None:
+    """Clips of one video overlap: none may be trained on while another is judged."""
+    names = [f"{video:02d}.mp4@{first}" for video in range(12) for first in (0, 3, 7)]
+    (tmp_path / "shards").mkdir()
+    fresh = [FreshSample(name, "words", "32x32x5", name, {"latents": torch.zeros(1, 2, 1, 1)}) for name in names]
+    write_shard(tmp_path, fresh, recipe="{}", writer="test")
+    write_index(tmp_path, {name: name for name in names}, fingerprint="{}", writer="test")
+    samples = LatentCache.open(tmp_path)
+    held = HeldOut(samples, 4)
+    judged = [samples[index].name.split("@")[0] for index in held.indices]
+    trained = {samples[index].name.split("@")[0] for indices in held.buckets.values() for index in indices}
+    assert len(set(judged)) == len(judged) == 4
+    assert len(trained) == 8
+    assert not trained & set(judged)
+    assert sorted(judged) not in (sorted({*judged, *trained})[:4], sorted({*judged, *trained})[-4:])
+    assert {*HeldOut(samples, 2).indices} < {*held.indices}  # whoever asks for more keeps those
 
 
 def test_bad_options_and_missing_checkpoints(run: RefinerRun, cache: Path, tmp_path: Path) -> None:

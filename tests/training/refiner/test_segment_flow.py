@@ -12,17 +12,14 @@ import torch
 from peft import LoraConfig
 from torch import Tensor
 
+from swifti2v.config import from_mapping
 from swifti2v.errors import ConfigurationError, LatentCacheError
 from swifti2v.models.transformer import StageTwoTransformer
 from swifti2v.sampling.schedules import shifted_sigmas
 from swifti2v.segments import Segment
 from swifti2v.training.refiner import window_batches
 from swifti2v.training.refiner.distillation import DistillationObjective, DistillationOptions
-from swifti2v.training.refiner.segment_flow import (
-    SegmentFlowObjective,
-    SegmentFlowOptions,
-    WindowSource,
-)
+from swifti2v.training.refiner.segment_flow import SegmentFlowObjective, SegmentFlowOptions
 from swifti2v.training.refiner.window_batches import (
     ClipBatch,
     WindowBatch,
@@ -32,6 +29,7 @@ from swifti2v.training.refiner.window_batches import (
     sample_targets,
     with_own_context,
 )
+from swifti2v.training.refiner.window_source import WindowSource
 from swifti2v.training.refiner.windows import WindowOptions
 
 if TYPE_CHECKING:
@@ -208,6 +206,54 @@ def test_processes_make_their_own_context_together(transformer: StageTwoTransfor
     assert set(counts) == {0, 1, 2}
 
 
+def test_processes_have_windows_of_one_shape(transformer: StageTwoTransformer) -> None:
+    """The others would wait for the longest; only at the ends of a clip there is less to see. Places are their own."""
+    long = [Sample("long", {"latents": torch.zeros(CHANNELS, 60, 1, 1), "prompt_embeds": torch.zeros(1, 32)})] * 3
+    for sample in long:
+        sample.tensors["reference.0"] = sample.tensors["latents"]
+    options = replace(EXACT, windows=WindowOptions(anchor_share=0.5))
+    source = WindowSource(transformer, samples=long, batches=Steps(), options=options, num_processes=2)
+    segments = [source.batch(draw, source.generator(draw)).segment for draw in range(80)]
+    pairs = list(zip(segments[::2], segments[1::2], strict=True))
+    for one, other in pairs:
+        assert (len(one.targets), one.anchor) == (len(other.targets), other.anchor)
+        if all(each.targets.start > 1 and each.targets.stop < 60 for each in (one, other)):
+            assert one.kinds == other.kinds
+    assert len({one.kinds for one, _ in pairs}) > 8
+    assert sum(one.targets.start != other.targets.start for one, other in pairs) > 30
+
+
+def test_a_batch_is_read_once_and_ahead(transformer: StageTwoTransformer, samples: list[Sample]) -> None:
+    asked: list[int] = []
+
+    class Noted(Steps):
+        def batch_of(self, step: int) -> list[int]:
+            asked.append(step)
+            return super().batch_of(step)
+
+    options = replace(EXACT, own_context_share=0.5)
+    source = WindowSource(transformer, samples=samples, batches=Noted(), options=options)
+    found = [source.batch(step, source.generator(step)) for step in (0, 2, 4, 6)]
+    assert asked[:5] == [0, 1, 2, 4, 6]  # from the second on it is known how far the numbers are apart
+    for step, batch in zip((0, 2, 4, 6), found, strict=True):
+        alone = WindowSource(transformer, samples=samples, batches=Steps(), options=options)
+        assert torch.equal(batch.slots, alone.batch(step, alone.generator(step)).slots)
+
+
+def test_dropped_prompts_are_the_empty_one(transformer: StageTwoTransformer, samples: list[Sample]) -> None:
+    def prompts(share: float, empty: Tensor | None) -> Tensor:
+        options = replace(EXACT, prompt_dropped_share=share)
+        source = WindowSource(transformer, samples=samples, batches=Steps(), options=options, empty_prompt=empty)
+        return torch.cat([source.batch(step, source.generator(step)).prompt_embeds for step in range(40)])
+
+    empty = torch.full((7, 32), 3.0)
+    assert bool((prompts(1.0, empty) == 3).all())
+    assert not prompts(1.0, None).any()
+    dropped = (prompts(0.25, empty) == 3).all(dim=(1, 2)).float().mean()
+    assert 0.1 < float(dropped) < 0.4
+    assert not (prompts(0.0, empty) == 3).any()
+
+
 def test_reference_is_left_out_below_its_level(transformer: StageTwoTransformer, samples: list[Sample]) -> None:
     """With weights that only look at the reference, leaving it out changes the loss, and only at low noise."""
     always = objective(transformer, samples)
@@ -265,6 +311,18 @@ class TestDistillation:
             gaps.append(float((few - many).square().mean()))
         return sum(gaps) / len(gaps)
 
+    def test_own_context_is_made_in_the_students_steps(self) -> None:
+        assert DistillationOptions(num_student_steps=4).source.num_own_context_steps == 4
+        asked = DistillationOptions(4, flow=replace(self.options.flow, own_context_steps=2))
+        assert asked.source.num_own_context_steps == 2
+        assert SegmentFlowOptions().num_own_context_steps == 1
+
+    @pytest.mark.parametrize("key", ["pure_noise_share", "keep_reference_above"])
+    def test_what_it_does_not_read_is_refused(self, key: str) -> None:
+        with pytest.raises(ConfigurationError, match=f"unknown key '{key}'"):
+            from_mapping(DistillationOptions, {"flow": {key: 0.5}})
+        assert getattr(from_mapping(SegmentFlowOptions, {key: 0.5}), key) == 0.5
+
     def test_students_levels_are_the_teachers(self) -> None:
         student = shifted_sigmas(2, shift=self.options.flow.flow_shift)
         assert self.options.teacher_sigmas[::4] == pytest.approx(student)
@@ -314,15 +372,26 @@ class TestDistillation:
         train(of, 2)
         assert all(torch.equal(weight, before[name]) for name, weight in of._teacher.state_dict().items())
 
-    def test_guidance_moves_the_target(
+    def test_guidance_is_against_the_empty_prompt(
         self,
         transformer: StageTwoTransformer,
         tiny_wan_dit: Callable[..., WanTransformer3DModel],
         samples: list[Sample],
     ) -> None:
-        of = self.make(transformer, tiny_wan_dit, samples)
-        guided = self.make(transformer, tiny_wan_dit, samples, replace(self.options, guidance_scale=3.0))
-        assert loss_of(of, 0) != loss_of(guided, 0)
+        """With a sample's own words as the empty prompt there is nothing to guide away from; else the target moves."""
+        alike = [replace(each, tensors=each.tensors | {"prompt_embeds": torch.ones(7, 32)}) for each in samples]
+        of = self.make(transformer, tiny_wan_dit, alike)
+        plain = loss_of(of, 0)
+        for empty, is_plain in ((torch.ones(7, 32), True), (torch.zeros(7, 32), False)):
+            guided = DistillationObjective(
+                transformer,
+                of._teacher,
+                samples=alike,
+                batches=Steps(),
+                options=replace(self.options, guidance_scale=3.0),
+                empty_prompt=empty,
+            )
+            assert (loss_of(guided, 0) == pytest.approx(plain, rel=1e-4)) is is_plain
 
     @pytest.mark.parametrize("options", [{"num_student_steps": 0}, {"guidance_scale": 0.5}])
     def test_options_out_of_range(self, options: dict[str, float]) -> None:

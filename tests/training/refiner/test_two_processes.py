@@ -18,7 +18,7 @@ from swifti2v.media.video_writer import VideoWriter
 from swifti2v.models.transformer import StageTwoTransformer
 
 LOOP = {
-    "num_steps": 3, "learning_rate": 1e-3, "warmup_steps": 1, "checkpoint_every": 3, "validate_every": 3,
+    "num_steps": 3, "learning_rate": 1e-3, "warmup_steps": 1, "checkpoint_every": 3, "validate_every": 2,
     "log_every": 1, "bfloat16": False,
 }  # fmt: skip
 
@@ -55,7 +55,7 @@ def test_transition_then_sharded_training(tiny_checkpoint: Path, tmp_path: Path)
         "checkpoint": str(tiny_checkpoint),
         "loop": LOOP,
         "flow": {"own_context_share": 0.5},  # forwards beside the step's own, in which both processes have to meet
-        "validation": {"num_samples": 1, "num_steps": 1},
+        "validation": {"num_samples": 1, "num_steps": 1},  # one clip: the second process repeats it
     }
     recipe.write_text(json.dumps(values))
     run_on_two("train", "stage-two", recipe, "--cache", tmp_path / "cache", "-o", tmp_path / "run")

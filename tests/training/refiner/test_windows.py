@@ -52,6 +52,17 @@ def test_earlier_segments_fit_and_meet(seed: int, spare: int, size: int, count: 
     assert earlier[0].targets.start >= 1
 
 
+@given(st.integers(0, 2**31), st.integers(12, 41))
+def test_windows_of_one_shape_differ_in_their_place(seed: int, length: int) -> None:
+    rng = np.random.default_rng(seed)
+    shape = WindowOptions().draw_shape(rng, length)
+    placed = [shape.draw_place(rng, length) for _ in range(40)]
+    inside = [segment for segment in placed if segment.targets.start > 1 and segment.targets.stop < length]
+    assert len({segment.kinds for segment in inside}) == 1
+    assert len({segment.targets.start for segment in placed}) > 4
+    assert all(len(segment.targets) == shape.num_targets and segment.window[-1] < length for segment in placed)
+
+
 @pytest.mark.parametrize(("length", "segments_before"), [(1, 0), (2, 1), (5, 2)])
 def test_clip_that_is_too_short(length: int, segments_before: int) -> None:
     with pytest.raises(InvalidInputError, match="use longer clips"):

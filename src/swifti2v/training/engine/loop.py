@@ -23,7 +23,7 @@ from torch.distributed.tensor import DTensor
 from swifti2v.errors import CheckpointError, ConfigurationError, TrainingError
 from swifti2v.memory.training_cost import Optimizer  # noqa: TC001 - `config` asks for it at run time
 from swifti2v.training.engine.checkpoints import CHECKPOINT_NAME, CheckpointFolder
-from swifti2v.training.engine.distributed import Processes, Sharding, whole
+from swifti2v.training.engine.distributed import Processes, Sharding, forget_gathered, whole
 from swifti2v.training.engine.failures import InputRecorder, save_failure
 from swifti2v.training.engine.interruption import interruption_as_request
 from swifti2v.training.engine.observers import NumbersLog, Tracker, open_logs
@@ -180,8 +180,8 @@ class TrainingLoop:
 
         Args:
             on_step: called after every step.
-            on_validation: called every `validate_every` steps with the averaged weights in place; its numbers are
-                logged as ``validation/NAME``.
+            on_validation: called every `validate_every` steps with the averaged weights in place, in the precision of
+                the steps; its numbers, averaged over the processes, are logged as ``validation/NAME``.
             on_checkpoint: called after every checkpoint with the averaged weights in place. These two are called in
                 every process, so that they can put sharded weights together.
 
@@ -194,7 +194,8 @@ class TrainingLoop:
         self.directory.mkdir(parents=True, exist_ok=True)
         self._resume()
         interrupted = False
-        logs = self._open_logs()
+        trackers, is_main = self.options.trackers, self.processes.is_main
+        logs = open_logs(self.directory, trackers, resumed_step=self.step) if is_main else []
         try:
             with interruption_as_request(self.stop):
                 self._steps(logs, on_step, on_validation, on_checkpoint)
@@ -277,8 +278,7 @@ class TrainingLoop:
         processes, parts = self.processes, self.options.gradient_accumulation
         draw = (self.step * parts + part) * processes.batch_count + processes.batch_rank
         torch.manual_seed(self.options.seed * 1_000_003 + draw)
-        # A weight is used once in a pass: cached casts would save nothing, and keep what sharding frees.
-        with torch.autocast(processes.device.type, torch.bfloat16, enabled=self._autocast, cache_enabled=False):
+        with self._precision():
             loss, numbers = self.objective.loss(draw)
         value = float(loss.detach())
         if processes.any(not math.isfinite(value)):
@@ -286,6 +286,11 @@ class TrainingLoop:
         # Gradients are averaged over all processes; those that share a sample have parts, which are to be summed.
         (loss * processes.context / parts).backward()  # type: ignore[no-untyped-call]
         return {"loss": value} | numbers
+
+    def _precision(self) -> torch.autocast:
+        device = self.processes.device.type
+        # A weight is used once in a pass: cached casts would save nothing, and keep what sharding frees.
+        return torch.autocast(device, torch.bfloat16, enabled=self._autocast, cache_enabled=False)
 
     def _give_up(self, draw: int, value: float) -> None:
         if math.isfinite(value):
@@ -321,7 +326,7 @@ class TrainingLoop:
             log.write(self.step, means | rate | speed)
 
     def _validate(self, logs: list[NumbersLog], on_validation: Callable[[int], Mapping[str, float]]) -> None:
-        with self._averaged():
+        with self._averaged(), self._precision():
             found = dict(on_validation(self.step))
         everyone = self.processes.gather(found)
         for log in logs:
@@ -341,18 +346,22 @@ class TrainingLoop:
 
     @torch.no_grad()
     def _swap(self) -> None:
+        forget_gathered(self.objective.module)
         # One tensor at a time, so that no third copy of the weights is needed.
         for parameter, average in zip(self._parameters, self._average.shadow_params, strict=True):
             kept = parameter.detach().clone()
             parameter.copy_(average)
             average.copy_(kept)
 
-    def _open_logs(self) -> list[NumbersLog]:
-        if not self.processes.is_main:
-            return []
-        return open_logs(self.directory, self.options.trackers, resumed_step=self.step)
-
     def _checkpoint(self, on_checkpoint: Callable[[int], None] | None) -> None:
+        self._save()
+        self.processes.wait()  # nobody goes on, and perhaps resumes, before the file is there
+        if on_checkpoint is not None:
+            with self._averaged():
+                on_checkpoint(self.step)
+            self.processes.wait()  # here, and not in a step: other groups of processes have shorter limits
+
+    def _save(self) -> None:
         keep = self.processes.is_main
         state = {
             "step": self.step,
@@ -363,10 +372,6 @@ class TrainingLoop:
         }
         if keep:
             self._checkpoints.save(state)
-        self.processes.wait()  # nobody goes on, and perhaps resumes, before the file is there
-        if on_checkpoint is not None:
-            with self._averaged():
-                on_checkpoint(self.step)
 
     def _resume(self) -> None:
         state = self._checkpoints.load()

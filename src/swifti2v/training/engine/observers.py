@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from importlib import import_module
 from importlib.util import find_spec
@@ -78,8 +79,12 @@ class HostedLog:
 
     def __init__(self, tracker: Literal["wandb", "trackio"], folder: Path) -> None:
         self._module: Any = import_module(tracker)
-        # The folder names the run, so that a resumed one goes on with the same curves.
-        self._module.init(project="swifti2v", name=folder.name, resume="allow")
+        # The folder tells the run from others, so that a resumed one goes on with the same curves: trackio knows a run
+        # by its name, wandb by its id.
+        identity = {"name": folder.name}
+        if tracker == "wandb":
+            identity["id"] = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:16]
+        self._module.init(project="swifti2v", resume="allow", **identity)
 
     def write(self, step: int, numbers: Mapping[str, float]) -> None:
         """Send the numbers."""

@@ -24,6 +24,7 @@ class Prefetcher(Generic[Batch]):
         """Return the batch of `step` and begin the next, as far on as this one is from the last."""
         stride = step - self._last if self._last is not None and step > self._last else 1
         self._last = step
-        current = self._pending.pop(step, None)
+        # This one too is made in the thread: `make` is never called twice at a time.
+        current = self._pending.pop(step, None) or self._executor.submit(self._make, step)
         self._pending = {step + stride: self._executor.submit(self._make, step + stride)}
-        return current.result() if current is not None else self._make(step)
+        return current.result()

@@ -14,8 +14,10 @@ from swifti2v.data.fingerprint import fingerprint_of, weights_digest
 from swifti2v.data.latent_cache import CacheOptions, LatentCache, build_cache
 from swifti2v.errors import ConfigurationError
 from swifti2v.models.checkpoints import Part, resolve
+from swifti2v.training.derived_index import CHECKPOINT_FOLDER
 from swifti2v.training.engine.distributed import BatchesOfProcess, Processes, joined_processes
 from swifti2v.training.engine.loop import LoopOptions, StepReport, TrainingLoop
+from swifti2v.training.low_res.checkpoint import adapter_folder, write_low_res_index
 from swifti2v.training.low_res.encoding import LowResEncoder
 from swifti2v.training.low_res.lora import Expert, ExpertNoise, LoraOptions, LowResLoraObjective, add_lora
 from swifti2v.training.low_res.lora_files import COMFYUI_NAME, export_comfyui, lora_state, save_lora
@@ -26,6 +28,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from swifti2v.data.latent_cache import CacheProgress
+    from swifti2v.models.checkpoints import ResolvedCheckpoint
 
 STAGE_ONE: tuple[Part, ...] = ("stage_one",)
 COMPONENTS: dict[Expert, str] = {"high": "transformer", "low": "transformer_2"}
@@ -46,7 +49,7 @@ class LowResLoraRun:
 
     Args:
         loop: of each expert; its `gradient_accumulation` follows from `samples_per_step` and the number of processes.
-        checkpoint: name or folder; its many-step weights are trained on, its few-step adapters are left out.
+        checkpoint: name or folder; its many-step weights are trained on, its adapters are left out.
         experts: which are trained, one after the other.
         samples_per_step: clips of an optimiser step, on however many devices.
         batch_size: clips on each device at once.
@@ -129,8 +132,9 @@ def build_low_res_cache(
     """Encode the usable videos of a folder for `train_low_res_lora`; raise as `training.refiner.build_references`."""
     with joined_processes() as processes:
         encoder, fingerprint = open_low_res_encoder(run.checkpoint, device=processes.device)
-        report = output if processes.is_main else None
-        requests = run.videos.requests(data, size_multiple=encoder.size_multiple, report=report, on_video=on_video)
+        requests = run.videos.requests(
+            data, size_multiple=encoder.size_multiple, report=output, processes=processes, on_video=on_video
+        )
         return build_cache(
             requests,
             output,
@@ -148,17 +152,20 @@ def train_low_res_lora(
     output: Path,
     processes: Processes | None = None,
     on_step: Callable[[Expert, StepReport], None] | None = None,
-) -> None:
-    """Train the experts' LoRAs into ``output/high`` and ``output/low``; an interrupted run goes on.
-
-    Each folder holds the averaged LoRA in diffusers' format and with ComfyUI's keys, beside checkpoint and log.
+) -> Path:
+    """Train the experts' LoRAs, each in a folder of its own (``output/high``); an interrupted run goes on.
 
     Args:
         run: the recipe.
         cache: of `LowResEncoder`.
         output: of the run.
         processes: of `joined_processes`; None: this one alone, on the CPU.
-        on_step: called after every step.
+        on_step: called after every step, in the first process.
+
+    Returns:
+        The folder of the checkpoint, which `swifti2v generate --model` and the recipe of `train transition` take: the
+        base with the averaged LoRAs, whose files are there in diffusers' format and with ComfyUI's keys. It can be used
+        from the first save on.
 
     Raises:
         CheckpointError: the checkpoint cannot be found or downloaded.
@@ -167,8 +174,9 @@ def train_low_res_lora(
     """
     processes = processes or Processes()
     options = run.loop_on(processes.batch_count)
+    base, checkpoint = resolve(run.checkpoint, parts=STAGE_ONE), output / CHECKPOINT_FOLDER
     for expert in run.experts:
-        transformer = _expert_with_lora(run, expert, processes.device)
+        transformer = _expert_with_lora(run, expert, base, processes.device)
         batches = BucketBatches(cache, run.batch_size, run.seed, processes.batch_rank, processes.batch_count)
         objective = LowResLoraObjective(
             transformer,
@@ -180,17 +188,21 @@ def train_low_res_lora(
         )
         loop = TrainingLoop(objective, output / expert, options, processes=processes)
         loop.run(
-            on_step=partial(on_step, expert) if on_step is not None else None,
-            on_checkpoint=partial(_save, transformer, output / expert, processes),
+            on_step=partial(on_step, expert) if on_step is not None and processes.is_main else None,
+            on_checkpoint=partial(
+                _save, transformer, expert=expert, base=base, checkpoint=checkpoint, processes=processes
+            ),
         )
+    return checkpoint
 
 
-def _expert_with_lora(run: LowResLoraRun, expert: Expert, device: torch.device) -> WanTransformer3DModel:
+def _expert_with_lora(
+    run: LowResLoraRun, expert: Expert, base: ResolvedCheckpoint, device: torch.device
+) -> WanTransformer3DModel:
     """Load an expert with an untrained LoRA, the same in every process; frozen weights are bfloat16 on a GPU."""
-    folder = resolve(run.checkpoint, parts=STAGE_ONE).folder_of("stage_one")
     dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
     transformer = WanTransformer3DModel.from_pretrained(
-        str(folder), subfolder=COMPONENTS[expert], torch_dtype=dtype, local_files_only=True
+        str(base.folder_of("stage_one")), subfolder=COMPONENTS[expert], torch_dtype=dtype, local_files_only=True
     )
     torch.manual_seed(run.seed)
     add_lora(transformer, run.lora)
@@ -200,8 +212,18 @@ def _expert_with_lora(run: LowResLoraRun, expert: Expert, device: torch.device) 
     return transformer
 
 
-def _save(transformer: WanTransformer3DModel, folder: Path, processes: Processes, _step: int) -> None:
+def _save(
+    transformer: WanTransformer3DModel,
+    _step: int,
+    *,
+    expert: Expert,
+    base: ResolvedCheckpoint,
+    checkpoint: Path,
+    processes: Processes,
+) -> None:
     state = lora_state(transformer, keep=processes.is_main)
     if processes.is_main:
+        folder = adapter_folder(checkpoint, expert)
         path = save_lora(state, transformer, folder)
         export_comfyui(path, transformer, folder / COMFYUI_NAME)
+        write_low_res_index(base, checkpoint)

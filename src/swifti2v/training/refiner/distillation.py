@@ -9,7 +9,7 @@ as distribution matching needs. Guidance of the teacher is built in: the student
 from __future__ import annotations
 
 import itertools
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from swifti2v.errors import ConfigurationError
 from swifti2v.sampling.schedules import shifted_sigmas
-from swifti2v.training.refiner.segment_flow import Batches, Samples, SegmentFlowOptions, WindowSource
 from swifti2v.training.refiner.window_batches import WindowBatch, noise_like, predicted
+from swifti2v.training.refiner.window_source import Batches, Samples, WindowSource, WindowSourceOptions
 
 if TYPE_CHECKING:
     from swifti2v.models.transformer import StageTwoTransformer
@@ -32,7 +32,8 @@ class DistillationOptions:
         num_student_steps: Euler steps of the student.
         teacher_steps_per_step: the teacher's steps within one of the student's.
         guidance_scale: of the teacher, >= 1; 1 needs half the time.
-        flow: windows, context and time shift; its `flow_shift` is that of the student's schedule at inference.
+        flow: windows, context and time shift; its `flow_shift` is that of the student's schedule at inference, and its
+            own context is made in `num_student_steps` unless it says how many.
 
     Raises:
         ConfigurationError: a number is out of its range.
@@ -41,12 +42,17 @@ class DistillationOptions:
     num_student_steps: int = 4
     teacher_steps_per_step: int = 5
     guidance_scale: float = 1.0
-    flow: SegmentFlowOptions = field(default_factory=lambda: SegmentFlowOptions(prompt_dropped_share=0.0))
+    flow: WindowSourceOptions = field(default_factory=lambda: WindowSourceOptions(prompt_dropped_share=0.0))
 
     def __post_init__(self) -> None:
         if min(self.num_student_steps, self.teacher_steps_per_step) < 1 or self.guidance_scale < 1:
             msg = "num_student_steps, teacher_steps_per_step and guidance_scale must be at least 1"
             raise ConfigurationError(msg)
+
+    @property
+    def source(self) -> WindowSourceOptions:
+        """Windows with the context that the student makes at inference."""
+        return replace(self.flow, own_context_steps=self.flow.own_context_steps or self.num_student_steps)
 
     @property
     def teacher_sigmas(self) -> tuple[float, ...]:
@@ -60,7 +66,7 @@ class DistillationObjective:
     Args:
         student: what is trained.
         teacher: frozen; the network that the student starts from.
-        samples, batches, num_processes: as for Stage II.
+        samples, batches, num_processes, empty_prompt: see `WindowSource`.
         options: see `DistillationOptions`.
     """
 
@@ -73,13 +79,19 @@ class DistillationObjective:
         batches: Batches,
         options: DistillationOptions,
         num_processes: int = 1,
+        empty_prompt: Tensor | None = None,
     ) -> None:
         self.module: nn.Module = student
         self.options = options
         self._student = student
         self._teacher = teacher.requires_grad_(requires_grad=False).eval()
         self._source = WindowSource(
-            student, samples=samples, batches=batches, options=options.flow, num_processes=num_processes
+            student,
+            samples=samples,
+            batches=batches,
+            options=options.source,
+            num_processes=num_processes,
+            empty_prompt=empty_prompt,
         )
 
     def loss(self, step: int) -> tuple[Tensor, dict[str, float]]:
@@ -115,6 +127,5 @@ class DistillationObjective:
         scale = self.options.guidance_scale
         if scale == 1:
             return clean
-        empty = torch.zeros_like(batch.prompt_embeds)
-        without = WindowBatch(batch.segment, batch.truth, batch.reference, batch.slots, empty)
+        without = replace(batch, prompt_embeds=self._source.without_prompts(batch.prompt_embeds))
         return torch.lerp(predicted(self._teacher, without, noisy, sigma), clean, scale)

@@ -15,10 +15,14 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 import PIL.Image
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
 from torch import Tensor
 
 from swifti2v.data.fingerprint import weights_digest
+from swifti2v.errors import LatentCacheError
 from swifti2v.geometry import CodecGeometry, Size, reduced_size
+from swifti2v.media.atomic_files import write_atomically
 from swifti2v.models.checkpoint_files import read_json
 from swifti2v.models.checkpoints import load_stage_one_pipeline, load_stage_two_vae, resolve
 from swifti2v.models.vae import open_codec
@@ -26,8 +30,8 @@ from swifti2v.pipelines.stage_one import StageOne
 from swifti2v.pixels import from_uint8
 from swifti2v.reference.hybrid import hybrid_reference
 from swifti2v.reference.options import ReferenceMode, ReferenceOptions
-from swifti2v.training.refiner.segment_flow import LATENTS, PROMPT, REFERENCE
 from swifti2v.training.refiner.transition import TransitionOptions, lightly_denoised
+from swifti2v.training.refiner.window_source import LATENTS, PROMPT, REFERENCE
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -35,6 +39,10 @@ if TYPE_CHECKING:
 
     from swifti2v.models.vae import StreamingCodec
     from swifti2v.pipelines.stage_one import PromptEmbeds
+
+
+EMPTY_PROMPT_NAME = "empty_prompt.safetensors"
+"""In the folder of a cache: `prompt_embeds` of no words, which guidance leads away from."""
 
 
 class TrainingClip(Protocol):
@@ -160,6 +168,12 @@ class StageTwoEncoder:
         )
         return tensors | {f"{REFERENCE}{number}": latents for number, latents in enumerate(references)}
 
+    @torch.no_grad()
+    def write_empty_prompt(self, cache: Path) -> None:
+        """Encode "", the default negative prompt, for `read_empty_prompt`."""
+        embeds = self.parts.stage_one.encode_prompt("").prompt[0].to("cpu", torch.float16)
+        write_atomically(cache / EMPTY_PROMPT_NAME, save({PROMPT: embeds.contiguous()}), writer="empty")
+
     def motion_references(self, clip: TrainingClip, prompt_embeds: PromptEmbeds) -> Iterator[Tensor]:
         """Yield the motion references of a clip, uint8 [F,h,w,3] at Stage I's size, the unchanged one first."""
         height, width = clip.frames.shape[1:3]
@@ -179,6 +193,22 @@ class StageTwoEncoder:
         on_device = (chunk.to(self.parts.device) for chunk in chunks)
         latents = self.parts.codec.encode_stream(on_device)
         return torch.cat([latent.to("cpu", torch.float16) for latent in latents], dim=2)[0]
+
+
+def read_empty_prompt(cache: Path) -> Tensor | None:
+    """Return the embedding [L,D] of no words; None where a cache was made without it.
+
+    Raises:
+        LatentCacheError: the file is damaged.
+    """
+    path = cache / EMPTY_PROMPT_NAME
+    if not path.exists():
+        return None
+    try:
+        return load_file(path)[PROMPT]
+    except (SafetensorError, OSError, KeyError) as error:
+        msg = f"{str(path)!r} is damaged; run train transition on this cache again: its clips are kept"
+        raise LatentCacheError(msg) from error
 
 
 def resized(

@@ -16,22 +16,31 @@ from typing import TYPE_CHECKING, Any
 from swifti2v.config import to_mapping
 from swifti2v.data.batches import BucketBatches
 from swifti2v.data.latent_cache import CacheOptions, LatentCache, build_cache, fingerprint_of
-from swifti2v.errors import ConfigurationError
-from swifti2v.models.checkpoint_index import INDEX_NAME, is_within, write_index
+from swifti2v.errors import ConfigurationError, LatentCacheError
+from swifti2v.models.checkpoint_index import INDEX_NAME, write_index
 from swifti2v.models.checkpoints import load_stage_two_vae, resolve
+from swifti2v.training.derived_index import CHECKPOINT_FOLDER, derived_index
 from swifti2v.training.engine.distributed import BatchesOfProcess, Processes, joined_processes
 from swifti2v.training.engine.loop import LoopOptions, Objective, TrainingLoop
 from swifti2v.training.engine.writing import writing
 from swifti2v.training.refiner.distillation import DistillationObjective, DistillationOptions
-from swifti2v.training.refiner.encoding import EncodingOptions, StageTwoEncoder, load_encoding_parts
+from swifti2v.training.refiner.encoding import (
+    EncodingOptions,
+    StageTwoEncoder,
+    load_encoding_parts,
+    read_empty_prompt,
+)
 from swifti2v.training.refiner.network import NetworkOptions, load_network, load_teacher, save_network
-from swifti2v.training.refiner.segment_flow import LATENTS, SegmentFlowObjective, SegmentFlowOptions
+from swifti2v.training.refiner.segment_flow import SegmentFlowObjective, SegmentFlowOptions
 from swifti2v.training.refiner.validation import HeldOut, RefinerValidation, ValidationOfRefiner
+from swifti2v.training.refiner.window_source import LATENTS
 from swifti2v.training.videos import VideoSelection
 
 if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
+
+    from torch import Tensor
 
     from swifti2v.data.latent_cache import CacheProgress
     from swifti2v.models.checkpoints import Part
@@ -39,7 +48,6 @@ if TYPE_CHECKING:
     from swifti2v.training.engine.loop import StepReport
 
 STAGE_TWO: tuple[Part, ...] = ("stage_two",)
-CHECKPOINT_FOLDER = "checkpoint"
 
 
 @dataclass(frozen=True)
@@ -67,7 +75,10 @@ class RefinerRun:
         batch_size: windows per process and part of a step.
         network: what is trained.
         flow: what is learned.
-        validation: how what was learned is judged, every ``loop.validate_every`` steps.
+        validation: how what was learned is judged, every ``loop.validate_every`` steps, and is to be run.
+
+    Raises:
+        ConfigurationError: what is validated is not what is trained.
     """
 
     loop: LoopOptions
@@ -76,6 +87,9 @@ class RefinerRun:
     network: NetworkOptions = field(default_factory=NetworkOptions)
     flow: SegmentFlowOptions = field(default_factory=SegmentFlowOptions)
     validation: ValidationOfRefiner = field(default_factory=ValidationOfRefiner)
+
+    def __post_init__(self) -> None:
+        self.validation.check_shift(self.flow.flow_shift)
 
 
 @dataclass(frozen=True)
@@ -88,6 +102,14 @@ class DistillationRun:
     network: NetworkOptions = field(default_factory=NetworkOptions)
     distillation: DistillationOptions = field(default_factory=DistillationOptions)
     validation: ValidationOfRefiner = field(default_factory=ValidationOfRefiner)
+
+    def __post_init__(self) -> None:
+        self.validation.check_shift(self.distillation.flow.flow_shift)
+
+    @property
+    def sampling(self) -> ValidationOfRefiner:
+        """How the student is judged and run: in its own number of steps."""
+        return replace(self.validation, num_steps=self.distillation.num_student_steps)
 
 
 def build_references(
@@ -107,20 +129,21 @@ def build_references(
     with joined_processes() as processes:
         parts = load_encoding_parts(run.checkpoint, device=processes.device)
         requests = run.videos.requests(
-            data,
-            size_multiple=parts.geometry.size_multiple,
-            report=output if processes.is_main else None,
-            on_video=on_video,
+            data, size_multiple=parts.geometry.size_multiple, report=output, processes=processes, on_video=on_video
         )
         fingerprint = fingerprint_of(codec=parts.codec_digest, settings=to_mapping(run), clips=requests)
-        return build_cache(
+        encoder = StageTwoEncoder(parts, run.encoding)
+        cache = build_cache(
             requests,
             output,
-            encode=StageTwoEncoder(parts, run.encoding),
+            encode=encoder,
             fingerprint=fingerprint,
             options=CacheOptions(rank=processes.rank, world_size=processes.count),
             on_progress=on_clip,
         )
+        if processes.is_main:
+            encoder.write_empty_prompt(output)
+        return cache
 
 
 def train_refiner(
@@ -129,15 +152,23 @@ def train_refiner(
     """Train Stage II on a cache; return the folder of the checkpoint, which `swifti2v generate --model` takes."""
     samples = LatentCache.open(cache)
     kept = HeldOut(samples, run.validation.num_samples)
+    empty_prompt = _empty_prompt(cache, run.checkpoint, is_used=run.flow.prompt_dropped_share > 0)
     with joined_processes(run.loop.context_parallel) as processes:
         batches = _batches(kept, run.batch_size, run.flow.seed, processes)
         transformer = load_network(run.checkpoint, run.network)
         _check_sharing(transformer, samples, processes)
-        validation = RefinerValidation(transformer, samples=samples, indices=kept.indices, options=run.validation)
-        objective = SegmentFlowObjective(
-            transformer, samples=samples, batches=batches, options=run.flow, num_processes=processes.batch_count
+        validation = RefinerValidation(
+            transformer, samples=samples, indices=kept.indices, options=run.validation, processes=processes
         )
-        setup = _Setup(run.checkpoint, output, run.loop, validate=validation)
+        objective = SegmentFlowObjective(
+            transformer,
+            samples=samples,
+            batches=batches,
+            options=run.flow,
+            num_processes=processes.batch_count,
+            empty_prompt=empty_prompt,
+        )
+        setup = _Setup(run.checkpoint, output, run.loop, validation)
         _train(objective, transformer, setup, processes=processes, on_step=on_step)
     return output / CHECKPOINT_FOLDER
 
@@ -148,12 +179,16 @@ def distill_refiner(
     """Distil Stage II to few steps without guidance; return the folder of its checkpoint, which says how many."""
     samples = LatentCache.open(cache)
     kept = HeldOut(samples, run.validation.num_samples)
+    options = run.distillation
+    is_used = options.guidance_scale > 1 or options.flow.prompt_dropped_share > 0
+    empty_prompt = _empty_prompt(cache, run.checkpoint, is_used=is_used)
     with joined_processes(run.loop.context_parallel) as processes:
-        batches = _batches(kept, run.batch_size, run.distillation.flow.seed, processes)
+        batches = _batches(kept, run.batch_size, options.flow.seed, processes)
         student = load_network(run.checkpoint, run.network)
         _check_sharing(student, samples, processes)
-        options = replace(run.validation, num_steps=run.distillation.num_student_steps)
-        validation = RefinerValidation(student, samples=samples, indices=kept.indices, options=options)
+        validation = RefinerValidation(
+            student, samples=samples, indices=kept.indices, options=run.sampling, processes=processes
+        )
         teacher = load_teacher(run.checkpoint, run.network).to(processes.device)
         processes.share_tokens(teacher)
         objective = DistillationObjective(
@@ -161,12 +196,11 @@ def distill_refiner(
             teacher,
             samples=samples,
             batches=batches,
-            options=run.distillation,
+            options=options,
             num_processes=processes.batch_count,
+            empty_prompt=empty_prompt,
         )
-        setup = _Setup(
-            run.checkpoint, output, run.loop, num_steps=run.distillation.num_student_steps, validate=validation
-        )
+        setup = _Setup(run.checkpoint, output, run.loop, validation)
         _train(objective, student, setup, processes=processes, on_step=on_step)
     return output / CHECKPOINT_FOLDER
 
@@ -175,6 +209,20 @@ def _batches(samples: HeldOut, batch_size: int, seed: int, processes: Processes)
     return BatchesOfProcess(
         BucketBatches(samples, batch_size, seed, processes.batch_rank, processes.batch_count), processes
     )
+
+
+def _empty_prompt(cache: Path, checkpoint: str, *, is_used: bool) -> Tensor | None:
+    """Return what a network that reads prompts is given for none; raise `LatentCacheError` if a used one is missing."""
+    if not is_used or not resolve(checkpoint, parts=()).index.stage_two.uses_prompt:
+        return None
+    empty = read_empty_prompt(cache)
+    if empty is None:
+        msg = (
+            f"{str(cache)!r} lacks the empty prompt; run train transition on it again (its clips are kept), or set "
+            "prompt_dropped_share: 0, without guidance"
+        )
+        raise LatentCacheError(msg)
+    return empty
 
 
 def _check_sharing(transformer: StageTwoTransformer, samples: LatentCache, processes: Processes) -> None:
@@ -199,13 +247,12 @@ def _check_sharing(transformer: StageTwoTransformer, samples: LatentCache, proce
 
 @dataclass(frozen=True)
 class _Setup:
-    """Where a run begins and ends."""
+    """Where a run begins and ends, and how what it makes is judged and run."""
 
     base: str
     output: Path
     loop: LoopOptions
-    num_steps: int | None = None
-    validate: Callable[[int], dict[str, float]] | None = None
+    validation: RefinerValidation
 
 
 def _train(
@@ -221,48 +268,45 @@ def _train(
     folder = setup.output / CHECKPOINT_FOLDER
     if is_first:
         with writing(folder):
-            begin_checkpoint(setup.base, folder, num_steps=setup.num_steps)
+            begin_checkpoint(setup.base, folder, setup.validation.options)
     loop = TrainingLoop(objective, setup.output, setup.loop, processes=processes)
 
     def save(_step: int) -> None:
         save_network(transformer, folder / "stage_two" / "transformer", keep=is_first)
 
-    loop.run(on_step=on_step if is_first else None, on_validation=setup.validate, on_checkpoint=save)
+    loop.run(on_step=on_step if is_first else None, on_validation=setup.validation, on_checkpoint=save)
 
 
-def begin_checkpoint(base: str | Path, output: Path, *, num_steps: int | None = None) -> None:
+def begin_checkpoint(base: str | Path, output: Path, sampling: ValidationOfRefiner) -> None:
     """Write a checkpoint but for its network: the codec of `base`, and an index that names where Stage I lies.
 
     Args:
         base: checkpoint that the training starts from.
         output: folder of the new one.
-        num_steps: of a distilled Stage II, which needs no guidance; None: steps and guidance of `base`.
+        sampling: how its network is judged, which is how it is to be run: what is good for the network of `base`, which
+            may start from the reference instead of from noise, need not be good for this one.
     """
     resolved = resolve(base, parts=STAGE_TWO)
-    index, one, two = resolved.index, resolved.index.stage_one, resolved.index.stage_two
+    index = derived_index(resolved)
     vae: Any = load_stage_two_vae(resolved)
     vae.save_pretrained(output / "stage_two" / "vae")
-    adapters = tuple(replace(adapter, source=_lasting(adapter.source, resolved.root)) for adapter in one.adapters)
-    if num_steps is not None:
-        two = replace(two, num_inference_steps=num_steps, guidance_scale=1.0)
     made = replace(
         index,
-        name=f"{index.name}-trained",
-        stage_one=replace(one, source=_lasting(one.source, resolved.root), adapters=adapters),
         stage_two=replace(
-            two,
+            index.stage_two,
             source="./stage_two",
             revision=None,
             transformer_subfolder="transformer",
             vae_subfolder="vae",
             refiner="concat",
+            num_inference_steps=sampling.num_steps,
             sigma_start=1.0,
+            flow_shift=sampling.flow_shift,
+            guidance_scale=1.0,
+            segment_size=sampling.segment_size,
+            neighbors_before=sampling.neighbors_before,
+            neighbors_after=0,
+            positions="absolute",
         ),
-        sha256={},
     )
     write_index(made, output / INDEX_NAME)
-
-
-def _lasting(source: str, root: Path) -> str:
-    """Return a source that holds from another folder: a part of the base is named by its full path."""
-    return str((root / source).resolve()) if is_within(source) else source

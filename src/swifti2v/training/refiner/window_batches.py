@@ -32,6 +32,11 @@ class ClipBatch:
     reference: Tensor
     prompt_embeds: Tensor
 
+    def to(self, device: torch.device) -> ClipBatch:
+        """Return the clips on a device, float32."""
+        tensors = (self.truth, self.reference, self.prompt_embeds)
+        return ClipBatch(*(tensor.to(device, torch.float32) for tensor in tensors))
+
     def window(self, segment: Segment, *, context_noise: float, generator: torch.Generator) -> WindowBatch:
         """Return the windows of a segment; finished neighbours are the truth with noise up to `context_noise`."""
         frames = list(segment.window)

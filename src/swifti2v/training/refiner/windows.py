@@ -15,6 +15,36 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
+class WindowShape:
+    """What a window holds, wherever in a clip it lies: windows of one shape cost the same.
+
+    Args:
+        num_targets: latent frames that are restored.
+        before, after: finished frames ahead of the targets and unrefined ones behind them, as far as the clip has them.
+        anchor: whether the window sees the anchor.
+        first: the earliest place of the targets.
+    """
+
+    num_targets: int
+    before: int
+    after: int
+    anchor: bool
+    first: int
+
+    def draw_place(self, rng: np.random.Generator, num_latent_frames: int) -> Segment:
+        """Draw where in a clip of `num_latent_frames` a window of this shape lies."""
+        start = int(rng.integers(self.first, num_latent_frames - self.num_targets + 1))
+        stop = start + self.num_targets
+        return Segment(
+            index=0,
+            targets=range(start, stop),
+            before=range(max(1, start - self.before), start),
+            after=range(stop, min(num_latent_frames, stop + self.after)),
+            anchor=self.anchor,
+        )
+
+
+@dataclass(frozen=True)
 class WindowOptions:
     """Which windows are drawn. All kinds are met, so that one network serves every setting of inference.
 
@@ -45,7 +75,12 @@ class WindowOptions:
                 raise ConfigurationError(msg)
 
     def draw(self, rng: np.random.Generator, num_latent_frames: int, *, segments_before: int = 0) -> Segment:
-        """Draw a segment at a random place of a clip of `num_latent_frames` >= 2.
+        """Draw a segment at a random place of a clip; see `draw_shape`."""
+        shape = self.draw_shape(rng, num_latent_frames, segments_before=segments_before)
+        return shape.draw_place(rng, num_latent_frames)
+
+    def draw_shape(self, rng: np.random.Generator, num_latent_frames: int, *, segments_before: int = 0) -> WindowShape:
+        """Draw the shape of a window of a clip of `num_latent_frames` >= 2.
 
         With `segments_before` it sees a finished neighbour for certain, and so many segments fit before it, of which
         the first may have one target: one segment takes three latent frames, each further one `segment_size` more.
@@ -59,17 +94,10 @@ class WindowOptions:
             raise InvalidInputError(msg)
         most = min(self.segment_size, num_latent_frames - first)
         targets = most if most == 1 or rng.random() < self.full_share else int(rng.integers(1, most))
-        start = int(rng.integers(first, num_latent_frames - targets + 1))
         before = int(segments_before > 0 or rng.random() < self.before_share)
         after = int(rng.random() < self.after_share)
         anchor = self.anchor_share >= 1 or bool(rng.random() < self.anchor_share)
-        return Segment(
-            index=0,
-            targets=range(start, start + targets),
-            before=range(max(1, start - before), start),
-            after=range(start + targets, min(num_latent_frames, start + targets + after)),
-            anchor=anchor,
-        )
+        return WindowShape(targets, before, after, anchor, first)
 
 
 def with_finished(reference: Tensor, truth: Tensor, segment: Segment) -> Tensor:

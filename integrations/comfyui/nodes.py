@@ -17,6 +17,7 @@ from PIL import Image
 from swifti2v import GenerationOptions, InvalidInputError, Size, TwoStagePipeline
 from swifti2v.media.images import image_to_tensor
 from swifti2v.media.video_writer import VideoWriter
+from swifti2v.memory.placement import PlacedNetworks
 from swifti2v.pipelines.fitting import MemoryLimits, place, plan_for
 from swifti2v.reference.hybrid import hybrid_reference
 from swifti2v.reference.options import ReferenceOptions
@@ -276,9 +277,9 @@ def _placed(pipeline: TwoStagePipeline, settings: GenerationSettings) -> Iterato
     if parts.memory is None:
         yield parts
         return
-    placed, networks = place(parts, plan_for(parts, settings, parts.memory))
+    networks = PlacedNetworks(parts.device)
     try:
-        yield placed
+        yield place(parts, plan_for(parts, settings, parts.memory), networks)
     finally:
         networks.release()
 

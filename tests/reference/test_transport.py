@@ -125,6 +125,16 @@ def test_confidence_is_high_where_frame_zero_explains_and_zero_where_it_shows_no
     assert float(confidence[0, 0, -1, -3:, :].mean()) < 0.1
 
 
+def test_what_is_uncovered_is_sharp_where_the_motion_reference_mirrors_the_image() -> None:
+    image = moving_plane(1)[0].permute(1, 2, 0).numpy()
+    wide = cv2.copyMakeBorder(image, 0, 0, 0, 12, cv2.BORDER_REFLECT)
+    truth = torch.from_numpy(np.stack([wide[:, 3 * t :][:, :WIDTH] for t in range(5)])).permute(0, 3, 1, 2)
+    motion = reduced(truth)
+    frames = frames_of(hybrid_reference([motion], truth[0]))
+    uncovered = np.s_[4, :, :, -10:]
+    assert decibels(frames[uncovered], truth[uncovered]) > decibels(bicubic(motion)[uncovered], truth[uncovered]) + 2
+
+
 def test_unrelated_content_gets_no_confidence_and_is_left_as_it_is() -> None:
     image = moving_plane(1)[0]
     other = reduced(-image.flip(-1)[None])

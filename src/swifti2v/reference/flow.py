@@ -3,6 +3,10 @@
 Optical flow by DIS (Kroeger et al., "Fast Optical Flow using Dense Inverse Search", ECCV 2016; OpenCV's implementation,
 no weights, CPU). Estimated directly between a frame and frame 0: chaining through the frames between, or starting from
 the chained flow, was measured to gain nothing (docs/log.md).
+
+Both pictures are continued at their borders as in a mirror. Flow near the border gains by it, and the pyramid one level,
+which fast motion needs. Besides, Stage I may have continued the picture just so where the camera has moved beyond it
+(`mini` always does); whether a mirrored place explains a frame is decided as everywhere else, but with more doubt.
 """
 
 from __future__ import annotations
@@ -25,6 +29,10 @@ WINDOW_SIGMA = 4.0
 CONTRAST_SIGMA = 8.0
 # Grey levels in [0, 1] below which contrast is not told from rounding to eight bits.
 CONTRAST_FLOOR = 0.01
+# Sides of the picture by which both pictures are continued as in a mirror.
+MARGIN = 0.125
+# By so much both widths of the confidence are narrower where the mirror explains: new content may resemble it.
+MIRROR_DOUBT = 4.0
 
 
 @dataclass(frozen=True)
@@ -33,7 +41,7 @@ class Correspondence:
 
     Args:
         flow: [h', w', 2] float32: the place (x, y) of the frame is found in frame 0 at ``(x, y) + flow``, in fractions
-            of the picture's width and height.
+            of the picture's width and height; beyond its borders frame 0 is mirrored.
         confidence: [h', w'] float32 in [0, 1].
     """
 
@@ -72,15 +80,21 @@ class CorrespondenceEstimator:
         )
         # Sigmas are stated at output size; on the flow's grid they are as much smaller as the grid is.
         self.grid_scale = self.size[0] / width
-        self.origin = self._grey(origin)
+        self.margins = (round(MARGIN * self.size[0]), round(MARGIN * self.size[1]))
+        self.origin = self._mirrored(self._grey(origin))
         self.origin_unit = self.origin.astype(np.float32) / 255
 
     def __call__(self, frame: Array) -> Correspondence:
         """Explain `frame`, uint8 [h, w, 3] RGB of the first frame's size."""
         grey = self._grey(frame)
-        flow = dense_flow(grey, self.origin)
+        (width, height), (left, top) = self.size, self.margins
+        flow = dense_flow(self._mirrored(grey), self.origin)[top : top + height, left : left + width]
         confidence = self._confidence(flow, grey.astype(np.float32) / 255)
         return Correspondence(flow / np.asarray(self.size, dtype=np.float32), confidence)
+
+    def _mirrored(self, grey: Array) -> Array:
+        left, top = self.margins
+        return np.asarray(cv2.copyMakeBorder(grey, top, top, left, left, cv2.BORDER_REFLECT))
 
     def _grey(self, frame: Array) -> Array:
         grey = cv2.cvtColor(frame, cv2.COLOR_RGB2GRAY)
@@ -91,16 +105,18 @@ class CorrespondenceEstimator:
         return np.asarray(cv2.GaussianBlur(values, (0, 0), max(sigma * self.grid_scale, 0.5)))
 
     def _confidence(self, flow: Array, grey: Array) -> Array:
-        """``exp(-(e / width)^2 - (q / mismatch_width)^2)``, and 0 where frame 0 has no such place.
+        """``exp(-(e / width)^2 - (q / mismatch_width)^2)``, and 0 where frame 0 with its margins has no such place.
+
+        Both widths are `MIRROR_DOUBT` times narrower in the margins.
 
         e is the local mean absolute difference of warped and actual frame; q the same of the difference without its low
         frequencies (which lighting changes), over the frame's local contrast. Both were fitted to the shrinkage that
         minimises the squared error, clean and damaged references together.
         """
-        width, height = self.size
-        x = flow[..., 0] + np.arange(width, dtype=np.float32)
-        y = flow[..., 1] + np.arange(height, dtype=np.float32)[:, None]
-        inside = (x >= 0) & (x <= width - 1) & (y >= 0) & (y <= height - 1)
+        (width, height), (left, top) = self.size, self.margins
+        x = flow[..., 0] + np.arange(left, left + width, dtype=np.float32)
+        y = flow[..., 1] + np.arange(top, top + height, dtype=np.float32)[:, None]
+        inside = (x >= 0) & (x <= width + 2 * left - 1) & (y >= 0) & (y <= height + 2 * top - 1)
         warped = cv2.remap(self.origin_unit, x, y, cv2.INTER_CUBIC, borderMode=cv2.BORDER_REPLICATE)
         difference = np.asarray(warped) - grey
         error = self._blur(np.abs(difference), WINDOW_SIGMA)
@@ -108,4 +124,5 @@ class CorrespondenceEstimator:
         contrast = self._blur(np.abs(grey - self._blur(grey, CONTRAST_SIGMA)), WINDOW_SIGMA)
         mismatch = detail_error / (contrast + CONTRAST_FLOOR)
         exponent = (error / self.options.confidence_width) ** 2 + (mismatch / self.options.mismatch_width) ** 2
-        return np.asarray(np.exp(-exponent) * inside, dtype=np.float32)
+        mirrored = (x < left) | (x > left + width - 1) | (y < top) | (y > top + height - 1)
+        return np.asarray(np.exp(-exponent * np.where(mirrored, MIRROR_DOUBT**2, 1)) * inside, dtype=np.float32)

@@ -65,7 +65,7 @@ def enlarge(field: np.ndarray[Any, Any], height: int, width: int, *, device: tor
 
 
 def warp(image: Tensor, flow: Tensor) -> Tensor:
-    """Return ``image`` sampled at ``(x + flow_x, y + flow_y)``, by bicubic interpolation; edges are repeated outside.
+    """Return ``image`` sampled at ``(x + flow_x, y + flow_y)``, by bicubic interpolation; outside it is mirrored.
 
     Bicubic, not bilinear: bilinear sampling would blur the very detail that is carried.
 
@@ -81,4 +81,4 @@ def warp(image: Tensor, flow: Tensor) -> Tensor:
     rows = torch.arange(height, device=image.device, dtype=torch.float32)[:, None]
     grid = torch.stack((columns + flow[0], rows + flow[1]), dim=-1)
     grid.mul_(2).add_(1).div_(grid.new_tensor((width, height))).sub_(1)
-    return F.grid_sample(image[None], grid[None], mode="bicubic", padding_mode="border", align_corners=False)[0]
+    return F.grid_sample(image[None], grid[None], mode="bicubic", padding_mode="reflection", align_corners=False)[0]

@@ -7,10 +7,12 @@
 #   DEMO_IMAGE, DEMO_PROMPT, DEMO_OUTPUT
 #   CLIPS        folder with INDEX.csv, for make ablation
 #   PYTEST_ARGS  passed to pytest, e.g. "-m 'not slow'" or tests/test_config.py
+#   TEST_PROCESSES  that share the tests, a file to each; 0 for none, with pytest's own output
 
 PYTHON ?= $(firstword $(foreach name,python3.11 python3.12 python3.13 python3,$(shell command -v $(name) 2>/dev/null)))
 PIP_ARGS ?=
 PYTEST_ARGS ?=
+TEST_PROCESSES ?= 2
 DEMO_IMAGE ?= $(firstword $(sort $(wildcard examples/*.jpg)))
 DEMO_PROMPT ?= The camera pans slowly to the right.
 DEMO_OUTPUT ?= outputs/demo.mp4
@@ -56,7 +58,7 @@ arrows: $(VENV)/.installed-dev
 	$(BIN)/lint-imports
 
 unit: $(VENV)/.installed-dev
-	$(BIN)/pytest $(PYTEST_ARGS)
+	$(BIN)/pytest -n $(TEST_PROCESSES) --dist loadfile $(PYTEST_ARGS)
 
 format: $(VENV)/.installed-dev
 	$(BIN)/ruff format .

@@ -1,22 +1,25 @@
 # The HTTP service. For the CPU:   docker build --tag swifti2v .
-# For a CUDA card:                 docker build --tag swifti2v:cuda --build-arg TORCH_INDEX=https://download.pytorch.org/whl/cu128 .
+# For a CUDA card:                 docker build --tag swifti2v:cuda --build-arg TORCH_INDEX=https://pypi.org/simple .
 # The build needs the network, a run does not: weights come from the volume /models (docs/guides/serving.md).
+# Versions are those of requirements.lock (make lock). PyPI's PyTorch is the CUDA build, and the lock has its CUDA
+# packages; of another index comes another build of the same version.
 
 ARG PYTHON=3.12
 FROM python:${PYTHON}-slim AS build
 
 ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu
-ARG TORCH="torch>=2.9,<2.14"
 ARG EXTRAS=serve,postgresql
 
 ENV PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1
 RUN python -m venv /opt/swifti2v
-# First what is large and changes seldom.
-RUN /opt/swifti2v/bin/pip install --index-url "${TORCH_INDEX}" "${TORCH}"
 WORKDIR /source
+COPY requirements.lock ./
+# First what is large and changes seldom, alone: the indexes of PyTorch's builds do not have all of what it needs.
+RUN /opt/swifti2v/bin/pip install --no-deps --index-url "${TORCH_INDEX}" "$(grep '^torch==' requirements.lock)"
+RUN /opt/swifti2v/bin/pip install --constraint requirements.lock setuptools
 COPY pyproject.toml README.md LICENSE ./
 COPY src ./src
-RUN /opt/swifti2v/bin/pip install ".[${EXTRAS}]"
+RUN /opt/swifti2v/bin/pip install --constraint requirements.lock --no-build-isolation ".[${EXTRAS}]"
 
 FROM python:${PYTHON}-slim
 

@@ -17,6 +17,9 @@ DEMO_IMAGE ?= $(firstword $(sort $(wildcard examples/*.jpg)))
 DEMO_PROMPT ?= The camera pans slowly to the right.
 DEMO_OUTPUT ?= outputs/demo.mp4
 
+# Extras that the image has (Dockerfile, EXTRAS).
+LOCK_EXTRAS := serve postgresql
+
 VENV := .venv
 BIN := $(VENV)/bin
 
@@ -25,7 +28,7 @@ export DEMO_IMAGE DEMO_PROMPT DEMO_OUTPUT
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test lint types arrows unit format ablation clean
+.PHONY: help demo test lint types arrows unit format ablation lock clean
 
 help:
 	@echo "make demo    a photo of examples/ becomes $(DEMO_OUTPUT)"
@@ -36,6 +39,7 @@ help:
 	@echo "make unit    pytest"
 	@echo "make format  ruff format and the fixes that ruff is sure of"
 	@echo "make ablation CLIPS=DIR  docs/ablation.md, from the clips of DIR/INDEX.csv"
+	@echo "make lock    requirements.lock, the versions of the container image, anew from pyproject.toml"
 	@echo "make clean   remove .venv and the caches of the tools"
 
 demo: $(VENV)/.installed
@@ -67,6 +71,13 @@ format: $(VENV)/.installed-dev
 ablation: $(VENV)/.installed-dev
 	@test -n "$(CLIPS)" || { echo "error: give a folder with INDEX.csv and its clips: make ablation CLIPS=DIR" >&2; exit 2; }
 	$(BIN)/python -m benchmarks.ablation --clips "$(CLIPS)" --document docs/ablation.md
+
+# For every platform and Python from 3.11 on, from PyPI alone, whatever indexes this machine is set to.
+lock: $(BIN)/python
+	$(BIN)/python -m pip install $(PIP_ARGS) uv
+	$(BIN)/uv pip compile pyproject.toml $(addprefix --extra ,$(LOCK_EXTRAS)) --universal --python-version 3.11 \
+		--default-index https://pypi.org/simple --no-config --no-emit-index-url --upgrade \
+		--custom-compile-command "make lock" --output-file requirements.lock
 
 clean:
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache build src/*.egg-info

@@ -84,6 +84,21 @@ def test_a_preview_and_its_video(jobs: Callable[..., str], photo: Path, tiny_che
     assert sizes == {preview: (9, 16, 16, 3), video: (9, 64, 64, 3)}
 
 
+def test_two_workers_of_one_stage_each(jobs: Callable[..., str], photo: Path, tiny_checkpoint: Path) -> None:
+    model, work = ("--model", str(tiny_checkpoint)), ("work", "--until-idle", "--device", "cpu")
+    job_id = jobs("submit", str(photo), *model, *SHORT).strip()
+    states = []
+    for stage in ("two", "one", "two"):
+        jobs(*work, *model, "--stage", stage)
+        shown = json.loads(jobs("show", job_id))
+        states.append((shown["state"], shown["next_stage"], shown["claims"], shown["attempts"]))
+    assert states == [
+        ("queued", "stage_one", 0, 0),
+        ("queued", "stage_two", 1, 0),
+        ("completed", "stage_two", 2, 1),
+    ]
+
+
 def test_a_worker_decodes_as_it_was_told(
     jobs: Callable[..., str],
     photo: Path,

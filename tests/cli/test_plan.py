@@ -140,6 +140,19 @@ def test_memory_refusals_are_one_line(arguments: tuple[str, ...], words: str) ->
     assert result.stderr.count("\n") == 1
 
 
+def test_a_memory_plan_of_one_stage() -> None:
+    plans = {
+        stage: json.loads(run("--json", "--memory", "80GiB", "--stage", stage).stdout)["memory"]
+        for stage in ("one", "two", "both")
+    }
+    phases = {stage: [phase["phase"] for phase in plan["phases"]] for stage, plan in plans.items()}
+    assert phases["one"] + phases["two"] == phases["both"] == ["text encoding", "stage one", "refinement"]
+    assert {phase["placement"] for phase in plans["one"]["phases"]} == {"resident"}, "alone, Stage I fits"
+    assert "resident" not in {phase["placement"] for phase in plans["both"]["phases"]}
+    assert plans["one"]["host_bytes"] + plans["two"]["host_bytes"] == plans["both"]["host_bytes"]
+    assert "64.05 GiB in host memory" in run("--memory", "80GiB", "--stage", "one").stdout
+
+
 def test_the_light_decoder_is_planned_for() -> None:
     def decode(*arguments: str) -> dict[str, float]:
         plan = json.loads(run("--json", *arguments).stdout)

@@ -9,6 +9,7 @@ from typer.testing import CliRunner
 
 from swifti2v.cli import jobs, serve
 from swifti2v.errors import InvalidInputError, SwiftI2VError
+from swifti2v.jobs.state import ALL_STAGES, JobStage
 from swifti2v.pipelines.acceleration import Acceleration
 from swifti2v.serving.keys import KeyFile
 from swifti2v.serving.settings import ClusterSettings
@@ -85,6 +86,32 @@ def test_fewer_workers_than_stay_are_refused(tmp_path: Path) -> None:
         run("--ray", "--open", "--model", "mini", "--min-workers", "3", "--workers", "2", "--data", str(tmp_path))
 
 
+def test_groups_of_a_cluster_by_stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    started: list[ClusterSettings] = []
+    monkeypatch.setattr(serve, "_run_on_ray", lambda _settings, _address, cluster: started.append(cluster))
+    common = ("--ray", "--open", "--model", "mini", "--data", str(tmp_path))
+    run(*common, "--stage-one-workers", "2", "--stage-two-workers", "7")
+    run(*common, "--stage-two-workers", "3")
+    run(*common, "--workers", "4")
+    found = [[(group.name, group.stages, group.max_workers) for group in cluster.groups] for cluster in started]
+    one, two = (JobStage.ONE,), (JobStage.TWO,)
+    assert found == [[("StageOne", one, 2), ("StageTwo", two, 7)], [("StageTwo", two, 3)], [("", ALL_STAGES, 4)]]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("--ray", "--stage", "one"), "give --stage-one-workers"),
+        (("--stage-one-workers", "1"), "are for --ray"),
+        (("--ray", "--stage-two-workers", "2", "--workers", "1"), "leave it out"),
+        (("--ray", "--stage-one-workers", "1", "--stage-two-workers", "4", "--min-workers", "2"), "1 workers are"),
+    ],
+)
+def test_stages_that_would_be_ignored_are_refused(tmp_path: Path, arguments: tuple[str, ...], words: str) -> None:
+    with pytest.raises(InvalidInputError, match=words):
+        run("--open", "--model", "mini", *arguments, "--data", str(tmp_path))
+
+
 def test_workers_are_told_how_to_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The command line that `serve` makes is read by `jobs work` itself."""
     commands: list[list[str]] = []
@@ -98,11 +125,14 @@ def test_workers_are_told_how_to_work(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setattr(jobs, "pipeline_runner", stop)
     data = ("--data", str(tmp_path / "x y"))
     run("--open", "--model", "mini", "--model", "mini", "--memory", "24GB", *FAST, *data)
-    run("--open", "--model", "mini", "--device", "cpu", *data)
+    run("--open", "--model", "mini", "--device", "cpu", "--stage", "two", *data)
     for command in commands:
         result = CliRunner().invoke(jobs.app, command[command.index("work") :])
         assert str(result.exception) == "far enough", result.output
-    assert runners == [(None, "24GB", FAST_ACCELERATION), ("cpu", None, Acceleration())]
+    assert runners == [
+        (None, "24GB", FAST_ACCELERATION, ALL_STAGES),
+        ("cpu", None, Acceleration(), (JobStage.TWO,)),
+    ]
     assert [command.count("--model") for command in commands] == [2, 1]
     with pytest.raises(InvalidInputError, match="attention 'fast' is not known"):
         run("--open", "--model", "mini", "--attention", "fast", *data)

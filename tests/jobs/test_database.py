@@ -12,7 +12,7 @@ import pytest
 
 from swifti2v.errors import ConfigurationError, OutputError
 from swifti2v.jobs.database import Database, sqlite_url
-from swifti2v.jobs.state import JobProgress, JobRequest, JobResult, JobState, new_job_id
+from swifti2v.jobs.state import JobProgress, JobRequest, JobResult, JobStage, JobState, new_job_id
 from swifti2v.jobs.store import JobStore
 from tests.jobs.conftest import claim, submit
 
@@ -48,10 +48,30 @@ def test_a_database_of_an_earlier_version_goes_on(tmp_path: Path) -> None:
     found = [store.get(job_id).request for job_id in (*old, new.id)]
     assert [(request.model, request.preview) for request in found] == [("mini", False), ("mini", True), ("mini", False)]
     assert found[1].options == {"seed": 4}
+    assert {store.get(job_id).next_stage for job_id in (*old, new.id)} == {JobStage.ONE}
     claimed = [store.claim("one", lease_seconds=60, models=["mini"]) for _ in range(3)]
     assert [job.id for job in claimed if job is not None] == [*old, new.id]
     for database in databases:
         database.close()
+
+
+def test_a_database_that_knows_previews_but_no_stages_goes_on(tmp_path: Path) -> None:
+    """Between the versions: what is done of a job is in its files, so it begins with Stage I, which finds it there."""
+    path = tmp_path / "old.db"
+    job_id = new_job_id()
+    with closing(sqlite3.connect(path)) as connection, connection:
+        connection.execute(OLD_TABLE)
+        connection.execute("ALTER TABLE jobs ADD COLUMN preview BOOLEAN DEFAULT 0 NOT NULL")
+        connection.execute(OLD_JOB.replace("NULL, NULL, 0)", "NULL, NULL, 0, 1)"), (job_id, 1, "preview:odd"))
+    store = JobStore(Database(sqlite_url(path)))
+    assert (store.get(job_id).request.model, store.get(job_id).request.preview) == ("preview:odd", True), "as it was"
+    taken = store.claim("one", lease_seconds=60, stages=(JobStage.ONE,))
+    assert taken is not None
+    assert store.hand_on(taken, JobStage.TWO, progress=JobProgress(30, "stage_one"))
+    again = JobStore(Database(sqlite_url(path)))
+    assert again.get(job_id).next_stage is JobStage.TWO, "opened again, nothing is added twice"
+    for opened in (store, again):
+        opened.database.close()
 
 
 def test_a_closed_database_opens_again(store: JobStore, tmp_path: Path, clock: Clock) -> None:

@@ -58,6 +58,25 @@ def test_every_named_budget_has_a_plan_that_fits(gib: int) -> None:
     assert plan.seconds < 1.5 * planned(None).seconds
 
 
+@pytest.mark.parametrize("gib", [8, 24, 80, None])
+def test_plans_of_single_stages_are_the_phases_of_the_whole(gib: float | None) -> None:
+    """Where phases take turns, each has the way that it has in the whole; only what stays on the device differs."""
+    budget = None if gib is None else int(gib * GIB)
+    whole = planned(gib)
+    weights = 0
+    for stage, phases in (("stage_one", 2), ("stage_two", 1)):
+        dimensions = replace(WAN22, stages=(stage,))
+        weights += dimensions.stored_bytes("bfloat16")
+        plan = plan_memory(dimensions, RunSettings(TWO_K), device_rates("rtx4090"), budget_bytes=budget)
+        assert len(plan.ways) == phases
+        of_whole = {way.phase: way for way in whole.ways}
+        for way in plan.ways:
+            assert way.seconds <= of_whole[way.phase].seconds
+            assert way == of_whole[way.phase] or "resident" in {way.placement, of_whole[way.phase].placement}
+        assert gib is None or plan.peak_bytes <= gib * GIB
+    assert weights == WAN22.stored_bytes("bfloat16")
+
+
 Outcome = MemoryPlan | MemoryBudgetError
 
 

@@ -450,6 +450,22 @@ def test_wan22_preset_asks_for_the_public_repositories(
     assert resolved.index.stage_two.refiner == "training-free"
 
 
+@pytest.mark.parametrize(("wanted", "other"), [("stage_one", "stage_two"), ("stage_two", "stage_one")])
+def test_no_weights_are_downloaded_of_a_stage_that_is_only_described(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, wanted: str, other: Any
+) -> None:
+    hub = FakeHub(tmp_path / "cache", {"someone/tiny": checkpoint})
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", hub)
+    root = resolve("someone/tiny", described=[other]).root
+    assert list((root / wanted).rglob("*.safetensors"))
+    assert not list((root / other).rglob("*.safetensors"))
+    assert (root / "adapters").exists() == (wanted == "stage_one")
+    hub.calls.clear()
+    with pytest.raises(KeyError):  # the first repository that is not Stage I's, which this hub does not have
+        resolve("wan2.2", described=["stage_one"])
+    assert [pattern for _, patterns, _ in hub.calls for pattern in patterns if "safetensors" in pattern] == []
+
+
 def test_hub_index_may_not_name_local_folders(
     checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

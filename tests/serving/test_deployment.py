@@ -14,7 +14,7 @@ import httpx2
 import pytest
 
 from swifti2v.jobs.queue import JobQueue
-from swifti2v.jobs.state import JobState
+from swifti2v.jobs.state import JobStage, JobState
 from swifti2v.models.light_decoder import LightDecoder
 from swifti2v.pipelines.acceleration import Acceleration
 from swifti2v.serving.settings import ClusterSettings, ServedModel, ServiceSettings
@@ -59,10 +59,10 @@ def test_a_replica_decodes_as_it_was_told(tmp_path: Path, tiny_checkpoint: Path)
 
 @contextmanager
 def served_on_ray(data: Path, **options: object) -> Iterator[str]:
-    """Run `swifti2v serve --ray` with at most two replicas, and yield its address."""
+    """Run `swifti2v serve --ray` with these options, and yield its address."""
     program = "from swifti2v.cli.main import main; main()"
     port = free_port()
-    options = {"model": "mini", "port": port, "workers": 2, "device": "cpu", "data": data, **options}
+    options = {"model": "mini", "port": port, "device": "cpu", "data": data, **options}
     arguments = [text for name, value in options.items() for text in (f"--{name}", str(value))]
     process = subprocess.Popen([sys.executable, "-c", program, "serve", "--ray", "--open", *arguments])  # noqa: S603 - our own command
     url = f"http://127.0.0.1:{port}"
@@ -105,7 +105,7 @@ def test_a_replica_killed_in_mid_job(tmp_path: Path, record_property: Callable[[
         for statement in AUDIT:
             connection.exec_driver_sql(statement)
     store = queue.store
-    with served_on_ray(data, **{"min-workers": 2, "lease": 10}) as url:
+    with served_on_ray(data, **{"workers": 2, "min-workers": 2, "lease": 10}) as url:
         killed = create(url, LONG)
         others = [create(url, SHORT) for _ in range(3)]
         wait_for(lambda: store.get(killed).progress.segment >= 3, seconds=PATIENCE_SECONDS)
@@ -136,7 +136,7 @@ def test_replicas_follow_the_queue(tmp_path: Path) -> None:
     """One waits for work; a second one comes when two jobs are there, and goes when the queue is empty."""
     data = tmp_path / "data"
     store = JobQueue.open(data).store
-    with served_on_ray(data, **{"min-workers": 1, "idle": 3}) as url:
+    with served_on_ray(data, **{"workers": 2, "min-workers": 1, "idle": 3}) as url:
         jobs = [create(url, ENDLESS) for _ in range(2)]
 
         def replicas() -> set[int]:
@@ -153,3 +153,54 @@ def test_replicas_follow_the_queue(tmp_path: Path) -> None:
         wait_for(lambda: store.get(after).state is JobState.COMPLETED, seconds=PATIENCE_SECONDS)
         assert process_of(store.get(after)) in grown, "the one that stayed"
     store.database.close()
+
+
+def test_replicas_of_one_stage_killed_in_mid_job(
+    tmp_path: Path, record_property: Callable[[str, object], None]
+) -> None:
+    """Two deployments, a stage each: SIGKILL in either, and each job is done exactly once, by both."""
+    data = tmp_path / "data"
+    queue = JobQueue.open(data)
+    with queue.store.database.engine.begin() as connection:
+        for statement in (*AUDIT, *WHO_DID):
+            connection.exec_driver_sql(statement)
+    store = queue.store
+    scale = {"stage-one-workers": 1, "stage-two-workers": 2, "min-workers": 1, "lease": 10}
+    with served_on_ray(data, **scale) as url:
+        killed = create(url, LONG)
+        others = [create(url, SHORT) for _ in range(3)]
+        wait_for(lambda: store.get(killed).state is JobState.IN_PROGRESS, seconds=PATIENCE_SECONDS)
+        os.kill(process_of(store.get(killed)), signal.SIGKILL)
+        assert (store.get(killed).state, store.get(killed).next_stage) == (JobState.IN_PROGRESS, JobStage.ONE)
+        wait_for(lambda: store.get(killed).progress.segment >= 3, seconds=PATIENCE_SECONDS)
+        in_second = store.get(killed)
+        assert in_second.next_stage is JobStage.TWO
+        os.kill(process_of(in_second), signal.SIGKILL)
+        for job_id in (killed, *others):
+            wait_for(lambda job_id=job_id: store.get(job_id).state.is_final, seconds=PATIENCE_SECONDS)  # type: ignore[misc]
+        jobs = {job_id: store.get(job_id) for job_id in (killed, *others)}
+        assert {job.state for job in jobs.values()} == {JobState.COMPLETED}
+        content = httpx2.get(f"{url}/v1/videos/{killed}/content", timeout=60).content
+        assert content[4:8] == b"ftyp"
+        record_property("seconds", round((jobs[killed].finished_at or 0) - (jobs[killed].started_at or 0), 1))
+        record_property("claims", jobs[killed].claims)
+        assert jobs[killed].claims >= 4, "two in each stage"
+    with store.database.engine.begin() as connection:
+        audited = [row[0] for row in connection.exec_driver_sql("SELECT job_id FROM audit")]
+        did = {
+            stage: {row[0].split("-")[-2] for row in connection.exec_driver_sql(WHO_DID_STAGE, (stage,))}
+            for stage in ("stage_one", "stage_two")
+        }
+    assert sorted(audited) == sorted(jobs), "completed exactly once"
+    assert did["stage_one"]
+    assert did["stage_two"]
+    assert not did["stage_one"] & did["stage_two"], "no process did both stages"
+    store.database.close()
+
+
+WHO_DID = (
+    "CREATE TABLE did (worker TEXT, stage TEXT)",
+    "CREATE TRIGGER claims AFTER UPDATE OF claims ON jobs "
+    "BEGIN INSERT INTO did VALUES (NEW.worker, NEW.next_stage); END",
+)
+WHO_DID_STAGE = "SELECT worker FROM did WHERE stage = ?"

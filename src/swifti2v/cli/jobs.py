@@ -9,7 +9,7 @@ import threading
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -26,11 +26,11 @@ from swifti2v.geometry import Size
 from swifti2v.pipelines.options import GenerationOptions
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Collection, Iterator
 
     from swifti2v.jobs.queue import JobQueue
     from swifti2v.jobs.runner import PipelineRunner
-    from swifti2v.jobs.state import Job
+    from swifti2v.jobs.state import Job, JobStage
     from swifti2v.jobs.worker import Worker
     from swifti2v.pipelines.acceleration import Acceleration
 
@@ -44,6 +44,9 @@ DatabaseOption = Annotated[
     typer.Option(envvar="SWIFTI2V_DATABASE", help="URL of the queue's database; default: SQLite in the data folder."),
 ]
 MemoryOption = Annotated[str | None, typer.Option(help="Device memory that a run may take: auto, 24GiB, ...")]
+StageOption = Annotated[
+    Literal["one", "two", "both"], typer.Option(help="Stage that a worker does, and whose networks alone it loads.")
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 app = typer.Typer(help="Queue videos, watch them, cancel them; work on the queue.", no_args_is_help=True)
@@ -168,6 +171,7 @@ def work(  # noqa: PLR0913 - typer makes an option of each parameter
     model: Annotated[
         list[str] | None, typer.Option(help="Take only jobs of this checkpoint; may be given several times.")
     ] = None,
+    stage: StageOption = "both",
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ...; default: CUDA if there is one.")] = None,
     memory: MemoryOption = None,
     attention: AttentionOption = "auto",
@@ -188,6 +192,7 @@ def work(  # noqa: PLR0913 - typer makes an option of each parameter
 ) -> None:
     """Work on the queue until stopped; SIGTERM or Ctrl-C gives the job at work back, to be continued by another."""
     queue = _open(data, database)  # says what to install, before the modules below need it
+    from swifti2v.jobs.state import ALL_STAGES, JobStage
     from swifti2v.jobs.worker import Worker, WorkerOptions
     from swifti2v.pipelines.acceleration import Acceleration
 
@@ -200,10 +205,11 @@ def work(  # noqa: PLR0913 - typer makes an option of each parameter
         decoder_weights=decoder_weights,
         decode_device=decode_device,
     )
-    runner = pipeline_runner(device, memory, acceleration)
+    stages = {"one": (JobStage.ONE,), "two": (JobStage.TWO,), "both": ALL_STAGES}[stage]
+    runner = pipeline_runner(device, memory, acceleration, stages)
     if model and preload:
         runner.pipeline(model[0])
-    options = WorkerOptions(models=model or None, lease_seconds=lease, grace_seconds=grace)
+    options = WorkerOptions(models=model or None, stages=stages, lease_seconds=lease, grace_seconds=grace)
     worker = Worker(queue.store, queue.files, runner, options=options)
     if stop_with_stdin:
         threading.Thread(target=_drain_at_end_of_input, args=(worker,), daemon=True).start()
@@ -253,13 +259,16 @@ def _described(queue: JobQueue, job: Job) -> dict[str, Any]:
     return described
 
 
-def pipeline_runner(device: str | None, memory: str | None, acceleration: Acceleration) -> PipelineRunner:
-    """Return what does the work of jobs on a device, within limits of its memory if there are any."""
+def pipeline_runner(
+    device: str | None, memory: str | None, acceleration: Acceleration, stages: Collection[JobStage] | None = None
+) -> PipelineRunner:
+    """Return what does the work of jobs, or some stages of it, on a device, within limits of its memory if any."""
     from swifti2v.cli.generate import quiet_libraries
     from swifti2v.jobs.runner import PipelineRunner
+    from swifti2v.jobs.state import ALL_STAGES
 
     quiet_libraries()
-    return PipelineRunner.on_device(device, memory, acceleration=acceleration)
+    return PipelineRunner.on_device(device, memory, acceleration=acceleration, stages=stages or ALL_STAGES)
 
 
 @contextmanager

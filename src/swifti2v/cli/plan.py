@@ -60,6 +60,9 @@ def plan(  # noqa: PLR0913 - typer makes an option of each parameter
     decoder: Annotated[
         Literal["exact", "light"], typer.Option(help="The checkpoint's decoder, or TAEHV's for the same latents.")
     ] = "exact",
+    stage: Annotated[
+        Literal["one", "two", "both"], typer.Option(help="With --memory: plan for a worker of one stage alone.")
+    ] = "both",
     gpu: Annotated[str, typer.Option(help=f"Card whose seconds are predicted: {', '.join(DEVICES)}.")] = "rtx4090",
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")] = False,
 ) -> None:
@@ -88,7 +91,10 @@ def plan(  # noqa: PLR0913 - typer makes an option of each parameter
         msg = f"dtype {dtype!r} is not known; use one of {', '.join(BITS_PER_WEIGHT)}"
         raise InvalidInputError(msg)
     run = plan_run(dimensions, settings, weight_dtype=weight_dtype)
-    fitted = _fitted(dimensions, settings, gpu, memory, host_memory) if memory is not None else None
+    held = dimensions
+    if stage != "both":
+        held = replace(dimensions, stages=("stage_one",) if stage == "one" else ("stage_two",))
+    fitted = _fitted(held, settings, gpu, memory, host_memory) if memory is not None else None
     if as_json:
         mapping = plan_as_mapping(model, settings, run) | {"quantization": quantization}
         mapping |= memory_as_mapping(gpu, fitted)
@@ -128,8 +134,9 @@ def _print_memory(console: Console, gpu: str, fitted: MemoryPlan) -> None:
         sizes = map(gibibytes, (way.weight_bytes, way.working_bytes, way.peak_bytes, way.transfer_bytes))
         table.add_row(way.phase, *sizes, f"{way.seconds:,.1f}", way.placement)
     console.print(table)
+    codec = [f"{way.codec}; " for way in fitted.ways if way.codec is not None]
     lines = (
-        f"{fitted.codec}; {fitted.weight_dtype} weights",
+        f"{''.join(codec)}{fitted.weight_dtype} weights",
         f"peak {gibibytes(fitted.peak_bytes)} GiB on the device, {gibibytes(fitted.host_bytes)} GiB in host memory, "
         f"{fitted.seconds:,.0f} s predicted",
         *(f"given up - {note}" for note in fitted.given_up),

@@ -25,6 +25,7 @@ from swifti2v.cli.jobs import (
     DatabaseOption,
     DataOption,
     MemoryOption,
+    StageOption,
 )
 from swifti2v.errors import ConfigurationError, InvalidInputError
 
@@ -56,7 +57,10 @@ def serve(  # noqa: PLR0913 - typer makes an option of each parameter
     model: Annotated[list[str] | None, typer.Option(help="Checkpoint to serve; may be given several times.")] = None,
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port; 0 for any that is free.")] = 8000,
-    workers: Annotated[int, typer.Option(min=0, help="Worker processes (with --ray: at most); 0 if elsewhere.")] = 1,
+    workers: Annotated[
+        int | None, typer.Option(min=0, help="Worker processes (with --ray: at most); 0 if elsewhere. [default: 1]")
+    ] = None,
+    stage: StageOption = "both",
     device: Annotated[str | None, typer.Option(help="Of the workers: cpu, cuda, cuda:1, ...")] = None,
     memory: MemoryOption = None,
     attention: AttentionOption = "auto",
@@ -79,6 +83,12 @@ def serve(  # noqa: PLR0913 - typer makes an option of each parameter
     on_ray: Annotated[bool, typer.Option("--ray", help="Spread over a Ray cluster.")] = False,
     ray_address: Annotated[str | None, typer.Option(help="Of a running cluster; default: this machine alone.")] = None,
     min_workers: Annotated[int, typer.Option(min=0, help="With --ray: workers that stay when nothing waits.")] = 1,
+    stage_one_workers: Annotated[
+        int, typer.Option(min=0, help="With --ray: workers at most that do Stage I alone, instead of --workers.")
+    ] = 0,
+    stage_two_workers: Annotated[
+        int, typer.Option(min=0, help="With --ray: workers at most that do Stage II alone, instead of --workers.")
+    ] = 0,
     idle: Annotated[float, typer.Option(min=0, help="With --ray: seconds before a worker too many ends.")] = 120.0,
     gpus_per_worker: Annotated[float, typer.Option(min=0, help="With --ray: cards for each worker.")] = 0.0,
     data: DataOption = DEFAULT_DATA,
@@ -88,10 +98,12 @@ def serve(  # noqa: PLR0913 - typer makes an option of each parameter
     if context.invoked_subcommand is not None:
         return
     _check_packages()
+    _check_stages(stage, workers, stage_one_workers + stage_two_workers, on_ray=on_ray)
     from swifti2v.jobs.retention import RetentionPolicy
     from swifti2v.pipelines.acceleration import Acceleration
     from swifti2v.serving.settings import ClusterSettings, ServiceLimits, ServiceSettings
 
+    workers = 1 if workers is None else workers
     acceleration = Acceleration(
         attention=attention,
         compile_blocks=compile_blocks,
@@ -118,6 +130,8 @@ def serve(  # noqa: PLR0913 - typer makes an option of each parameter
             address=ray_address,
             min_workers=min_workers,
             max_workers=workers,
+            stage_one_workers=stage_one_workers,
+            stage_two_workers=stage_two_workers,
             gpus_per_worker=gpus_per_worker,
             device=device,
             memory=memory,
@@ -129,7 +143,7 @@ def serve(  # noqa: PLR0913 - typer makes an option of each parameter
         _run_on_ray(settings, (host, port), cluster)
         return
     options = {"data": data, "database": database, "lease": lease, "grace": grace, "device": device, "memory": memory}
-    command = _worker_command(models, options, acceleration)
+    command = _worker_command(models, options | {"stage": stage}, acceleration)
     _run(settings, (host, port), command=command, num_workers=workers, stop_seconds=grace + 60)
 
 
@@ -163,9 +177,11 @@ def remove_key(name: NameArgument, *, keys: KeysOption = None, data: DataOption 
 
 
 def _run_on_ray(settings: ServiceSettings, address: tuple[str, int], cluster: ClusterSettings) -> None:
-    least, most = cluster.min_workers, cluster.max_workers
+    least, most = cluster.min_workers, min(group.max_workers for group in cluster.groups)
     if most < max(least, 1):
-        msg = f"--workers is {most} and --min-workers {least}; allow at least one worker, and no fewer than stay"
+        msg = (
+            f"{most} workers are allowed and --min-workers is {least}; allow at least one worker, none fewer than stay"
+        )
         raise InvalidInputError(msg)
     for name, value in RAY_ENVIRONMENT.items():
         os.environ.setdefault(name, value)
@@ -180,6 +196,18 @@ def _run_on_ray(settings: ServiceSettings, address: tuple[str, int], cluster: Cl
     # The processes of a cluster run in folders of their own.
     settings = replace(settings, data=settings.data.resolve(), keys=settings.keys and settings.keys.resolve())
     deployment.run(settings, cluster, address=address)
+
+
+def _check_stages(stage: str, workers: int | None, num_of_one_stage: int, *, on_ray: bool) -> None:
+    """Refuse options that would have no effect."""
+    if num_of_one_stage and not on_ray:
+        msg = "--stage-one-workers and --stage-two-workers are for --ray; without it, give --stage, a card at a time"
+        raise InvalidInputError(msg)
+    if on_ray and stage != "both":
+        msg = f"--stage {stage} is for workers without --ray; with it, give --stage-one-workers or --stage-two-workers"
+        raise InvalidInputError(msg)
+    if num_of_one_stage and workers is not None:
+        raise InvalidInputError("--workers do both stages; leave it out beside workers of one stage")
 
 
 def _check_packages() -> None:

@@ -38,6 +38,7 @@ from sqlalchemy.exc import (
 from sqlalchemy.schema import CreateColumn
 
 from swifti2v.errors import ConfigurationError, OutputError
+from swifti2v.jobs.state import JobStage
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -65,6 +66,7 @@ JOBS = Table(
     Column("prompt", Text, nullable=False),
     Column("options", Text, nullable=False),
     Column("preview", Boolean, nullable=False, server_default=false()),
+    Column("next_stage", String(20), nullable=False, server_default=JobStage.ONE),
     Column("state", String(20), nullable=False),
     Column("claims", Integer, nullable=False, default=0),
     Column("releases", Integer, nullable=False, default=0),
@@ -163,23 +165,34 @@ class Database:
 
 
 def _upgrade(connection: Connection) -> None:
-    """Bring up to date tables that know no previews, which were then jobs for a model named ``preview:NAME``."""
-    if _has_previews(connection):
-        return
-    column = CreateColumn(JOBS.c.preview).compile(connection)
+    """Add the columns that tables of an earlier version lack.
+
+    Those of 0.1.0 know no previews, which were then jobs for a model named ``preview:NAME``. A job that is half made
+    in tables without `next_stage` begins with Stage I, which finds its own work done.
+    """
+    if _adds(connection, JOBS.c.preview):
+        prefix = "preview:"
+        name = func.substr(JOBS.c.model, len(prefix) + 1)
+        connection.execute(update(JOBS).where(JOBS.c.model.startswith(prefix)).values(model=name, preview=True))
+    _adds(connection, JOBS.c.next_stage)
+
+
+def _adds(connection: Connection, column: Column[Any]) -> bool:
+    """Add a column unless it is there; tell whether it was missing."""
+    if _has(connection, column):
+        return False
+    described = CreateColumn(column).compile(connection)
     try:
         with connection.begin_nested():
-            connection.exec_driver_sql(f"ALTER TABLE {JOBS.name} ADD COLUMN {column}")
+            connection.exec_driver_sql(f"ALTER TABLE {JOBS.name} ADD COLUMN {described}")
     except DBAPIError:
-        if not _has_previews(connection):  # else another process has added it in the same moment
+        if not _has(connection, column):  # else another process has added it in the same moment
             raise
-    prefix = "preview:"
-    name = func.substr(JOBS.c.model, len(prefix) + 1)
-    connection.execute(update(JOBS).where(JOBS.c.model.startswith(prefix)).values(model=name, preview=True))
+    return True
 
 
-def _has_previews(connection: Connection) -> bool:
-    return JOBS.c.preview.name in {column["name"] for column in inspect(connection).get_columns(JOBS.name)}
+def _has(connection: Connection, column: Column[Any]) -> bool:
+    return column.name in {found["name"] for found in inspect(connection).get_columns(JOBS.name)}
 
 
 def sqlite_url(path: Path) -> str:

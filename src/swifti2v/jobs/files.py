@@ -108,7 +108,7 @@ class JobFiles:
         return AttemptFiles(self.directory(job_id) / f"attempt_{claim:04d}")
 
     def begin_attempt(self, job_id: str, claim: int) -> AttemptFiles:
-        """Make the folder of a claim, with the finished work of the one before as hard links.
+        """Make the folder of a claim, with the finished work of those before it as hard links.
 
         A worker that still writes into the old folder, because it was given up too early, replaces names there and
         touches no file here: finished files are never written again, only unfinished ones, and those are left out.
@@ -116,13 +116,14 @@ class JobFiles:
         new = self.attempt(job_id, claim)
         with _reporting(new.directory):
             new.directory.mkdir(parents=True, exist_ok=True)
-            previous = self._attempts(job_id, before=claim)
-            if previous and not new.work.exists():
-                _link_tree(previous[-1].work, new.work)
+            # The claim just before may have ended before it had the work of those ahead of it.
+            done = [attempt.work for attempt in self._attempts(job_id, before=claim) if attempt.work.is_dir()]
+            if done and not new.work.exists():
+                _link_tree(done[-1], new.work)
         return new
 
-    def begin_with(self, job_id: str, source_id: str, source: AttemptFiles) -> None:
-        """Give a new job the picture of the job `source_id` and the work of its claim, as hard links.
+    def begin_with(self, job_id: str, source_id: str, source: AttemptFiles) -> AttemptFiles:
+        """Give a new job the picture of the job `source_id` and the work of its claim, as hard links; return these.
 
         Raises:
             JobError: they are gone.
@@ -135,6 +136,7 @@ class JobFiles:
             target.directory.mkdir(parents=True)
             _link(str(picture), str(self.input(job_id)))
             _link_tree(source.work, target.work)
+        return target
 
     def keep_only(self, job_id: str, claim: int, *, with_work: bool = False) -> None:
         """Remove what a finished job no longer needs: other claims, and the work folder of this one if not kept."""

@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from swifti2v.errors import JobError
+from swifti2v.errors import JobError, WorkDirectoryError
 from swifti2v.jobs.database import Database, sqlite_url
 from swifti2v.jobs.files import JobFiles
-from swifti2v.jobs.state import DEFAULT_MAX_ATTEMPTS, Job, JobRequest, JobState, new_job_id
+from swifti2v.jobs.state import DEFAULT_MAX_ATTEMPTS, Job, JobRequest, JobStage, JobState, new_job_id
 from swifti2v.jobs.store import DEFAULT_MAX_ACTIVE, JobStore
 
 if TYPE_CHECKING:
@@ -89,12 +89,13 @@ class JobQueue:
         made = self.files.attempt(preview.id, preview.claims)
 
         def submit(new_id: str) -> Job:
-            self.files.begin_with(new_id, preview.id, made)
+            begun = self.files.begin_with(new_id, preview.id, made)
             return self.store.submit(
                 new_id,
                 replace(preview.request, preview=False, keep_motion=True),  # it was looked at: it will be compared
                 owner=preview.owner,
                 max_attempts=preview.max_attempts,
+                next_stage=_first_stage(begun),
             )
 
         return self._new(submit)
@@ -125,3 +126,14 @@ class JobQueue:
         except BaseException:
             self.files.remove(job_id)
             raise
+
+
+def _first_stage(begun: AttemptFiles) -> JobStage:
+    """Return what a job that begins with the work of another has to begin with."""
+    from swifti2v.pipelines.run_store import RunStore  # with torch, which most users of a queue do without
+
+    try:
+        # A preview of an earlier version has left no prompt for a worker of Stage II alone.
+        return JobStage.TWO if RunStore(begun.work).is_ready_for_stage_two else JobStage.ONE
+    except WorkDirectoryError:  # it is damaged; the worker that finds this out begins anew
+        return JobStage.ONE

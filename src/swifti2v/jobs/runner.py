@@ -4,24 +4,24 @@ from __future__ import annotations
 
 import logging
 from contextlib import closing
-from typing import TYPE_CHECKING, Literal, Self
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 from swifti2v.config import from_mapping
 from swifti2v.geometry import Size
 from swifti2v.jobs.pictures import Spritesheet, save_thumbnail
-from swifti2v.jobs.state import JobProgress, JobResult
+from swifti2v.jobs.state import ALL_STAGES, JobProgress, JobResult, JobStage
 from swifti2v.media.video_writer import VideoWriter
 from swifti2v.pipelines.options import GenerationOptions
 from swifti2v.pipelines.run_store import RunStore
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable, Collection, Iterable
 
     from swifti2v.jobs.files import AttemptFiles
     from swifti2v.jobs.worker import Task
     from swifti2v.pipelines.acceleration import Acceleration
     from swifti2v.pipelines.options import GenerationSettings
-    from swifti2v.pipelines.runs import FinishedFrames, Progress
+    from swifti2v.pipelines.runs import FinishedFrames, GenerationRequest, OnProgress, Progress
     from swifti2v.pipelines.two_stage import TwoStagePipeline
 
 LOGGER = logging.getLogger(__name__)
@@ -35,6 +35,9 @@ MOTION_PRESET = "ultrafast"  # of x264: the motion reference is small, and for a
 class PipelineRunner:
     """Runs jobs on one pipeline at a time, which is loaded when the first job asks for it.
 
+    Where the pipeline holds Stage I alone, a video is handed on when its motion reference is made; a preview is whole
+    then.
+
     Args:
         load: makes the pipeline of a model's name.
     """
@@ -45,7 +48,12 @@ class PipelineRunner:
 
     @classmethod
     def on_device(
-        cls, device: str | None, memory: str | None = None, *, acceleration: Acceleration | None = None
+        cls,
+        device: str | None,
+        memory: str | None = None,
+        *,
+        acceleration: Acceleration | None = None,
+        stages: Collection[JobStage] = ALL_STAGES,
     ) -> Self:
         """Return a runner of checkpoints, and log how it runs them.
 
@@ -53,6 +61,7 @@ class PipelineRunner:
             device: as in `TwoStagePipeline.from_pretrained`.
             memory: of the device that a run may take, as `MemoryLimits.parse` reads it.
             acceleration: as in `TwoStagePipeline.from_pretrained`.
+            stages: whose networks are loaded.
         """
         from swifti2v.memory.heap import map_large_blocks
         from swifti2v.pipelines.fitting import MemoryLimits
@@ -60,13 +69,16 @@ class PipelineRunner:
 
         map_large_blocks()
         limits = None if memory is None else MemoryLimits.parse(memory)
-        LOGGER.info("runs on %s, memory %s, %s", device or "the default device", memory or "not limited", acceleration)
-        return cls(
-            lambda name: TwoStagePipeline.from_pretrained(name, device=device, memory=limits, acceleration=acceleration)
-        )
+        place, room = device or "the default device", memory or "not limited"
+        LOGGER.info("runs on %s: %s, memory %s, %s", place, " and ".join(stages), room, acceleration)
+        options: dict[str, Any] = {"device": device, "memory": limits, "acceleration": acceleration}
+        if len(stages) == 1:
+            (stage,) = stages
+            return cls(lambda name: TwoStagePipeline.of_stage(name, stage.value, **options))
+        return cls(lambda name: TwoStagePipeline.from_pretrained(name, **options))
 
-    def run(self, task: Task) -> JobResult:
-        """Make the video, or the motion reference of a preview.
+    def run(self, task: Task) -> JobResult | JobStage:
+        """Make the video, or the motion reference of a preview; or that of a video, and hand it on.
 
         Raises what the pipeline raises, and `GenerationCancelled` of the task.
         """
@@ -75,11 +87,15 @@ class PipelineRunner:
         request = pipeline.request(task.input, asked.prompt, options=from_mapping(GenerationOptions, asked.options))
         settings = request.settings
         make, size = pipeline.stream, settings.size
-        gauge = ProgressGauge("frames" if settings.refiner == "none" else "stage_two")
+        known = task.job.progress.percent
+        gauge = ProgressGauge("frames" if settings.refiner == "none" else "stage_two", known)
         if asked.preview:
             make, size = pipeline.preview, pipeline.parts.motion_size(settings.size)
-            gauge = ProgressGauge("stage_one")
+            gauge = ProgressGauge("stage_one", known)
         task.report(gauge.current)
+        if not asked.preview and "stage_two" not in pipeline.parts.stages:
+            _make_motion(pipeline, request, files, lambda progress: task.report(gauge.read(progress)))
+            return JobStage.TWO
 
         def on_progress(progress: Progress) -> None:
             task.report(gauge.read(progress))
@@ -110,12 +126,13 @@ class ProgressGauge:
 
     Args:
         last_phase: whose end is that of the job.
+        percent: where an earlier worker left the job.
     """
 
-    def __init__(self, last_phase: Literal["stage_one", "stage_two", "frames"]) -> None:
+    def __init__(self, last_phase: Literal["stage_one", "stage_two", "frames"], percent: int = 0) -> None:
         self._last_phase = last_phase
         self._start_percent = 0 if last_phase == "stage_one" else STAGE_ONE_PERCENT
-        self.current = JobProgress()
+        self.current = JobProgress(percent)
 
     def read(self, progress: Progress) -> JobProgress:
         """Return where the job is after `progress`."""
@@ -129,6 +146,15 @@ class ProgressGauge:
         percent = max(self.current.percent, min(99, percent))  # 100 is for the finished file
         self.current = JobProgress(percent, progress.phase, progress.segment, progress.num_segments)
         return self.current
+
+
+def _make_motion(
+    pipeline: TwoStagePipeline, request: GenerationRequest, files: AttemptFiles, on_progress: OnProgress
+) -> None:
+    """Run Stage I into the work of a claim; what a preview yields of it is not needed."""
+    with closing(pipeline.preview(request, work_dir=files.work, on_progress=on_progress)) as pieces:
+        for _ in pieces:
+            pass
 
 
 def _write(pieces: Iterable[FinishedFrames], size: Size, settings: GenerationSettings, files: AttemptFiles) -> None:

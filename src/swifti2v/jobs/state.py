@@ -3,7 +3,7 @@
 ```
 queued --> in_progress --> completed | failed | cancelled
   |  ^         |
-  |  +---------+   released by its worker, or to be tried again
+  |  +---------+   released by its worker, to be tried again, or handed on to a worker of the next stage
   +--> cancelled
 ```
 A job whose worker died stays `in_progress` until its lease has run out; another worker may then claim it.
@@ -54,6 +54,16 @@ FOLLOWERS: Mapping[JobState, frozenset[JobState]] = {
 
 FINAL_STATES = tuple(state for state in JobState if state.is_final)
 ACTIVE_STATES = tuple(state for state in JobState if not state.is_final)
+
+
+class JobStage(StrEnum):
+    """A part of the work that a worker can do alone; the values are those of the database."""
+
+    ONE = "stage_one"
+    TWO = "stage_two"
+
+
+ALL_STAGES = tuple(JobStage)
 
 
 @dataclass(frozen=True)
@@ -141,6 +151,8 @@ class Job:
         lease_expires_at: until when the claim holds.
         result: of a completed job.
         failure: of a failed job.
+        next_stage: what a worker has to begin with. It is `TWO` once a worker of Stage I alone has done its part, or
+            where a preview left Stage I's work; one that does both stages may be further than this says.
     """
 
     id: str
@@ -160,6 +172,7 @@ class Job:
     lease_expires_at: float | None = None
     result: JobResult | None = None
     failure: JobFailure | None = None
+    next_stage: JobStage = JobStage.ONE
 
 
 def new_job_id() -> str:

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import secrets
 import time
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import asdict
 from functools import cache
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -14,8 +12,10 @@ from sqlalchemy import ColumnElement, and_, bindparam, delete, func, insert, or_
 
 from swifti2v.errors import JobError, QueueFullError
 from swifti2v.jobs.database import JOBS, SUBMISSIONS, Database
+from swifti2v.jobs.rows import as_json, job_of_row, row_of_failure, row_of_request
 from swifti2v.jobs.state import (
     ACTIVE_STATES,
+    ALL_STAGES,
     DEFAULT_MAX_ATTEMPTS,
     FINAL_STATES,
     Job,
@@ -23,12 +23,13 @@ from swifti2v.jobs.state import (
     JobProgress,
     JobRequest,
     JobResult,
+    JobStage,
     JobState,
     is_job_id,
 )
 
 if TYPE_CHECKING:
-    from sqlalchemy import Connection, RowMapping, Select, Update
+    from sqlalchemy import Connection, Select, Update
     from sqlalchemy.sql.dml import ReturningUpdate
 
 Order = Literal["asc", "desc"]
@@ -68,8 +69,9 @@ class JobStore:
         owner: str = "",
         max_attempts: int = DEFAULT_MAX_ATTEMPTS,
         max_active_of_owner: int | None = None,
+        next_stage: JobStage = JobStage.ONE,
     ) -> Job:
-        """Put a job at the end of the queue, under a name made by `new_job_id`.
+        """Put a job at the end of the queue, under a name made by `new_job_id`; it begins with `next_stage`.
 
         Raises:
             QueueFullError: as many jobs as allowed wait or run, in all or of this owner.
@@ -78,19 +80,15 @@ class JobStore:
         values = {
             "id": job_id,
             "owner": owner,
-            "model": request.model,
-            "prompt": request.prompt,
-            "options": json.dumps(
-                {"options": dict(request.options), "notes": request.notes, "keep_motion": request.keep_motion}
-            ),
-            "preview": request.preview,
+            **row_of_request(request),
+            "next_stage": next_stage,
             "state": JobState.QUEUED,
             "claims": 0,
             "releases": 0,
             "max_attempts": max_attempts,
             "created_at": now,
             "available_at": now,
-            "progress": json.dumps(asdict(JobProgress())),
+            "progress": as_json(JobProgress()),
             "removed": False,
         }
 
@@ -99,9 +97,9 @@ class JobStore:
             taken = connection.execute(_NEXT_SEQUENCE).scalar_one()
             known = connection.execute(_KNOWN, {"job": job_id}).mappings().first()
             if known is not None:  # the answer to the first try was lost
-                return _job(known)
+                return job_of_row(known)
             self._check_room(connection, owner, max_active_of_owner)
-            return _job(connection.execute(_INSERT, {"sequence": taken, **values}).mappings().one())
+            return job_of_row(connection.execute(_INSERT, {"sequence": taken, **values}).mappings().one())
 
         return self.database.run(operation)
 
@@ -149,19 +147,33 @@ class JobStore:
 
         return self.database.run(operation)
 
-    def claim(self, worker: str, *, lease_seconds: float, models: Collection[str] | None = None) -> Job | None:
+    def num_active(self, stages: Collection[JobStage] = ALL_STAGES) -> int:
+        """Return how many jobs wait or run whose next stage is one of these."""
+        query = _COUNT_ACTIVE.where(JOBS.c.next_stage.in_(stages))
+        return self.database.run(lambda connection: connection.execute(query).scalar_one())
+
+    def claim(
+        self,
+        worker: str,
+        *,
+        lease_seconds: float,
+        models: Collection[str] | None = None,
+        stages: Collection[JobStage] = ALL_STAGES,
+    ) -> Job | None:
         """Take the oldest job that waits, or whose worker let its lease run out; None if there is none.
 
         Args:
             worker: name of who takes it.
             lease_seconds: how long the claim holds without `renew`.
             models: take only jobs of these.
+            stages: take only jobs whose next stage is one of these.
         """
         now = self._clock()
         taking = _taking(of_models=models is not None, skip_locked=not self.database.is_sqlite)
         values = {
             "now": now,
             "models": list(models or ()),
+            "stages": list(stages),
             "state": JobState.IN_PROGRESS,
             "worker": worker,
             "lease_token": secrets.token_hex(16),
@@ -169,9 +181,9 @@ class JobStore:
         }
 
         def operation(connection: Connection) -> Job | None:
-            connection.execute(_FAIL_LOST, {"now": now, **_failed(now, _LOST), **_NO_LEASE})
+            connection.execute(_FAIL_LOST, {"now": now, **row_of_failure(now, _LOST), **_NO_LEASE})
             row = connection.execute(taking, values).mappings().first()
-            return None if row is None else _job(row)
+            return None if row is None else job_of_row(row)
 
         return self.database.run(operation)
 
@@ -183,7 +195,7 @@ class JobStore:
         """Prolong the claim and record progress; tell whether the claim still stands."""
         values: dict[str, Any] = {"lease_expires_at": self._clock() + lease_seconds}
         if progress is not None:
-            values["progress"] = json.dumps(asdict(progress))
+            values["progress"] = as_json(progress)
         return self._change_held(job, values)
 
     def complete(self, job: Job, result: JobResult) -> bool:
@@ -191,25 +203,46 @@ class JobStore:
         values = {
             "state": JobState.COMPLETED,
             "finished_at": self._clock(),
-            "result": json.dumps(asdict(result)),
-            "progress": json.dumps(asdict(JobProgress(100, "frames"))),
+            "result": as_json(result),
+            "progress": as_json(JobProgress(100, "frames")),
             "lease_expires_at": None,
         }
         # The token is kept, so that a repeated call after a lost answer sees that it was this claim that completed it.
         return self._change_held(job, values) or self._finds(_COMPLETED_BY, job)
 
-    def fail(self, job: Job, failure: JobFailure, *, retry_seconds: float | None = None) -> bool:
-        """Record a failure, or with `retry_seconds` queue the job again after so long while attempts are left."""
+    def fail(
+        self,
+        job: Job,
+        failure: JobFailure,
+        *,
+        retry_seconds: float | None = None,
+        next_stage: JobStage | None = None,
+    ) -> bool:
+        """Record a failure, or with `retry_seconds` queue the job again after so long while attempts are left.
+
+        Where it is tried again, it begins with `next_stage`; None: where it was.
+        """
         now = self._clock()
         if retry_seconds is not None and job.attempts < job.max_attempts:
-            again = {"state": JobState.QUEUED, "available_at": now + retry_seconds, **_NO_LEASE}
+            again = {
+                "state": JobState.QUEUED,
+                "available_at": now + retry_seconds,
+                "next_stage": next_stage or job.next_stage,
+                **_NO_LEASE,
+            }
             return self._change_held(job, again)
-        return self._change_held(job, {**_failed(now, failure), **_NO_LEASE})
+        return self._change_held(job, {**row_of_failure(now, failure), **_NO_LEASE})
 
     def release(self, job: Job) -> bool:
         """Give a job back in good order; the attempt does not count."""
-        values = {"state": JobState.QUEUED, "available_at": self._clock(), **_NO_LEASE}
-        return self._change(_RELEASE, {**_claim(job), **values})
+        return self._give_back(job, {})
+
+    def hand_on(self, job: Job, next_stage: JobStage, *, progress: JobProgress) -> bool:
+        """Queue a job for a worker of `next_stage`: its own stage is done; the attempt does not count.
+
+        The job keeps its place in the queue, and shows `progress` while it waits.
+        """
+        return self._give_back(job, {"next_stage": next_stage, "progress": as_json(progress)})
 
     def let_go(self, job: Job) -> bool:
         """Say that the worker has stopped after a cancellation: its files may be removed from now on."""
@@ -243,7 +276,9 @@ class JobStore:
         stopped = or_(JOBS.c.state == JobState.COMPLETED, JOBS.c.lease_expires_at.is_(None), _EXPIRED)
         query = select(JOBS).where(_IS_FINAL, stopped).order_by(JOBS.c.finished_at)
         moment = {"now": self._clock()}
-        return self.database.run(lambda connection: tuple(map(_job, connection.execute(query, moment).mappings())))
+        return self.database.run(
+            lambda connection: tuple(map(job_of_row, connection.execute(query, moment).mappings()))
+        )
 
     def removed_ids(self) -> frozenset[str]:
         """Return the names of the jobs that `remove` hid and `forget` has not dropped yet."""
@@ -270,6 +305,10 @@ class JobStore:
             msg = f"{max_active_of_owner} of your jobs wait or run, which is the limit; wait for one, or cancel one"
             raise QueueFullError(msg)
 
+    def _give_back(self, job: Job, values: Mapping[str, Any]) -> bool:
+        queued = {"state": JobState.QUEUED, "available_at": self._clock(), **_NO_LEASE}
+        return self._change(_RELEASE, {**_claim(job), **queued, **values})
+
     def _change_held(self, job: Job, values: Mapping[str, Any]) -> bool:
         return self._change(_CHANGE_HELD, {**_claim(job), **values})
 
@@ -282,7 +321,7 @@ class JobStore:
     def _select(self, *conditions: ColumnElement[bool], limit: int, order: Order = "asc") -> tuple[Job, ...]:
         ordering = JOBS.c.sequence.asc() if order == "asc" else JOBS.c.sequence.desc()
         query = select(JOBS).where(~JOBS.c.removed, *conditions).order_by(ordering).limit(limit)
-        return self.database.run(lambda connection: tuple(map(_job, connection.execute(query).mappings())))
+        return self.database.run(lambda connection: tuple(map(job_of_row, connection.execute(query).mappings())))
 
 
 def _owned(owner: str | None) -> ColumnElement[bool]:
@@ -326,53 +365,11 @@ def _taking(*, of_models: bool, skip_locked: bool) -> ReturningUpdate[Any]:
     """Return the statement that takes the oldest job that waits, or whose worker let its lease run out."""
     waiting = and_(JOBS.c.state == JobState.QUEUED, JOBS.c.available_at <= _NOW)
     free = or_(waiting, and_(_IN_PROGRESS, _EXPIRED, _ATTEMPTS_LEFT))
-    oldest = select(JOBS.c.id).where(free).order_by(JOBS.c.sequence).limit(1)
+    of_stages = JOBS.c.next_stage.in_(bindparam("stages", expanding=True))
+    oldest = select(JOBS.c.id).where(free, of_stages).order_by(JOBS.c.sequence).limit(1)
     if of_models:
         oldest = oldest.where(JOBS.c.model.in_(bindparam("models", expanding=True)))
     if skip_locked:  # rows of others are passed over, not waited for; SQLite, with one writer, has no such clause
         oldest = oldest.with_for_update(skip_locked=True)
     taking = update(JOBS).where(JOBS.c.id == oldest.scalar_subquery(), free).returning(JOBS)
     return taking.values(claims=JOBS.c.claims + 1, started_at=func.coalesce(JOBS.c.started_at, _NOW))
-
-
-def _failed(now: float, failure: JobFailure) -> dict[str, Any]:
-    return {"state": JobState.FAILED, "finished_at": now, "failure": json.dumps(asdict(failure))}
-
-
-def _job(row: RowMapping) -> Job:
-    result, failure = row["result"], row["failure"]
-    return Job(
-        id=row["id"],
-        sequence=row["sequence"],
-        owner=row["owner"],
-        state=JobState(row["state"]),
-        request=_request(row),
-        progress=JobProgress(**json.loads(row["progress"])),
-        claims=row["claims"],
-        attempts=row["claims"] - row["releases"],
-        max_attempts=row["max_attempts"],
-        created_at=row["created_at"],
-        started_at=row["started_at"],
-        finished_at=row["finished_at"],
-        worker=row["worker"],
-        lease_token=row["lease_token"],
-        lease_expires_at=row["lease_expires_at"],
-        result=None if result is None else _result(json.loads(result)),
-        failure=None if failure is None else JobFailure(**json.loads(failure)),
-    )
-
-
-def _request(row: RowMapping) -> JobRequest:
-    kept = json.loads(row["options"])
-    return JobRequest(
-        row["model"],
-        row["prompt"],
-        kept["options"],
-        tuple(kept["notes"]),
-        preview=row["preview"],
-        keep_motion=kept.get("keep_motion", True),  # in queues of earlier versions every video was to be compared
-    )
-
-
-def _result(values: dict[str, Any]) -> JobResult:
-    return JobResult(**{**values, "notes": tuple(values["notes"])})

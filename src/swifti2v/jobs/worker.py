@@ -14,7 +14,7 @@ from enum import Enum
 from typing import TYPE_CHECKING, Protocol
 
 from swifti2v.errors import GenerationCancelled, InvalidInputError, OutputError, SwiftI2VError, WorkDirectoryError
-from swifti2v.jobs.state import JobFailure
+from swifti2v.jobs.state import ALL_STAGES, JobFailure, JobStage
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -60,8 +60,11 @@ class Task(Protocol):
 class Runner(Protocol):
     """What does the work of a job."""
 
-    def run(self, task: Task) -> JobResult:
-        """Do the job and return its result; let `GenerationCancelled` of `task.report` pass."""
+    def run(self, task: Task) -> JobResult | JobStage:
+        """Do the job and return its result, or do what can be done here and return the stage that others go on with.
+
+        `GenerationCancelled` of `task.report` is to be let pass.
+        """
         ...
 
 
@@ -69,6 +72,7 @@ class Outcome(Enum):
     """How a claim ended."""
 
     COMPLETED = "completed"
+    HANDED_ON = "handed on"
     FAILED = "failed"
     RETRIED = "retried"
     RELEASED = "released"
@@ -83,6 +87,7 @@ class WorkerOptions:
     Args:
         name: in the records of its jobs; default: host, process and four random digits.
         models: take only jobs of these; None for all.
+        stages: take only jobs that go on with one of these; the runner has to be made for the same.
         lease_seconds: a job is given to another worker when nothing was heard of its worker for so long.
         poll_seconds: pause between two looks at an empty queue.
         stall_seconds: a job without any step for so long is given up by its heartbeat.
@@ -92,6 +97,7 @@ class WorkerOptions:
 
     name: str = ""
     models: Collection[str] | None = None
+    stages: Collection[JobStage] = ALL_STAGES
     lease_seconds: float = 30.0
     poll_seconds: float = 0.5
     stall_seconds: float = 3600.0
@@ -143,8 +149,11 @@ class Worker:
 
     def run_one(self) -> Outcome | None:
         """Take one job and work on it to its end; None if there was none, or the database was away."""
+        wanted = self.options
         try:
-            job = self.store.claim(self.name, lease_seconds=self.options.lease_seconds, models=self.options.models)
+            job = self.store.claim(
+                self.name, lease_seconds=wanted.lease_seconds, models=wanted.models, stages=wanted.stages
+            )
         except OutputError as error:
             LOGGER.warning("no job could be taken: %s", error)
             return None
@@ -203,8 +212,10 @@ class _Claim:
         files = self._worker.files
         try:
             files.begin_attempt(self.job.id, self.job.claims)
-            result = self._worker.runner.run(self)
-            completed = self._store.complete(self.job, result)
+            made = self._worker.runner.run(self)
+            if isinstance(made, JobStage):
+                return self._handed_on(made)
+            completed = self._store.complete(self.job, made)
         except GenerationCancelled:
             return self._stopped_early()
         except (KeyboardInterrupt, SystemExit):
@@ -231,6 +242,12 @@ class _Claim:
                 self.job, lease_seconds=self._worker.options.lease_seconds, progress=self._progress
             )
 
+    def _handed_on(self, next_stage: JobStage) -> Outcome:
+        """Leave the job to a worker of its next stage, which finds the work of this claim in the folder of the job."""
+        if self._store.hand_on(self.job, next_stage, progress=self._progress or self.job.progress):
+            return Outcome.HANDED_ON
+        return self._stopped_early()
+
     def _stopped_early(self) -> Outcome:
         """Give a job back, or drop what was made for one that is no longer ours."""
         if not self._lost.is_set() and self._store.release(self.job):
@@ -246,9 +263,11 @@ class _Claim:
         final = isinstance(error, InvalidInputError)
         failure = JobFailure("invalid_input" if final else "internal_error", _one_line(error))
         retry_seconds = None if final else self._worker.options.retry_seconds
-        if not self._store.fail(self.job, failure, retry_seconds=retry_seconds):
+        anew = isinstance(error, WorkDirectoryError)
+        first = JobStage.ONE if anew else None
+        if not self._store.fail(self.job, failure, retry_seconds=retry_seconds, next_stage=first):
             return self._stopped_early()
-        if isinstance(error, WorkDirectoryError):
+        if anew:
             self._worker.files.clear_attempts(self.job.id)  # it would be damaged again for the next worker
         if not final and self.job.attempts < self.job.max_attempts:
             return Outcome.RETRIED

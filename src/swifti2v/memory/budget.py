@@ -51,6 +51,7 @@ class PipelineDimensions:
         light_decoder: decodes in the place of Stage II's codec; None: that codec does.
         float8_products: the linear layers of the transformers' blocks hold and multiply float8, however the other
             weights are stored.
+        stages: whose weights are held: a memory plan is made for these alone.
     """
 
     text_encoder: TextEncoderDimensions
@@ -66,6 +67,7 @@ class PipelineDimensions:
     overlap_frames: int = 5
     light_decoder: LightDecoderDimensions | None = None
     float8_products: bool = False
+    stages: tuple[Literal["stage_one", "stage_two"], ...] = ("stage_one", "stage_two")
 
     def reference_size(self, size: Size) -> Size:
         """Return the size of the motion reference of an output of `size`."""
@@ -96,11 +98,15 @@ class PipelineDimensions:
         return self.stage_two_codec.num_parameters + light
 
     def stored_bytes(self, dtype: WeightDtype) -> int:
-        """Bytes of all weights where transformers and text encoder are stored as `dtype`, the codecs as they are."""
-        codecs = weight_bytes(self.stage_one_codec.num_parameters + self.decoding_parameters, "bfloat16")
+        """Bytes of the weights held: transformers and text encoder stored as `dtype`, the codecs as they are."""
         narrow = self.transformer_dtype(dtype)
-        transformers = self.num_experts * stored_bytes(self.stage_one, narrow) + stored_bytes(self.stage_two, narrow)
-        return codecs + transformers + stored_bytes(self.text_encoder, dtype)
+        total = 0
+        if "stage_one" in self.stages:
+            total += weight_bytes(self.stage_one_codec.num_parameters, "bfloat16")
+            total += self.num_experts * stored_bytes(self.stage_one, narrow) + stored_bytes(self.text_encoder, dtype)
+        if "stage_two" in self.stages:
+            total += weight_bytes(self.decoding_parameters, "bfloat16") + stored_bytes(self.stage_two, narrow)
+        return total
 
 
 WAN22 = PipelineDimensions(

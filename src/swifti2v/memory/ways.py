@@ -93,14 +93,16 @@ class Way:
 def phase_ways(
     dimensions: PipelineDimensions, settings: RunSettings, rates: DeviceRates, dtype: WeightDtype
 ) -> tuple[tuple[Way, ...], ...]:
-    """Return the ways of each phase while the networks of the others are off the device."""
+    """Return the ways of each phase of the stages held while the networks of the others are off the device."""
     phases = {phase.name: phase for phase in plan_run(dimensions, settings, weight_dtype=dtype).phases}
     narrow = dimensions.transformer_dtype(dtype)
-    return (
-        tuple(_text_ways(dimensions, phases["text encoding"], rates, dtype)),
-        tuple(_stage_one_ways(dimensions, settings, phases["stage one"], rates, narrow)),
-        tuple(_refinement_ways(dimensions, settings, phases, rates, narrow)),
-    )
+    found = []
+    if "stage_one" in dimensions.stages:
+        found.append(tuple(_text_ways(dimensions, phases["text encoding"], rates, dtype)))
+        found.append(tuple(_stage_one_ways(dimensions, settings, phases["stage one"], rates, narrow)))
+    if "stage_two" in dimensions.stages:
+        found.append(tuple(_refinement_ways(dimensions, settings, phases, rates, narrow)))
+    return tuple(found)
 
 
 def resident_ways(

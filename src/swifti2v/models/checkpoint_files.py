@@ -63,15 +63,19 @@ class Hub:
         return Path(str(folder))
 
 
-def stage_one_patterns() -> list[str]:
-    """Files of a `WanImageToVideoPipeline` that loading needs, relative to its folder."""
-    weights = [f"{name}/*.{suffix}" for name in STAGE_ONE_FOLDERS for suffix in ("json", "safetensors")]
-    return ["model_index.json", "scheduler/*.json", "tokenizer/*", "image_processor/*.json", *weights]
+def stage_one_patterns(*, weights: bool = True) -> list[str]:
+    """Files of a `WanImageToVideoPipeline` that loading needs, relative to its folder, with or without the weights."""
+    networks = [f"{name}/*.{suffix}" for name in STAGE_ONE_FOLDERS for suffix in _suffixes(weights=weights)]
+    return ["model_index.json", "scheduler/*.json", "tokenizer/*", "image_processor/*.json", *networks]
 
 
-def stage_two_patterns(transformer: str, vae: str) -> list[str]:
+def stage_two_patterns(transformer: str, vae: str, *, weights: bool = True) -> list[str]:
     """Files that Stage II needs, relative to its source: not the text encoder, which is Stage I's."""
-    return [f"{name}/*.{suffix}" for name in (transformer, vae) for suffix in ("json", "safetensors")]
+    return [f"{name}/*.{suffix}" for name in (transformer, vae) for suffix in _suffixes(weights=weights)]
+
+
+def _suffixes(*, weights: bool) -> tuple[str, ...]:
+    return ("json", "safetensors") if weights else ("json",)
 
 
 def read_json(path: Path) -> dict[str, Any]:

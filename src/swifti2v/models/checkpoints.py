@@ -93,9 +93,6 @@ class ResolvedCheckpoint:
         return folder
 
 
-# --------------------------------------------------------------------------------------------------------- resolving
-
-
 def preset_names() -> tuple[str, ...]:
     """Names that `resolve` knows by itself, those shipped with the package."""
     return tuple(sorted(path.parent.name for path in _presets().glob(f"*/{INDEX_NAME}")))
@@ -108,6 +105,7 @@ def resolve(
     cache_dir: str | Path | None = None,
     local_files_only: bool = False,
     parts: Collection[Part] = PARTS,
+    described: Collection[Part] = (),
     verify: bool = False,
 ) -> ResolvedCheckpoint:
     """Find a checkpoint and bring the files of its parts onto this machine.
@@ -118,6 +116,7 @@ def resolve(
         cache_dir: of `huggingface_hub`; None: its own.
         local_files_only: never ask the network.
         parts: the stages wanted; of hub repositories only their files are downloaded.
+        described: of these, the stages whose configurations are enough: no weights and no adapters.
         verify: check every file of the wanted parts against the index's `sha256`.
 
     Raises:
@@ -130,7 +129,7 @@ def resolve(
         root = hub.fetch(repository, revision, [INDEX_NAME])
         index = read_index(root / INDEX_NAME)
         _refuse_foreign_folders(index)
-        inside = _patterns_inside(index, parts)
+        inside = _patterns_inside(index, parts, described)
         root = hub.fetch(repository, revision, [INDEX_NAME, *inside]) if inside else root
     else:
         if revision is not None:
@@ -140,16 +139,15 @@ def resolve(
     stage_one: Path | None = None
     stage_two: Path | None = None
     adapters: tuple[Path, ...] = ()
+    first, second = index.stage_one, index.stage_two
     if "stage_one" in parts:
-        entry = index.stage_one
-        stage_one = _source_folder(root, entry.source, entry.revision, hub, stage_one_patterns())
-        adapters = tuple(_adapter_file(root, adapter, hub) for adapter in entry.adapters)
+        stage_one = _source_folder(root, first.source, first.revision, hub, _patterns(index, "stage_one", described))
+        if "stage_one" not in described:
+            adapters = tuple(_adapter_file(root, adapter, hub) for adapter in first.adapters)
     if "stage_two" in parts:
-        second = index.stage_two
-        patterns = stage_two_patterns(second.transformer_subfolder, second.vae_subfolder)
-        stage_two = _source_folder(root, second.source, second.revision, hub, patterns)
+        stage_two = _source_folder(root, second.source, second.revision, hub, _patterns(index, "stage_two", described))
     if verify:
-        verify_checksums(root, index.sha256, _patterns_inside(index, parts))
+        verify_checksums(root, index.sha256, _patterns_inside(index, parts, described))
     return ResolvedCheckpoint(index, root, stage_one, stage_two, adapters)
 
 
@@ -189,17 +187,24 @@ def _refuse_foreign_folders(index: CheckpointIndex) -> None:
         raise CheckpointError(msg)
 
 
-def _patterns_inside(index: CheckpointIndex, parts: Collection[Part]) -> list[str]:
+def _patterns(index: CheckpointIndex, part: Part, described: Collection[Part]) -> list[str]:
+    """Patterns, relative to its source, of the files of a part."""
+    two, weights = index.stage_two, part not in described
+    if part == "stage_one":
+        return stage_one_patterns(weights=weights)
+    return stage_two_patterns(two.transformer_subfolder, two.vae_subfolder, weights=weights)
+
+
+def _patterns_inside(index: CheckpointIndex, parts: Collection[Part], described: Collection[Part]) -> list[str]:
     """Patterns, relative to the index, of the files of `parts` that the checkpoint itself holds."""
     patterns: list[str] = []
-    first, second = index.stage_one, index.stage_two
-    if "stage_one" in parts:
-        if is_within(first.source):
-            patterns += [f"{first.source[2:]}/{pattern}" for pattern in stage_one_patterns()]
-        patterns += [f"{each.source[2:]}/{each.weight_name}" for each in first.adapters if is_within(each.source)]
-    if "stage_two" in parts and is_within(second.source):
-        inner = stage_two_patterns(second.transformer_subfolder, second.vae_subfolder)
-        patterns += [f"{second.source[2:]}/{pattern}" for pattern in inner]
+    for part in parts:
+        source = (index.stage_one if part == "stage_one" else index.stage_two).source
+        if is_within(source):
+            patterns += [f"{source[2:]}/{pattern}" for pattern in _patterns(index, part, described)]
+    if "stage_one" in parts and "stage_one" not in described:
+        adapters = index.stage_one.adapters
+        patterns += [f"{each.source[2:]}/{each.weight_name}" for each in adapters if is_within(each.source)]
     return patterns
 
 
@@ -223,9 +228,6 @@ def _adapter_file(root: Path, entry: AdapterEntry, hub: Hub) -> Path:
     return file
 
 
-# ----------------------------------------------------------------------------------------------------------- loading
-
-
 def load_stage_two_transformer(
     resolved: ResolvedCheckpoint, *, dtype: torch.dtype = torch.bfloat16, refiner: Refiner | None = None
 ) -> StageTwoTransformer:
@@ -244,7 +246,7 @@ def load_stage_two_transformer(
         msg = f"refiner none of {resolved.index.name} uses no transformer; do not load one"
         raise CheckpointError(msg)
     folder = resolved.folder_of("stage_two") / resolved.index.stage_two.transformer_subfolder
-    name = _class_name(folder)
+    name = class_name_in(folder)
     if name not in _TRANSFORMERS:
         msg = f"{folder / 'config.json'} is of a {name}; Stage II takes {' or '.join(_TRANSFORMERS)}"
         raise CheckpointError(msg)
@@ -268,7 +270,7 @@ def load_stage_two_vae(resolved: ResolvedCheckpoint, *, dtype: torch.dtype = tor
         CheckpointError: missing or damaged files, an unknown class.
     """
     folder = resolved.folder_of("stage_two") / resolved.index.stage_two.vae_subfolder
-    name = _class_name(folder)
+    name = class_name_in(folder)
     if name == "AutoencoderKLWan":
         return _load_model(AutoencoderKLWan, folder, dtype)
     if name not in STAGE_TWO_CODECS:
@@ -301,8 +303,8 @@ def load_stage_one_pipeline(
     from diffusers import WanImageToVideoPipeline
 
     folder = resolved.folder_of("stage_one")
-    stored = {name: stored_names(folder / name) for name in _components_with_weights(folder)}
-    with _as_checkpoint_error(folder):
+    stored = {name: stored_names(folder / name) for name in networks_of(folder)}
+    with as_checkpoint_error(folder):
         pipeline = WanImageToVideoPipeline.from_pretrained(
             str(folder),
             dtype={"default": dtype, "vae": vae_dtype},
@@ -343,7 +345,7 @@ def apply_adapters(
     return tuple(notes)
 
 
-def _components_with_weights(folder: Path) -> list[str]:
+def networks_of(folder: Path) -> list[str]:
     """Components of a pipeline that have weights; modules of this package that it names are imported on the way."""
     model_index = read_json(folder / "model_index.json")
     if model_index.get("_class_name") != _PIPELINE:
@@ -355,7 +357,7 @@ def _components_with_weights(folder: Path) -> list[str]:
     for name, (library, class_name) in named.items():
         if str(library).startswith("swifti2v."):
             # diffusers finds classes of other packages only in modules that are imported already.
-            with _as_checkpoint_error(folder / "model_index.json"):
+            with as_checkpoint_error(folder / "model_index.json"):
                 getattr(import_module(library), class_name)
         if not (folder / name).is_dir():
             msg = f"{folder / 'model_index.json'} names {name}, and there is no folder {folder / name}; get it again"
@@ -365,18 +367,19 @@ def _components_with_weights(folder: Path) -> list[str]:
 
 def _load_model(model_class: Any, folder: Path, dtype: torch.dtype, *, own_table: bool = False) -> Any:
     names = stored_names(folder)
-    with _as_checkpoint_error(folder):
+    with as_checkpoint_error(folder):
         model = model_class.from_pretrained(str(folder), dtype=dtype, local_files_only=True, use_safetensors=True)
     check_weights_loaded(model, names, folder, optional=("frame_kind_table",) if own_table else ())
     return model
 
 
-def _class_name(folder: Path) -> str:
+def class_name_in(folder: Path) -> str:
+    """Return the class that a configuration is of."""
     return str(read_json(folder / "config.json").get("_class_name"))
 
 
 @contextmanager
-def _as_checkpoint_error(place: Path) -> Iterator[None]:
+def as_checkpoint_error(place: Path) -> Iterator[None]:
     """Turn what diffusers and transformers raise on bad files into a `CheckpointError` that names them."""
     default_dtype = torch.get_default_dtype()
     try:

@@ -91,10 +91,11 @@ def accelerated(parts: Parts, acceleration: Acceleration) -> Parts:
 
 
 def transformers_of(parts: Parts) -> tuple[Any, ...]:
-    """Return the transformers of both stages: one or two experts, and the refiner."""
+    """Return the transformers that are held: of Stage I one or two experts, of Stage II the refiner."""
     one = parts.stage_one.pipeline
-    found = (one.transformer, one.transformer_2, parts.stage_two.transformer)
-    return tuple(network for network in found if network is not None)
+    experts = (one.transformer, one.transformer_2) if "stage_one" in parts.stages else ()
+    refiners = (parts.stage_two.transformer,) if "stage_two" in parts.stages else ()
+    return tuple(network for network in (*experts, *refiners) if network is not None)
 
 
 def compile_blocks(networks: Sequence[Any], *, backend: str = "inductor") -> None:

@@ -22,6 +22,7 @@ from swifti2v.models.float8_products import has_float8_products
 from swifti2v.models.light_decoder import LightDecoder
 from swifti2v.models.tiling import Tiling
 from swifti2v.models.vae import CodecSettings, WanStreamingCodec
+from swifti2v.pipelines.acceleration import transformers_of
 from swifti2v.pipelines.stage_two import StageTwo
 
 if TYPE_CHECKING:
@@ -133,6 +134,8 @@ def plan_for(parts: Parts, settings: GenerationSettings, limits: MemoryLimits) -
         keep_context=parts.stage_two.keeps_context(settings),
     )
     transformer = parts.stage_two.transformer
+    # Where there is a text encoder, it is stored whenever the transformers are, and has no float8 products.
+    stored = parts.stage_one.pipeline.text_encoder if "stage_one" in parts.stages else transformer
     loaded: WeightDtype = "float32" if transformer.dtype == torch.float32 else "bfloat16"
     return plan_memory(
         dimensions_of(parts),
@@ -140,8 +143,7 @@ def plan_for(parts: Parts, settings: GenerationSettings, limits: MemoryLimits) -
         ASSUMED_RATES,
         budget_bytes=limits.device_bytes,
         host_bytes=limits.host_bytes,
-        # The text encoder's: it is stored whenever the transformers are, and has no float8 products.
-        dtypes=("float8",) if is_stored_narrow(parts.stage_one.pipeline.text_encoder) else (loaded, "float8"),
+        dtypes=("float8",) if is_stored_narrow(stored) else (loaded, "float8"),
     )
 
 
@@ -162,7 +164,8 @@ def dimensions_of(parts: Parts) -> PipelineDimensions:
         window_frames=parts.stage_one.window_frames,
         overlap_frames=parts.stage_one.overlap_frames,
         light_decoder=_light_dimensions(parts.decoder) if isinstance(parts.decoder, LightDecoder) else None,
-        float8_products=has_float8_products(two.transformer),
+        float8_products=has_float8_products(transformers_of(parts)[0]),
+        stages=parts.stages,
     )
 
 
@@ -175,15 +178,26 @@ def place(parts: Parts, plan: MemoryPlan, networks: PlacedNetworks) -> Parts:
 
     `networks` are to be released after the run, and also if this fails: then some of them have their places already.
     """
-    one, two = parts.stage_one.pipeline, parts.stage_two
-    for network in (one.text_encoder, one.transformer, one.transformer_2, two.transformer):
-        if network is not None:
-            store_weights(network, plan.weight_dtype, compute_dtype=network.dtype)
+    one = parts.stage_one.pipeline
+    encoders = (one.text_encoder,) if "stage_one" in parts.stages else ()
+    for network in (*encoders, *transformers_of(parts)):
+        store_weights(network, plan.weight_dtype, compute_dtype=network.dtype)
+    if "stage_one" in parts.stages:
+        _place_stage_one(parts, plan, networks)
+    return _with_stage_two_placed(parts, plan, networks) if "stage_two" in parts.stages else parts
+
+
+def _place_stage_one(parts: Parts, plan: MemoryPlan, networks: PlacedNetworks) -> None:
+    one = parts.stage_one.pipeline
     networks.place(one.text_encoder, plan.placement_of("text encoding"), group="text", by_leaf=True)
     for group, network in (("high", one.transformer), ("low", one.transformer_2)):
         if network is not None:
             networks.place(network, plan.placement_of("stage one"), group=group)
     one.vae.to(parts.device)  # a quarter of a GiB
+
+
+def _with_stage_two_placed(parts: Parts, plan: MemoryPlan, networks: PlacedNetworks) -> Parts:
+    two = parts.stage_two
     networks.place(two.transformer, plan.placement_of("refinement"), group="refinement")
     codec = two.codec
     if isinstance(codec, WanStreamingCodec):

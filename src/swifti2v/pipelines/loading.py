@@ -16,11 +16,13 @@ from swifti2v.memory.checkpoint_dimensions import read_pipeline_dimensions
 from swifti2v.memory.placement import store_weights
 from swifti2v.models.checkpoint_files import read_json
 from swifti2v.models.checkpoints import (
+    PARTS,
     load_stage_one_pipeline,
     load_stage_two_transformer,
     load_stage_two_vae,
     resolve,
 )
+from swifti2v.models.described import described_stage_one, described_stage_two
 from swifti2v.models.scheduler import FixedSigmaScheduler
 from swifti2v.models.vae import open_codec
 from swifti2v.pipelines.acceleration import Acceleration, accelerated
@@ -32,9 +34,12 @@ from swifti2v.pipelines.stage_two import StageTwo
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from diffusers import WanImageToVideoPipeline
+
     from swifti2v.memory.budget import WeightDtype
     from swifti2v.models.checkpoint_index import CheckpointIndex, Refiner, StageOneEntry
-    from swifti2v.models.checkpoints import ResolvedCheckpoint
+    from swifti2v.models.checkpoints import Part, ResolvedCheckpoint
+    from swifti2v.models.transformer import StageTwoTransformer
     from swifti2v.models.vae import StreamingCodec, VideoDecoder
     from swifti2v.pipelines.fitting import MemoryLimits
     from swifti2v.pipelines.options import GenerationOptions
@@ -49,7 +54,7 @@ class Parts:
 
     Args:
         name: of the checkpoint, with a digest of its checksums where its index has them.
-        stage_one, stage_two: loaded.
+        stage_one, stage_two: loaded, but for those not in `stages`, whose networks have no weights.
         defaults: settings that the checkpoint recommends.
         motion_reduction: output size over motion size.
         motion_max_area: pixels of a motion frame at most, None for no limit.
@@ -61,6 +66,7 @@ class Parts:
         overlap: what runs beside the denoising of the next segment: `decode` the decoding of the one before and the
             reader of its frames, `write` the reader only, which takes no more memory of the device, or `none`.
         decoder: what decodes finished segments; None: Stage II's codec.
+        stages: that can be run.
     """
 
     name: str
@@ -75,6 +81,7 @@ class Parts:
     memory: MemoryLimits | None = None
     overlap: Overlap = "decode"
     decoder: VideoDecoder | None = None
+    stages: tuple[Part, ...] = PARTS
 
     def motion_size(self, size: Size) -> Size:
         """Return the size of the motion reference of an output of `size` (640x352 of 2560x1408 for Wan2.2)."""
@@ -110,61 +117,131 @@ def load_parts(
         CheckpointError: the checkpoint cannot be found, downloaded or read.
         InvalidInputError: there is no such device, or it cannot be accelerated so.
     """
-    place = open_device(device)
-    memory = memory.on(place) if memory is not None else None
-    # With limits, networks come to the device when a run needs them (`fitting.py`).
-    home = place if memory is None else torch.device("cpu")
-    dtype = dtype or (torch.float32 if place.type == "cpu" else torch.bfloat16)
     checkpoint = resolve(name_or_path, revision=revision, local_files_only=local_files_only)
+    way = _Way.on(device, dtype, memory, few_step=few_step, local_files_only=local_files_only)
+    return _assembled(checkpoint, way, acceleration or Acceleration(attention="native"), stages=PARTS)
+
+
+def load_parts_of_stage(
+    name_or_path: str | Path,
+    stage: Part,
+    *,
+    device: str | torch.device | None = None,
+    dtype: torch.dtype | None = None,
+    memory: MemoryLimits | None = None,
+    acceleration: Acceleration | None = None,
+) -> Parts:
+    """Load one stage, and of the other its configuration: for cards that do not change weights between videos.
+
+    Of a repository on the hub, the weights of the other stage are not even downloaded. Stage I has the text encoder;
+    Stage II is given the prompt as it was read (`RunStore.prompt`).
+
+    Raises:
+        CheckpointError, InvalidInputError: as `load_parts`.
+    """
+    checkpoint = resolve(name_or_path, described=[part for part in PARTS if part != stage])
+    way = _Way.on(device, dtype, memory)
+    return _assembled(checkpoint, way, acceleration or Acceleration(attention="native"), stages=(stage,))
+
+
+@dataclass(frozen=True)
+class _Way:
+    """How networks are loaded: `home` is where they wait, `place` where they work."""
+
+    place: torch.device
+    home: torch.device
+    dtype: torch.dtype
+    memory: MemoryLimits | None
+    few_step: bool
+    local_files_only: bool
+
+    @classmethod
+    def on(
+        cls,
+        device: str | torch.device | None,
+        dtype: torch.dtype | None,
+        memory: MemoryLimits | None,
+        *,
+        few_step: bool = True,
+        local_files_only: bool = False,
+    ) -> _Way:
+        place = open_device(device)
+        # With limits, networks come to the device when a run needs them (`fitting.py`).
+        home = place if memory is None else torch.device("cpu")
+        dtype = dtype or (torch.float32 if place.type == "cpu" else torch.bfloat16)
+        limits = memory.on(place) if memory is not None else None
+        return cls(place, home, dtype, limits, few_step, local_files_only)
+
+
+def _assembled(
+    checkpoint: ResolvedCheckpoint, way: _Way, acceleration: Acceleration, *, stages: tuple[Part, ...]
+) -> Parts:
     one, two = checkpoint.index.stage_one, checkpoint.index.stage_two
-    acceleration = acceleration or Acceleration(attention="native")
-    light = _light_decoder(checkpoint, acceleration, place, dtype, local_files_only=local_files_only)
-    loaded: WeightDtype = "float32" if dtype == torch.float32 else "bfloat16"
-    stored = _stored_dtype(checkpoint, memory, loaded, float8_products=acceleration.quantization == "float8")
-    transformer = load_stage_two_transformer(checkpoint, dtype=dtype, refiner=trained_refiner(checkpoint))
-    store_weights(transformer, stored, compute_dtype=dtype)
-    codec = open_codec(load_stage_two_vae(checkpoint, dtype=dtype).to(home).eval())
-    roles = {adapter.role for adapter in one.adapters}
-    applied = roles if few_step else roles - {FEW_STEP_ADAPTER}
-    pipeline = load_stage_one_pipeline(checkpoint, dtype=dtype, roles=applied)
-    for network in (pipeline.text_encoder, pipeline.transformer, pipeline.transformer_2):
-        if network is not None:
-            store_weights(network, stored, compute_dtype=dtype)
-    pipeline.to(home)
-    pipeline.scheduler = _few_step_scheduler(pipeline.scheduler, one)
+    light = _light_decoder(checkpoint, acceleration, way) if "stage_two" in stages else None
+    stored = _stored_dtype(checkpoint, way, stages, float8_products=acceleration.quantization == "float8")
+    refiner, codec = _stage_two_networks(checkpoint, way, stored, is_held="stage_two" in stages)
+    pipeline = _stage_one_pipeline(checkpoint, way, stored, is_held="stage_one" in stages)
     parts = Parts(
         name=_identity(checkpoint.index),
         stage_one=StageOne(pipeline, window_frames=one.window_frames, max_sequence_length=one.max_sequence_length),
-        stage_two=StageTwo(transformer.to(home).eval(), codec, uses_prompt=two.uses_prompt),
-        defaults=default_settings(checkpoint.index, few_step=few_step),
+        stage_two=StageTwo(refiner, codec, uses_prompt=two.uses_prompt),
+        defaults=default_settings(checkpoint.index, few_step=way.few_step),
         motion_reduction=one.reference_reduction,
         motion_max_area=one.max_area,
-        few_step_ways=(few_step,) if FEW_STEP_ADAPTER in roles else (True, False),
+        few_step_ways=(way.few_step,) if FEW_STEP_ADAPTER in _roles(one) else (True, False),
         many_step_flow_shift=one.flow_shift,
-        device=place,
-        memory=memory,
-        decoder=light or _exact_elsewhere(codec, acceleration),
+        device=way.place,
+        memory=way.memory,
+        decoder=light or (_exact_elsewhere(codec, acceleration) if "stage_two" in stages else None),
+        stages=stages,
     )
     return accelerated(parts, acceleration)
 
 
-def _light_decoder(
-    checkpoint: ResolvedCheckpoint,
-    acceleration: Acceleration,
-    device: torch.device,
-    dtype: torch.dtype,
-    *,
-    local_files_only: bool,
-) -> VideoDecoder | None:
+def _stage_two_networks(
+    checkpoint: ResolvedCheckpoint, way: _Way, stored: WeightDtype, *, is_held: bool
+) -> tuple[StageTwoTransformer, StreamingCodec]:
+    if not is_held:
+        described, vae = described_stage_two(checkpoint, dtype=way.dtype)
+        return described, open_codec(vae)
+    transformer = load_stage_two_transformer(checkpoint, dtype=way.dtype, refiner=trained_refiner(checkpoint))
+    store_weights(transformer, stored, compute_dtype=way.dtype)
+    codec = open_codec(load_stage_two_vae(checkpoint, dtype=way.dtype).to(way.home).eval())
+    return transformer.to(way.home).eval(), codec
+
+
+def _stage_one_pipeline(
+    checkpoint: ResolvedCheckpoint, way: _Way, stored: WeightDtype, *, is_held: bool
+) -> WanImageToVideoPipeline:
+    entry = checkpoint.index.stage_one
+    if not is_held:
+        return described_stage_one(checkpoint, dtype=way.dtype)
+    roles = _roles(entry)
+    pipeline = load_stage_one_pipeline(
+        checkpoint, dtype=way.dtype, roles=roles if way.few_step else roles - {FEW_STEP_ADAPTER}
+    )
+    for network in (pipeline.text_encoder, pipeline.transformer, pipeline.transformer_2):
+        if network is not None:
+            store_weights(network, stored, compute_dtype=way.dtype)
+    pipeline.to(way.home)
+    pipeline.scheduler = _few_step_scheduler(pipeline.scheduler, entry)
+    return pipeline
+
+
+def _roles(entry: StageOneEntry) -> set[str]:
+    return {adapter.role for adapter in entry.adapters}
+
+
+def _light_decoder(checkpoint: ResolvedCheckpoint, acceleration: Acceleration, way: _Way) -> VideoDecoder | None:
     """Return the light decoder if it is asked for; before the networks are loaded, which takes minutes."""
     if acceleration.decoder == "exact":
         return None
     return open_light_decoder(
         read_json(checkpoint.folder_of("stage_two") / checkpoint.index.stage_two.vae_subfolder / "config.json"),
         acceleration.decoder_weights,
-        device=open_device(acceleration.decode_device or device),
-        dtype=dtype,
-        local_files_only=local_files_only,
+        device=open_device(acceleration.decode_device or way.place),
+        dtype=way.dtype,
+        local_files_only=way.local_files_only,
     )
 
 
@@ -175,9 +252,11 @@ def _exact_elsewhere(codec: StreamingCodec, acceleration: Acceleration) -> Video
 
 
 def _stored_dtype(
-    checkpoint: ResolvedCheckpoint, memory: MemoryLimits | None, loaded: WeightDtype, *, float8_products: bool
+    checkpoint: ResolvedCheckpoint, way: _Way, stages: tuple[Part, ...], *, float8_products: bool
 ) -> WeightDtype:
     """Return `float8` where the host has no room for the weights as they will be; else they stay as they are."""
+    loaded: WeightDtype = "float32" if way.dtype == torch.float32 else "bfloat16"
+    memory = way.memory
     if memory is None or memory.host_bytes is None:
         return loaded
     one, two = checkpoint.index.stage_one, checkpoint.index.stage_two
@@ -187,7 +266,7 @@ def _stored_dtype(
         checkpoint.folder_of("stage_two") / two.vae_subfolder,
         text_tokens=one.max_sequence_length,
     )
-    dimensions = replace(dimensions, float8_products=float8_products)
+    dimensions = replace(dimensions, float8_products=float8_products, stages=stages)
     return loaded if dimensions.stored_bytes(loaded) <= memory.host_bytes else "float8"
 
 

@@ -4,6 +4,7 @@
 work-dir/
   run.json                  image, prompt, checkpoint and settings that the contents belong to
   motion_reference/         uint8 frames, a piece a window (`media/frame_store.py`)
+  prompt_*.safetensors      the prompt as Stage II reads it, left by a preview; the name tells the texts apart
   segments/segment_0000.safetensors   targets of a segment, float32
 ```
 Every file is written beside its name and renamed, so that a run that is killed leaves whole files only.
@@ -11,6 +12,7 @@ Every file is written beside its name and renamed, so that a run that is killed 
 
 from __future__ import annotations
 
+import hashlib
 import json
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,7 +27,7 @@ from swifti2v.media.atomic_files import write_atomically
 from swifti2v.media.frame_store import FrameStore
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Iterator, Mapping, Sequence
 
     from torch import Tensor
 
@@ -81,6 +83,29 @@ class RunStore:
         """
         self._claim("stage_two", identity, held=self.has_segments)
 
+    def keep_prompt(self, texts: Sequence[str | None], embeddings: Mapping[str, Tensor]) -> None:
+        """Keep what the text encoder made of `texts`, for a Stage II that has none."""
+        held = {name: tensor.cpu().contiguous() for name, tensor in embeddings.items()}
+        write_atomically(self._prompt_path(texts), safetensors.torch.save(held))
+
+    def prompt(self, texts: Sequence[str | None]) -> dict[str, Tensor]:
+        """Return what `keep_prompt` kept.
+
+        Raises:
+            WorkDirectoryError: there is none of these texts, or it is damaged.
+        """
+        path = self._prompt_path(texts)
+        try:
+            return safetensors.torch.load_file(path)
+        except (SafetensorError, OSError) as error:
+            msg = f"{self.directory} holds no such prompt that can be read; run Stage I there first, or again"
+            raise WorkDirectoryError(msg) from error
+
+    @property
+    def is_ready_for_stage_two(self) -> bool:
+        """Whether a Stage II without text encoder can go on from here."""
+        return self.motion.is_complete and any(self.directory.glob("prompt_*.safetensors"))
+
     @property
     def has_segments(self) -> bool:
         """Whether any segment is finished."""
@@ -125,6 +150,10 @@ class RunStore:
     def save_segment(self, segment: Segment, targets: Tensor) -> None:
         """Keep the finished targets of a segment."""
         write_atomically(self._segment_path(segment), safetensors.torch.save({"targets": targets.cpu().contiguous()}))
+
+    def _prompt_path(self, texts: Sequence[str | None]) -> Path:
+        digest = hashlib.sha256(json.dumps(list(texts)).encode()).hexdigest()
+        return self.directory / f"prompt_{digest[:16]}.safetensors"
 
     def _segment_path(self, segment: Segment) -> Path:
         return self.directory / "segments" / f"segment_{segment.index:04d}.safetensors"

@@ -100,6 +100,10 @@ class PromptEmbeds:
     negative: Tensor | None = None
     notes: tuple[str, ...] = ()
 
+    def tensors(self) -> dict[str, Tensor]:
+        """Return what there is of them, by name."""
+        return {"prompt": self.prompt} | ({} if self.negative is None else {"negative": self.negative})
+
 
 class StageOne:
     """The motion reference of an image and a prompt.

@@ -7,17 +7,17 @@ from collections.abc import Callable, Generator, Iterator
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import PIL.Image
 import torch
 from torch import Tensor
 
-from swifti2v.errors import InvalidInputError
+from swifti2v.errors import InvalidInputError, WorkDirectoryError
 from swifti2v.media.images import LoadedImage, fit_image, fit_notes, image_to_tensor, load_image
 from swifti2v.pipelines.ahead import made_ahead
 from swifti2v.pipelines.fitting import frames_within_limits
-from swifti2v.pipelines.loading import load_parts
+from swifti2v.pipelines.loading import load_parts, load_parts_of_stage
 from swifti2v.pipelines.run_store import RunStore
 from swifti2v.pipelines.runs import FinishedFrames, GenerationRequest, Progress, Video
 from swifti2v.pipelines.stage_one import PromptEmbeds, StageOneOptions
@@ -26,6 +26,7 @@ from swifti2v.reference.hybrid import hybrid_reference
 from swifti2v.reference.options import ReferenceOptions
 
 if TYPE_CHECKING:
+    from swifti2v.models.checkpoints import Part
     from swifti2v.pipelines.acceleration import Acceleration
     from swifti2v.pipelines.fitting import MemoryLimits
     from swifti2v.pipelines.loading import Parts
@@ -90,6 +91,15 @@ class TwoStagePipeline:
             acceleration=acceleration,
         )
         return cls(parts)
+
+    @classmethod
+    def of_stage(cls, name_or_path: str | Path, stage: Part, **options: Any) -> TwoStagePipeline:
+        """Load one stage of a checkpoint, for a work directory that two pipelines share, on two cards or machines.
+
+        One of Stage I makes previews only; one of Stage II streams from a work directory in which a preview was made
+        with the same request. Arguments as in `load_parts_of_stage`.
+        """
+        return cls(load_parts_of_stage(name_or_path, stage, **options))
 
     @property
     def defaults(self) -> GenerationSettings:
@@ -166,9 +176,13 @@ class TwoStagePipeline:
         Whoever stops early should close the iterator: that ends its threads and removes what it keeps on the disk.
 
         Raises:
-            WorkDirectoryError: while iterating, if `work_dir` belongs to another run or is damaged.
+            InvalidInputError: while iterating, if the pipeline holds Stage I alone.
+            WorkDirectoryError: while iterating, if `work_dir` belongs to another run or is damaged, or if the pipeline
+                holds Stage II alone and no preview was made there.
             OutputError: while iterating, if `work_dir` cannot be written.
         """
+        if "stage_two" not in self.parts.stages:
+            raise InvalidInputError("this pipeline holds Stage I alone; make a preview, or load both stages")
         report = on_progress or _ignore
 
         def make(parts: Parts, store: RunStore) -> Iterator[Tensor]:
@@ -198,8 +212,11 @@ class TwoStagePipeline:
         self, parts: Parts, request: GenerationRequest, store: RunStore, report: OnProgress
     ) -> Iterator[Tensor]:
         """Yield the frames of a run, uint8 [f,H,W,3], a latent frame at a time."""
-        embeds = self._encode_prompt(request)
-        self._make_motion_reference(parts, request, embeds, store, report)
+        if "stage_one" in parts.stages:
+            embeds = self._encode_prompt(request)
+            self._make_motion_reference(parts, request, embeds, store, report)
+        else:
+            embeds = self._handed_over(request, store)
         reference = _made_reference(parts, request, store)
         if request.settings.refiner == "none":
             yield from map(to_uint8, reference)
@@ -213,11 +230,20 @@ class TwoStagePipeline:
         work_dir: str | Path | None = None,
         on_progress: OnProgress | None = None,
     ) -> Generator[FinishedFrames, None, None]:
-        """Yield the motion reference, at its own size; `stream` with the same `work_dir` continues from it."""
+        """Yield the motion reference, at its own size; `stream` with the same `work_dir` continues from it.
+
+        Raises:
+            InvalidInputError: while iterating, if the pipeline holds Stage II alone.
+            WorkDirectoryError, OutputError: as in `stream`.
+        """
+        if "stage_one" not in self.parts.stages:
+            raise InvalidInputError("this pipeline holds Stage II alone, and a preview is Stage I; load both stages")
         report = on_progress or _ignore
 
         def make(parts: Parts, store: RunStore) -> Iterator[Tensor]:
-            self._make_motion_reference(parts, request, self._encode_prompt(request), store, report)
+            embeds = self._encode_prompt(request)
+            self._make_motion_reference(parts, request, embeds, store, report)
+            store.keep_prompt(self._texts(request), embeds.tensors())
             yield from map(torch.from_numpy, store.motion.chunks())
 
         yield from self._run(request, work_dir, make)
@@ -225,7 +251,8 @@ class TwoStagePipeline:
     def prompt_notes(self, request: GenerationRequest) -> tuple[str, ...]:
         """Return what there is to say of the prompt: that it is empty, or cut at the encoder's limit."""
         empty = () if request.prompt.strip() else ("the prompt is empty: what moves is left to the model",)
-        if self.parts.memory is not None:  # the text encoder has its place only while a run goes on
+        # Within limits of memory the text encoder has its place only while a run goes on.
+        if self.parts.memory is not None or "stage_one" not in self.parts.stages:
             texts = zip(("prompt", "negative prompt"), self._texts(request), strict=True)
             cut = (self.parts.stage_one._cut_note(name, text or "") for name, text in texts)
             return (*empty, *(note for note in cut if note is not None))
@@ -241,6 +268,15 @@ class TwoStagePipeline:
         settings = request.settings
         guided = max(settings.guidance_scale, settings.stage_one_guidance_scale) > 1
         return request.prompt, settings.negative_prompt if guided else None
+
+    def _handed_over(self, request: GenerationRequest, store: RunStore) -> PromptEmbeds:
+        """Return the prompt as a pipeline with Stage I has read it for the motion reference in the store."""
+        store.claim_motion(request.settings.stage_one_identity() | self._identity(request))
+        if not store.motion.is_complete:
+            msg = f"{store.directory} holds no finished motion reference; run Stage I there first"
+            raise WorkDirectoryError(msg)
+        kept = store.prompt(self._texts(request))
+        return PromptEmbeds(kept["prompt"], kept.get("negative"))
 
     def _make_motion_reference(
         self, parts: Parts, request: GenerationRequest, embeds: PromptEmbeds, store: RunStore, report: OnProgress

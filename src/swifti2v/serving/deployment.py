@@ -1,10 +1,12 @@
 """The service on Ray Serve, for several cards or machines. The only module that imports ray.
 
-Three deployments, over the same queue and the same folder as on one machine:
+Deployments, over the same queue and the same folder as on one machine:
 
 - `Ingress` is the HTTP application as it is, behind Ray's proxy.
-- `ModelReplica` holds a pipeline on its card and works on the queue when it is called.
+- `ModelReplica` holds a pipeline on its card and works on the queue when it is called: the whole of it, or one stage.
 - `Dispatcher`, one, keeps as many calls under way as there are jobs to do. Ray Serve scales the replicas by them.
+
+With replicas of one stage there are the last two for each stage, scaled by the jobs that are to go on with it.
 
 No job travels in a call: a replica claims it from the store, as a worker process does. So nothing is lost with a
 process, whichever dies: the lease of its job runs out, the dispatcher sees that the job is not done, and another
@@ -27,17 +29,18 @@ from ray.exceptions import RayError
 from swifti2v.errors import ConfigurationError, OutputError
 from swifti2v.jobs.queue import JobQueue
 from swifti2v.jobs.runner import PipelineRunner
-from swifti2v.jobs.state import ACTIVE_STATES
+from swifti2v.jobs.state import ALL_STAGES
 from swifti2v.jobs.worker import Worker, WorkerOptions
 from swifti2v.serving.application import create_app
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Collection
 
     from fastapi import FastAPI
     from ray.serve.handle import DeploymentHandle
 
-    from swifti2v.serving.settings import ClusterSettings, ServiceSettings
+    from swifti2v.jobs.state import JobStage
+    from swifti2v.serving.settings import ClusterSettings, ServiceSettings, WorkerGroup
 
 LOGGER = logging.getLogger(__name__)
 
@@ -51,17 +54,22 @@ _STOP_SECONDS = 60.0  # within which a replica makes a step and gives its job ba
 
 
 class ModelReplica:
-    """A pipeline that works on the queue while it is called."""
+    """A pipeline, of some stages or all, that works on the queue while it is called."""
 
-    def __init__(self, settings: ServiceSettings, cluster: ClusterSettings) -> None:
+    def __init__(
+        self, settings: ServiceSettings, cluster: ClusterSettings, stages: Collection[JobStage] = ALL_STAGES
+    ) -> None:
         self._models = [model.name for model in settings.models]
         self._queue = JobQueue.open(settings.data, url=settings.database_url)
         self._runner = PipelineRunner.on_device(
-            cluster.worker_device, cluster.memory, acceleration=cluster.acceleration
+            cluster.worker_device, cluster.memory, acceleration=cluster.acceleration, stages=stages
         )
         self._runner.pipeline(self._models[0])
         self._options = WorkerOptions(
-            models=self._models, lease_seconds=cluster.lease_seconds, grace_seconds=cluster.grace_seconds
+            models=self._models,
+            stages=stages,
+            lease_seconds=cluster.lease_seconds,
+            grace_seconds=cluster.grace_seconds,
         )
 
     async def work(self) -> int:
@@ -83,6 +91,7 @@ class Dispatcher:
         replicas: handle of the `ModelReplica` deployment.
         settings: of the service.
         max_calls: under way at most; more than there can be replicas tells Ray nothing.
+        stages: of the replicas.
         poll_seconds: pause between two looks at the queue.
     """
 
@@ -92,11 +101,13 @@ class Dispatcher:
         settings: ServiceSettings,
         *,
         max_calls: int,
+        stages: Collection[JobStage] = ALL_STAGES,
         poll_seconds: float = 0.2,
     ) -> None:
         self._replicas = replicas
         self._store = JobQueue.open(settings.data, url=settings.database_url).store
         self._max_calls = max_calls
+        self._stages = stages
         self._poll_seconds = poll_seconds
         self._calls: set[asyncio.Task[None]] = set()
         self._watching = asyncio.get_running_loop().create_task(self._watch())
@@ -125,11 +136,10 @@ class Dispatcher:
 
     def _num_active(self) -> int:
         try:
-            counts = self._store.counts()
+            return self._store.num_active(self._stages)
         except OutputError as error:
             LOGGER.warning("the queue cannot be read: %s", error)
             return 0
-        return sum(counts[state] for state in ACTIVE_STATES)
 
     async def _call(self) -> None:
         response = self._replicas.work.remote()
@@ -147,28 +157,38 @@ class Dispatcher:
 
 def application(settings: ServiceSettings, cluster: ClusterSettings) -> Any:
     """Return the Ray Serve application, to be given to `serve.run`."""
+    beside: dict[str, Any] = {"ray_actor_options": {"num_cpus": 0}, "num_replicas": 1}
+    dispatchers = [
+        serve.deployment(Dispatcher, name=_dispatcher_name(group), **beside).bind(
+            _replicas(settings, cluster, group), settings, max_calls=group.max_workers + 1, stages=group.stages
+        )
+        for group in cluster.groups
+    ]
+    return _ingress(settings, beside).bind(*dispatchers)
+
+
+def _replicas(settings: ServiceSettings, cluster: ClusterSettings, group: WorkerGroup) -> Any:
     actor = {"num_cpus": cluster.cpus_per_worker, "num_gpus": cluster.gpus_per_worker}
     scaling = {
         "min_replicas": cluster.min_workers,
-        "max_replicas": cluster.max_workers,
+        "max_replicas": group.max_workers,
         "target_ongoing_requests": 1,
         "upscale_delay_s": _UPSCALE_SECONDS,
         "downscale_delay_s": cluster.idle_seconds,
     }
-    replicas = serve.deployment(
+    return serve.deployment(
         ModelReplica,
-        name="ModelReplica",
+        name=f"{group.name}ModelReplica",
         ray_actor_options=actor,
         autoscaling_config=scaling,
         max_ongoing_requests=1,
         health_check_period_s=2,
         graceful_shutdown_timeout_s=cluster.grace_seconds + _STOP_SECONDS,
-    ).bind(settings, cluster)
-    beside: dict[str, Any] = {"ray_actor_options": {"num_cpus": 0}, "num_replicas": 1}
-    dispatcher = serve.deployment(Dispatcher, name="Dispatcher", **beside).bind(
-        replicas, settings, max_calls=cluster.max_workers + 1
-    )
-    return _ingress(settings, beside).bind(dispatcher)
+    ).bind(settings, cluster, group.stages)
+
+
+def _dispatcher_name(group: WorkerGroup) -> str:
+    return f"{group.name}Dispatcher"
 
 
 def run(settings: ServiceSettings, cluster: ClusterSettings, *, address: tuple[str, int]) -> None:
@@ -182,7 +202,10 @@ def run(settings: ServiceSettings, cluster: ClusterSettings, *, address: tuple[s
         try:
             stopping.wait()
         finally:
-            serve.get_deployment_handle("Dispatcher", APPLICATION).drain.remote().result(timeout_s=_STOP_SECONDS)
+            names = map(_dispatcher_name, cluster.groups)
+            drained = [serve.get_deployment_handle(name, APPLICATION).drain.remote() for name in names]
+            for response in drained:
+                response.result(timeout_s=_STOP_SECONDS)
             serve.shutdown()
 
 
@@ -206,8 +229,8 @@ def _ingress(settings: ServiceSettings, options: dict[str, Any]) -> Any:
 
     @serve.ingress(build_app)
     class Ingress:
-        def __init__(self, dispatcher: DeploymentHandle[Any]) -> None:
-            self.dispatcher = dispatcher
+        def __init__(self, *dispatchers: DeploymentHandle[Any]) -> None:
+            self.dispatchers = dispatchers
 
     return serve.deployment(Ingress, name="Ingress", max_ongoing_requests=1000, **options)
 
@@ -236,7 +259,7 @@ class _Cluster:
         ray.shutdown()
 
     def _start(self) -> None:
-        needed = self._settings.max_workers * self._settings.cpus_per_worker
+        needed = sum(group.max_workers for group in self._settings.groups) * self._settings.cpus_per_worker
         ray.init(
             num_cpus=max(os.cpu_count() or 1, int(needed + 1)),
             object_store_memory=_OBJECT_STORE_BYTES,

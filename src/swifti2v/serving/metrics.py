@@ -8,6 +8,8 @@ from prometheus_client import CollectorRegistry, Counter, Histogram, generate_la
 from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.registry import Collector
 
+from swifti2v.jobs.state import JobStage
+
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
@@ -43,7 +45,7 @@ class Metrics:
 
 
 class _Jobs(Collector):
-    """Jobs by state."""
+    """Jobs by state and by stage."""
 
     def __init__(self, store: JobStore) -> None:
         self._store = store
@@ -53,6 +55,10 @@ class _Jobs(Collector):
         for state, count in self._store.counts().items():
             jobs.add_metric((state.value,), count)
         yield jobs
+        stages = GaugeMetricFamily("swifti2v_active_jobs", "Jobs that wait or run, by next stage.", labels=("stage",))
+        for stage in JobStage:
+            stages.add_metric((stage.value,), self._store.num_active((stage,)))
+        yield stages
         yield GaugeMetricFamily("swifti2v_jobs_limit", "Jobs that may wait or run.", self._store.max_active)
 
     def describe(self) -> list[GaugeMetricFamily]:

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from swifti2v.jobs.retention import RetentionPolicy
+from swifti2v.jobs.state import ALL_STAGES, JobStage
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -80,12 +81,29 @@ class ServiceSettings:
 
 
 @dataclass(frozen=True)
+class WorkerGroup:
+    """Workers of a cluster that do the same stages, and are scaled by the jobs that are to go on with these.
+
+    Args:
+        name: begins the names of its deployments; empty where the workers do both stages.
+        stages: that the workers do, and whose networks they hold.
+        max_workers: at most.
+    """
+
+    name: str
+    stages: tuple[JobStage, ...]
+    max_workers: int
+
+
+@dataclass(frozen=True)
 class ClusterSettings:
     """How the service spreads over a Ray cluster.
 
     Args:
         address: of a running cluster (``auto``: the one of this machine); None: one is started, of this machine alone.
         min_workers, max_workers: model replicas while nothing waits, and at most.
+        stage_one_workers, stage_two_workers: replicas at most that hold one stage alone; with any of these there are
+            none that hold both, and `min_workers` of each stage stay.
         gpus_per_worker, cpus_per_worker: what Ray sets aside for a replica.
         device: of a replica; default: ``cuda`` with cards, else ``cpu``.
         memory: of the device that a run may take, as `MemoryLimits.parse` reads it; None: all is kept on the device.
@@ -98,6 +116,8 @@ class ClusterSettings:
     address: str | None = None
     min_workers: int = 1
     max_workers: int = 1
+    stage_one_workers: int = 0
+    stage_two_workers: int = 0
     gpus_per_worker: float = 0.0
     cpus_per_worker: float = 1.0
     device: str | None = None
@@ -111,3 +131,12 @@ class ClusterSettings:
     def worker_device(self) -> str:
         """Device of a replica."""
         return self.device or ("cuda" if self.gpus_per_worker else "cpu")
+
+    @property
+    def groups(self) -> tuple[WorkerGroup, ...]:
+        """The replicas by what they do."""
+        alone = (
+            WorkerGroup("StageOne", (JobStage.ONE,), self.stage_one_workers),
+            WorkerGroup("StageTwo", (JobStage.TWO,), self.stage_two_workers),
+        )
+        return tuple(group for group in alone if group.max_workers) or (WorkerGroup("", ALL_STAGES, self.max_workers),)

@@ -42,6 +42,9 @@ if TYPE_CHECKING:
 
 Overlap = Literal["decode", "write", "none"]
 
+NARROWED = ("text_encoder", "transformer", "transformer_2")
+"""Networks of Stage I that are stored in float8 where the host has no room for more."""
+
 
 @dataclass(frozen=True)
 class Parts:
@@ -123,19 +126,22 @@ def load_parts(
     stored = _stored_dtype(checkpoint, memory, loaded, float8_products=acceleration.quantization == "float8")
     transformer = load_stage_two_transformer(checkpoint, dtype=dtype, refiner=trained_refiner(checkpoint))
     store_weights(transformer, stored, compute_dtype=dtype)
+    transformer = transformer.to(home).eval()
     codec = open_codec(load_stage_two_vae(checkpoint, dtype=dtype).to(home).eval())
     roles = {adapter.role for adapter in one.adapters}
     applied = roles if few_step else roles - {FEW_STEP_ADAPTER}
-    pipeline = load_stage_one_pipeline(checkpoint, dtype=dtype, roles=applied)
-    for network in (pipeline.text_encoder, pipeline.transformer, pipeline.transformer_2):
-        if network is not None:
+
+    def settle(name: str, network: torch.nn.Module) -> None:
+        if name in NARROWED:
             store_weights(network, stored, compute_dtype=dtype)
-    pipeline.to(home)
+        network.to(home)
+
+    pipeline = load_stage_one_pipeline(checkpoint, dtype=dtype, roles=applied, settle=settle)
     pipeline.scheduler = _few_step_scheduler(pipeline.scheduler, one)
     parts = Parts(
         name=_identity(checkpoint.index),
         stage_one=StageOne(pipeline, window_frames=one.window_frames, max_sequence_length=one.max_sequence_length),
-        stage_two=StageTwo(transformer.to(home).eval(), codec, uses_prompt=two.uses_prompt),
+        stage_two=StageTwo(transformer, codec, uses_prompt=two.uses_prompt),
         defaults=default_settings(checkpoint.index, few_step=few_step),
         motion_reduction=one.reference_reduction,
         motion_max_area=one.max_area,

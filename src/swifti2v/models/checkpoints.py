@@ -13,9 +13,7 @@ is loaded can run code of its own.
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Collection
 from dataclasses import dataclass
 from importlib import import_module, resources
 from pathlib import Path
@@ -24,10 +22,10 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 import torch
 from diffusers import AutoencoderKLWan
 
-from swifti2v.errors import AdapterError, CheckpointError, SwiftI2VError
-from swifti2v.models.adapters import adapters_of_experts, fuse, read_adapter_file
+from swifti2v.errors import CheckpointError
 from swifti2v.models.checkpoint_files import (
     Hub,
+    as_checkpoint_error,
     check_weights_loaded,
     read_json,
     stage_one_patterns,
@@ -44,26 +42,32 @@ from swifti2v.models.checkpoint_index import (
     is_within,
     read_index,
 )
+from swifti2v.models.stage_one_weights import apply_adapters, load_stage_one_pipeline
 from swifti2v.models.transformer import StageTwoTransformer
 
 if TYPE_CHECKING:
-    from diffusers import WanImageToVideoPipeline
     from torch import nn
 
-    from swifti2v.models.adapters import Expert
+__all__ = [
+    "PARTS",
+    "STAGE_TWO_CODECS",
+    "Part",
+    "ResolvedCheckpoint",
+    "apply_adapters",
+    "load_stage_one_pipeline",
+    "load_stage_two_transformer",
+    "load_stage_two_vae",
+    "preset_names",
+    "resolve",
+]
 
 Part = Literal["stage_one", "stage_two"]
 PARTS: tuple[Part, ...] = get_args(Part)
 
-logger = logging.getLogger(__name__)
-
 # Codecs of Stage II besides diffusers': class name in config.json -> module. Imported only when met.
 STAGE_TWO_CODECS = {"BlockTransformCodec": "swifti2v.models.transform_codec"}
 
-_PIPELINE = "WanImageToVideoPipeline"
 _TRANSFORMERS = ("StageTwoTransformer", "WanTransformer3DModel")
-_WITHOUT_WEIGHTS = ("scheduler", "tokenizer", "image_processor")
-_LOADING_ERRORS = (OSError, ValueError, TypeError, KeyError, AttributeError, ImportError, RuntimeError, SwiftI2VError)
 
 
 @dataclass(frozen=True)
@@ -281,90 +285,6 @@ def load_stage_two_vae(resolved: ResolvedCheckpoint, *, dtype: torch.dtype = tor
     return _load_model(getattr(import_module(STAGE_TWO_CODECS[name]), name), folder, torch.float32)
 
 
-def load_stage_one_pipeline(
-    resolved: ResolvedCheckpoint,
-    *,
-    dtype: torch.dtype = torch.bfloat16,
-    vae_dtype: torch.dtype = torch.float32,
-    roles: Collection[str] | None = None,
-) -> WanImageToVideoPipeline:
-    """Load Stage I with its adapters fused.
-
-    Args:
-        resolved: with the part "stage_one".
-        dtype: of transformers and text encoder.
-        vae_dtype: of the codec; Wan's own code runs it in float32.
-        roles: adapters of these roles are applied; None: all. Without "few_step" it is a many-step model.
-
-    Raises:
-        CheckpointError: missing or damaged files, another pipeline class, weights that do not belong.
-        AdapterError: an adapter that does not match.
-    """
-    from diffusers import WanImageToVideoPipeline
-
-    folder = resolved.folder_of("stage_one")
-    stored = {name: stored_names(folder / name) for name in networks_of(folder)}
-    with as_checkpoint_error(folder):
-        pipeline = WanImageToVideoPipeline.from_pretrained(
-            str(folder),
-            dtype={"default": dtype, "vae": vae_dtype},
-            local_files_only=True,
-            use_safetensors=True,
-        )
-    for name, names in stored.items():
-        check_weights_loaded(getattr(pipeline, name), names, folder / name)
-    for note in apply_adapters(pipeline, resolved, roles=roles):
-        logger.info(note)
-    return pipeline
-
-
-def apply_adapters(
-    pipeline: WanImageToVideoPipeline, resolved: ResolvedCheckpoint, *, roles: Collection[str] | None = None
-) -> tuple[str, ...]:
-    """Fuse the checkpoint's adapters of `roles` (None: all) into the experts of `pipeline`.
-
-    Returns:
-        What was left out of the files on purpose, one sentence each.
-
-    Raises:
-        AdapterError: a file does not match wholly; no expert is changed then.
-    """
-    experts: dict[Expert, nn.Module] = {"high": pipeline.transformer}
-    if pipeline.transformer_2 is not None:
-        experts["low"] = pipeline.transformer_2
-    notes: list[str] = []
-    chosen = [
-        (entry, path, adapters_of_experts(read_adapter_file(path), experts, expert=entry.expert))
-        for entry, path in zip(resolved.index.stage_one.adapters, resolved.adapters, strict=True)
-        if roles is None or entry.role in roles
-    ]
-    for entry, path, adapters in chosen:
-        for expert, adapter in adapters.items():
-            fuse(experts[expert], adapter, strength=entry.scale)
-            notes += [f"{path.name}, {expert}-noise expert: {note}" for note in adapter.notes]
-    return tuple(notes)
-
-
-def networks_of(folder: Path) -> list[str]:
-    """Components of a pipeline that have weights; modules of this package that it names are imported on the way."""
-    model_index = read_json(folder / "model_index.json")
-    if model_index.get("_class_name") != _PIPELINE:
-        msg = f"{folder / 'model_index.json'} is of a {model_index.get('_class_name')}; Stage I takes {_PIPELINE}"
-        raise CheckpointError(msg)
-    named: Mapping[str, Any] = {
-        name: value for name, value in model_index.items() if isinstance(value, list) and len(value) == 2 and value[0]
-    }
-    for name, (library, class_name) in named.items():
-        if str(library).startswith("swifti2v."):
-            # diffusers finds classes of other packages only in modules that are imported already.
-            with as_checkpoint_error(folder / "model_index.json"):
-                getattr(import_module(library), class_name)
-        if not (folder / name).is_dir():
-            msg = f"{folder / 'model_index.json'} names {name}, and there is no folder {folder / name}; get it again"
-            raise CheckpointError(msg)
-    return [name for name in named if name not in _WITHOUT_WEIGHTS]
-
-
 def _load_model(model_class: Any, folder: Path, dtype: torch.dtype, *, own_table: bool = False) -> Any:
     names = stored_names(folder)
     with as_checkpoint_error(folder):
@@ -376,20 +296,3 @@ def _load_model(model_class: Any, folder: Path, dtype: torch.dtype, *, own_table
 def class_name_in(folder: Path) -> str:
     """Return the class that a configuration is of."""
     return str(read_json(folder / "config.json").get("_class_name"))
-
-
-@contextmanager
-def as_checkpoint_error(place: Path) -> Iterator[None]:
-    """Turn what diffusers and transformers raise on bad files into a `CheckpointError` that names them."""
-    default_dtype = torch.get_default_dtype()
-    try:
-        yield
-    except (CheckpointError, AdapterError, torch.OutOfMemoryError):
-        raise
-    except _LOADING_ERRORS as error:
-        reason = " ".join(str(error).split())[:300] or type(error).__name__
-        msg = f"cannot load {place}: {reason}; the files do not fit together: get them again"
-        raise CheckpointError(msg) from error
-    finally:
-        # A load that fails half-way leaves the process with the dtype of the weights as torch's default.
-        torch.set_default_dtype(default_dtype)

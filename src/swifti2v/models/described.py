@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from diffusers import ConfigMixin, WanImageToVideoPipeline
 
-from swifti2v.models.checkpoint_files import read_json
-from swifti2v.models.checkpoints import STAGE_TWO_CODECS, as_checkpoint_error, class_name_in, networks_of
+from swifti2v.models.checkpoint_files import as_checkpoint_error
+from swifti2v.models.checkpoints import STAGE_TWO_CODECS, class_name_in
+from swifti2v.models.stage_one_weights import network_classes
 from swifti2v.models.transformer import StageTwoTransformer
 
 if TYPE_CHECKING:
@@ -30,11 +31,9 @@ def described_stage_one(resolved: ResolvedCheckpoint, *, dtype: torch.dtype) -> 
         CheckpointError: missing or damaged files.
     """
     folder = resolved.folder_of("stage_one")
-    classes = read_json(folder / "model_index.json")
-    networks = {}
-    for name in networks_of(folder):
-        library, class_name = classes[name]
-        networks[name] = _described(getattr(import_module(library), class_name), folder / name, dtype)
+    networks = {
+        name: _described(network_class, folder / name, dtype) for name, network_class in network_classes(folder).items()
+    }
     with as_checkpoint_error(folder):
         return WanImageToVideoPipeline.from_pretrained(str(folder), local_files_only=True, **networks)
 

@@ -47,6 +47,9 @@ if TYPE_CHECKING:
 
 Overlap = Literal["decode", "write", "none"]
 
+NARROWED = ("text_encoder", "transformer", "transformer_2")
+"""Networks of Stage I that are stored in float8 where the host has no room for more."""
+
 
 @dataclass(frozen=True)
 class Parts:
@@ -217,13 +220,15 @@ def _stage_one_pipeline(
     if not is_held:
         return described_stage_one(checkpoint, dtype=way.dtype)
     roles = _roles(entry)
-    pipeline = load_stage_one_pipeline(
-        checkpoint, dtype=way.dtype, roles=roles if way.few_step else roles - {FEW_STEP_ADAPTER}
-    )
-    for network in (pipeline.text_encoder, pipeline.transformer, pipeline.transformer_2):
-        if network is not None:
+
+    def settle(name: str, network: torch.nn.Module) -> None:
+        if name in NARROWED:
             store_weights(network, stored, compute_dtype=way.dtype)
-    pipeline.to(way.home)
+        network.to(way.home)
+
+    pipeline = load_stage_one_pipeline(
+        checkpoint, dtype=way.dtype, roles=roles if way.few_step else roles - {FEW_STEP_ADAPTER}, settle=settle
+    )
     pipeline.scheduler = _few_step_scheduler(pipeline.scheduler, entry)
     return pipeline
 

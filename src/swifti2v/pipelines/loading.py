@@ -120,8 +120,8 @@ def load_parts(
         CheckpointError: the checkpoint cannot be found, downloaded or read.
         InvalidInputError: there is no such device, or it cannot be accelerated so.
     """
-    checkpoint = resolve(name_or_path, revision=revision, local_files_only=local_files_only)
     way = _Way.on(device, dtype, memory, few_step=few_step, local_files_only=local_files_only)
+    checkpoint = resolve(name_or_path, revision=revision, local_files_only=local_files_only)
     return _assembled(checkpoint, way, acceleration or Acceleration(attention="native"), stages=PARTS)
 
 
@@ -142,8 +142,8 @@ def load_parts_of_stage(
     Raises:
         CheckpointError, InvalidInputError: as `load_parts`.
     """
-    checkpoint = resolve(name_or_path, described=[part for part in PARTS if part != stage])
     way = _Way.on(device, dtype, memory)
+    checkpoint = resolve(name_or_path, described=[part for part in PARTS if part != stage])
     return _assembled(checkpoint, way, acceleration or Acceleration(attention="native"), stages=(stage,))
 
 

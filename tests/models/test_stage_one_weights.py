@@ -54,7 +54,7 @@ def test_a_network_is_handed_over_with_its_adapters_before_the_next_is_loaded(
             queries[name] = network.get_parameter(QUERY).detach().clone()
 
     pipeline = load_stage_one_pipeline(resolve(tiny_checkpoint), dtype=torch.float32, settle=settle)
-    names = ["text_encoder", "transformer", "transformer_2"]
+    names = ["transformer", "transformer_2", "text_encoder"]
     assert events == [*(f"{verb} {name}" for name in names for verb in ("load", "settle")), "settle vae"]
     for name, query in queries.items():
         assert torch.equal(query, getattr(pipeline, name).get_parameter(QUERY))

@@ -25,6 +25,7 @@ FORMAT = 1
 
 Refiner = Literal["concat", "training-free", "none"]
 ReferenceMode = Literal["replace", "transport"]
+SolverName = Literal["euler", "renoise"]
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _WITHIN = "./"
@@ -109,6 +110,7 @@ class StageTwoEntry:
         num_inference_steps: per segment.
         sigma_start: noise level that targets start from, 0 < sigma <= 1.
         flow_shift: of its schedule.
+        solver: "euler", or "renoise" for networks that were distilled with fresh noise at each step.
         guidance_scale: 1: no second forward.
         segment_size, neighbors_before, neighbors_after: M and N, in latent frames.
         positions: RoPE positions of a window.
@@ -123,6 +125,7 @@ class StageTwoEntry:
     num_inference_steps: int = 4
     sigma_start: float = 1.0
     flow_shift: float = 5.0
+    solver: SolverName = "euler"
     guidance_scale: float = 1.0
     segment_size: int = 3
     neighbors_before: int = 1

@@ -144,7 +144,11 @@ def _frame_timesteps(segment: Segment, sigma_B: Tensor) -> Tensor:
 def _sigma_per_sample(sigma: float | Tensor, targets: Tensor) -> Tensor:
     batch = targets.shape[0]
     # Levels stay float32 whatever the network's dtype: bfloat16 would turn 0.9375 * 1000 into 936.
-    sigma_B = torch.as_tensor(sigma, dtype=torch.float32, device=targets.device)
+    if isinstance(sigma, torch.Tensor):
+        sigma_B = sigma.to(targets.device, torch.float32)
+    else:
+        # Written there: to copy a number to a GPU is to wait for all that it has still to do.
+        sigma_B = torch.full((), sigma, dtype=torch.float32, device=targets.device)
     if sigma_B.ndim > 1 or sigma_B.numel() not in {1, batch}:
         msg = f"sigma is {tuple(sigma_B.shape)}; give one number, or one a sample, [{batch}]"
         raise InvalidInputError(msg)

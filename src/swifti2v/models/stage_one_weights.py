@@ -71,7 +71,8 @@ def load_stage_one_pipeline(
     # Adapters are read before any network is: of the experts they need names and shapes.
     planned = _planned_adapters(_empty_experts(folder, classes), resolved, roles)
     networks: dict[str, Any] = {}
-    for name, network_class in classes.items():
+    # The largest first, while the rest of the host is free: what they are loaded as may be twice what is kept of them.
+    for name, network_class in sorted(classes.items(), key=lambda item: (item[0] not in _EXPERT_OF, item[0])):
         with as_checkpoint_error(folder / name):
             networks[name] = network = network_class.from_pretrained(
                 str(folder / name),

@@ -313,7 +313,10 @@ class StageTwoTransformer(WanTransformer3DModel):
         frames = torch.split(hidden_states, 1, dim=2)
         patches_BDFHW = torch.cat([self.patch_embedding(frame) for frame in frames], dim=2)
         table = self.frame_kind_table.to(patches_BDFHW)
-        kinds_FD = table[FrameKind.TARGET].unsqueeze(0) if frame_kinds is None else table[frame_kinds.to(table.device)]
+        if frame_kinds is None:
+            kinds_FD = table[FrameKind.TARGET].unsqueeze(0)
+        else:
+            kinds_FD = table[frame_kinds.to(table.device, non_blocking=True)]
         embedded = patches_BDFHW + kinds_FD.T[:, :, None, None]
         # The transposed view would make every layer of the first block copy it.
         return embedded.flatten(2).transpose(1, 2).contiguous()

@@ -101,7 +101,8 @@ class FramePositionRope(WanRotaryPosEmbed):
         grid = (frames, height // patch_height, width // patch_width)
         device = self.freqs_cos.device
         frames_L, rows_L, columns_L = torch.cartesian_prod(*(torch.arange(n, device=device) for n in grid)).unbind(1)
-        times_L = frames_L if frame_positions is None else frame_positions.to(device)[frames_L]
+        # Not to wait for what the device has still to do: the numbers are on their way before this returns.
+        times_L = frames_L if frame_positions is None else frame_positions.to(device, non_blocking=True)[frames_L]
 
         def look_up(table: Tensor) -> Tensor:
             time, row, column = table.split_with_sizes((self.t_dim, self.h_dim, self.w_dim), dim=1)

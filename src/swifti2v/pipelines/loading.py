@@ -322,6 +322,7 @@ def default_settings(index: CheckpointIndex, *, few_step: bool = True) -> Genera
         num_inference_steps=two.num_inference_steps,
         sigma_start=two.sigma_start,
         flow_shift=two.flow_shift,
+        solver=two.solver,
         guidance_scale=two.guidance_scale,
         segment_size=two.segment_size,
         neighbors_before=two.neighbors_before,

@@ -74,7 +74,8 @@ def frame_noise(
         float32 of `shape`.
     """
     generator = torch.Generator("cpu").manual_seed(derived_seed(seed, latent_frame, step))
-    return torch.randn(tuple(shape), generator=generator, dtype=torch.float32).to(device or "cpu")
+    noise = torch.randn(tuple(shape), generator=generator, dtype=torch.float32)
+    return noise.to(device or "cpu", non_blocking=True)
 
 
 def nothing_finished(segment: Segment) -> None:

@@ -12,14 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from swifti2v.cli.acceleration_options import (
-    AttentionOption,
-    CompileOption,
-    DecodeDeviceOption,
-    DecoderOption,
-    DecoderWeightsOption,
-    QuantizationOption,
-)
+from swifti2v.cli.acceleration_options import AccelerationOptions, with_acceleration_options
 from swifti2v.cli.jobs import (
     DEFAULT_DATA,
     DatabaseOption,
@@ -50,6 +43,7 @@ app = typer.Typer(help="Serve /v1/videos over HTTP; keys of its users.", invoke_
 
 
 @app.callback()
+@with_acceleration_options
 def serve(  # noqa: PLR0913 - typer makes an option of each parameter
     context: typer.Context,
     *,
@@ -59,12 +53,7 @@ def serve(  # noqa: PLR0913 - typer makes an option of each parameter
     workers: Annotated[int, typer.Option(min=0, help="Worker processes (with --ray: at most); 0 if elsewhere.")] = 1,
     device: Annotated[str | None, typer.Option(help="Of the workers: cpu, cuda, cuda:1, ...")] = None,
     memory: MemoryOption = None,
-    attention: AttentionOption = "auto",
-    compile_blocks: CompileOption = False,
-    quantization: QuantizationOption = "none",
-    decoder: DecoderOption = "exact",
-    decoder_weights: DecoderWeightsOption = None,
-    decode_device: DecodeDeviceOption = None,
+    accelerated_by: AccelerationOptions,
     keys: KeysOption = None,
     without_keys: Annotated[bool, typer.Option("--open", help="Serve without keys, to everybody.")] = False,
     max_jobs: Annotated[int, typer.Option(min=1, help="Videos that may wait or run.")] = 1000,
@@ -89,17 +78,9 @@ def serve(  # noqa: PLR0913 - typer makes an option of each parameter
         return
     _check_packages()
     from swifti2v.jobs.retention import RetentionPolicy
-    from swifti2v.pipelines.acceleration import Acceleration
     from swifti2v.serving.settings import ClusterSettings, ServiceLimits, ServiceSettings
 
-    acceleration = Acceleration(
-        attention=attention,
-        compile_blocks=compile_blocks,
-        quantization=quantization,
-        decoder=decoder,
-        decoder_weights=decoder_weights,
-        decode_device=decode_device,
-    )
+    acceleration = accelerated_by.acceleration()
     models = model or ["wan2.2"]
     settings = ServiceSettings(
         data=data,

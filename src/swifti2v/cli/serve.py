@@ -109,6 +109,8 @@ def serve(  # noqa: PLR0913 - typer makes an option of each parameter
         )
         _run_on_ray(settings, (host, port), cluster)
         return
+    if workers:
+        _check_worker(device, accelerated_by.decode_device, memory)
     options = {"data": data, "database": database, "lease": lease, "grace": grace, "device": device, "memory": memory}
     command = _worker_command(models, options, acceleration)
     _run(settings, (host, port), command=command, num_workers=workers, stop_seconds=grace + 60)
@@ -172,6 +174,18 @@ def _check_packages() -> None:
     except ModuleNotFoundError as error:
         msg = f"the service needs {error.name}; install it with: pip install 'swifti2v[serve]'"
         raise ConfigurationError(msg) from error
+
+
+def _check_worker(device: str | None, decode_device: str | None, memory: str | None) -> None:
+    """Raise `InvalidInputError` for options with which every worker would end, and be started again, for ever."""
+    from swifti2v.pipelines.fitting import MemoryLimits
+    from swifti2v.pipelines.loading import open_device
+
+    open_device(device)
+    if decode_device is not None:
+        open_device(decode_device)
+    if memory is not None:
+        MemoryLimits.parse(memory)
 
 
 def _served_models(names: list[str]) -> Any:

@@ -196,6 +196,10 @@ def open_device(device: str | torch.device | None) -> torch.device:
     wanted = device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
         place = torch.device(wanted)
+    except RuntimeError as error:  # its message lists twenty kinds of device, most of them without kernels
+        msg = f"device {str(wanted)!r} is not known; use cpu, or cuda where there is a CUDA card"
+        raise InvalidInputError(msg) from error
+    try:
         torch.empty(0, device=place)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = (str(error).splitlines() or [""])[0]

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Literal
 
 import torch
 
 from swifti2v.errors import InvalidInputError
-from swifti2v.geometry import Size, reduced_size
+from swifti2v.geometry import Size, motion_size
 from swifti2v.memory.checkpoint_dimensions import read_pipeline_dimensions
 from swifti2v.memory.placement import store_weights
 from swifti2v.models.checkpoint_files import read_json
@@ -77,11 +76,9 @@ class Parts:
     decoder: VideoDecoder | None = None
 
     def motion_size(self, size: Size) -> Size:
-        """Return the size of the motion reference of an output of `size` (640x352 of 2560x1408 for Wan2.2)."""
-        factor = self.motion_reduction
-        if self.motion_max_area is not None:
-            factor = max(factor, math.sqrt(size.width * size.height / self.motion_max_area))
-        return reduced_size(size, factor, self.stage_one.geometry.size_multiple)
+        """Return the size of the motion reference of an output of `size`."""
+        multiple = self.stage_one.geometry.size_multiple
+        return motion_size(size, reduction=self.motion_reduction, max_area=self.motion_max_area, multiple=multiple)
 
     def check_few_step(self, few_step: bool) -> None:
         """Raise `InvalidInputError` if Stage I cannot sample in this way with the weights as they were loaded."""

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import math
 import shutil
+from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,9 +14,11 @@ import PIL.Image
 import pytest
 import torch
 
+from swifti2v.data.procedural import MOTION_WORDS, PHRASES
 from swifti2v.errors import CheckpointError, InvalidInputError
 from swifti2v.geometry import Size
 from swifti2v.models.checkpoint_files import write_checksums
+from swifti2v.models.checkpoints import resolve
 from swifti2v.models.scheduler import FixedSigmaScheduler
 from swifti2v.pipelines import loading
 from swifti2v.pipelines.loading import load_parts, open_device, settings_of
@@ -115,6 +119,17 @@ def test_few_step_schedule_is_that_of_the_index(edited: Callable[..., Path], own
     assert scheduler.sigmas.tolist() == [1.0, 0.75, 0.5, 0.0]
     assert scheduler.config.shift == (3.0 if own else 5.0)
     assert parts.many_step_flow_shift == 7.0
+
+
+def test_prompts_without_a_known_motion_are_said(tiny_checkpoint: Path) -> None:
+    known = resolve("mini").index.stage_one.known_motions
+    assert known == MOTION_WORDS
+    parts = replace(load_parts(tiny_checkpoint, device="cpu"), known_motions=known)
+    (note,) = parts.motion_notes("A dragon flies in.")
+    assert note.startswith("the model knows no motion in this prompt; it knows pan, tilt, zoom")
+    for phrase in (*chain.from_iterable(PHRASES.values()), "", "The dragon is ZOOMED out of."):
+        assert parts.motion_notes(phrase) == (), phrase
+    assert replace(parts, known_motions=()).motion_notes("A dragon flies in.") == ()
 
 
 def test_motion_size(edited: Callable[..., Path]) -> None:

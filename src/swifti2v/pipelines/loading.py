@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Literal
 
@@ -52,6 +53,7 @@ class Parts:
         defaults: settings that the checkpoint recommends.
         motion_reduction: output size over motion size.
         motion_max_area: pixels of a motion frame at most, None for no limit.
+        known_motions: verbs of which a prompt should hold one, in any form; empty: any prompt will do.
         few_step_ways: values of `few_step` that the loaded weights can sample with: one, where the few-step adapters
             are in the weights or were left out of them, and both, where the checkpoint has none.
         many_step_flow_shift: time shift of Stage I's many-step schedule.
@@ -68,6 +70,7 @@ class Parts:
     defaults: GenerationSettings
     motion_reduction: float = 4.0
     motion_max_area: int | None = None
+    known_motions: tuple[str, ...] = ()
     few_step_ways: tuple[bool, ...] = (True, False)
     many_step_flow_shift: float = 5.0
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
@@ -79,6 +82,14 @@ class Parts:
         """Return the size of the motion reference of an output of `size`."""
         multiple = self.stage_one.geometry.size_multiple
         return motion_size(size, reduction=self.motion_reduction, max_area=self.motion_max_area, multiple=multiple)
+
+    def motion_notes(self, prompt: str) -> tuple[str, ...]:
+        """Say that the model knows none of the words of a prompt, and which it knows."""
+        words = re.findall(r"[a-z]+", prompt.lower())
+        stems = tuple(verb.removesuffix("e") for verb in self.known_motions)
+        if not words or not stems or any(word.startswith(stems) for word in words):
+            return ()
+        return (f"the model knows no motion in this prompt; it knows {', '.join(self.known_motions)}",)
 
     def check_few_step(self, few_step: bool) -> None:
         """Raise `InvalidInputError` if Stage I cannot sample in this way with the weights as they were loaded."""
@@ -136,6 +147,7 @@ def load_parts(
         defaults=default_settings(checkpoint.index, few_step=few_step),
         motion_reduction=one.reference_reduction,
         motion_max_area=one.max_area,
+        known_motions=one.known_motions,
         few_step_ways=(few_step,) if FEW_STEP_ADAPTER in roles else (True, False),
         many_step_flow_shift=one.flow_shift,
         device=place,

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from swifti2v.errors import InvalidInputError
-from swifti2v.geometry import CodecGeometry, LatentShape, Size, nearest_size, reduced_size
+from swifti2v.geometry import CodecGeometry, LatentShape, Size, motion_size, nearest_size
 
 WAN22 = CodecGeometry(spatial=16, temporal=4, patch=2)
 WAN21 = CodecGeometry(spatial=8, temporal=4, patch=2)
@@ -18,8 +18,16 @@ def test_the_sizes_of_the_paper():
     assert WAN22.latent_shape(output, 81) == LatentShape(21, 88, 160)
     assert WAN22.tokens_per_frame(output) == 3520
     assert WAN21.latent_shape(Size(640, 352), 81) == LatentShape(21, 44, 80)
-    assert reduced_size(output, 4, WAN21.size_multiple) == Size(640, 352)
+    assert motion_size(output, reduction=4, max_area=None, multiple=WAN21.size_multiple) == Size(640, 352)
     assert (WAN22.size_multiple, WAN21.size_multiple) == (32, 16)
+
+
+@pytest.mark.parametrize(
+    ("output", "expected"), [((2560, 1408), (320, 176)), ((1408, 2560), (176, 320)), ((640, 352), (160, 96))]
+)
+def test_a_limit_of_area_holds_for_large_outputs_only(output, expected):
+    made = motion_size(Size(*output), reduction=4, max_area=320 * 176, multiple=16)
+    assert made == Size(*expected)
 
 
 @given(st.integers(1, 8), st.integers(0, 500))

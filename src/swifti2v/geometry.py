@@ -6,6 +6,7 @@ Words (paper, section CSG; `docs/design.md` 1): latent frame 0 holds pixel frame
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -107,6 +108,14 @@ def nearest_size(size: Size, multiple: int) -> Size:
     return Size(*(max(multiple, round(side / multiple) * multiple) for side in size))
 
 
-def reduced_size(size: Size, factor: float, multiple: int) -> Size:
-    """Return `size` divided by `factor`, rounded to multiples of `multiple`: the motion reference of an output size."""
+def motion_size(size: Size, *, reduction: float, max_area: int | None, multiple: int) -> Size:
+    """Return the size of the motion reference of an output of `size`: 640x352 of 2560x1408 for Wan2.2.
+
+    Args:
+        size: of the output.
+        reduction: output size over motion size, at the least.
+        max_area: pixels of a motion frame at most, to within the rounding to `multiple`; None: no limit.
+        multiple: of which both sides are made, the codec's factor times the patch of Stage I.
+    """
+    factor = reduction if max_area is None else max(reduction, math.sqrt(size.width * size.height / max_area))
     return nearest_size(Size(round(size.width / factor), round(size.height / factor)), multiple)

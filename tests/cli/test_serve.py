@@ -136,3 +136,24 @@ def test_workers_are_told_how_to_work(tmp_path: Path, monkeypatch: pytest.Monkey
     assert [command.count("--model") for command in commands] == [2, 1]
     with pytest.raises(InvalidInputError, match="attention 'fast' is not known"):
         run("--open", "--model", "mini", "--attention", "fast", *data)
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "words"),
+    [
+        ("--device", "gpu", "device 'gpu' is not known; use cpu"),
+        ("--decode-device", "cuda:99", "cannot be used"),
+        ("--memory", "lots", "write for instance 24GiB"),
+    ],
+)
+def test_options_that_every_worker_would_die_of_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, option: str, value: str, words: str
+) -> None:
+    started: list[object] = []
+    monkeypatch.setattr(serve, "_run", lambda *_arguments, **_options: started.append(option))
+    asked = ("--open", "--model", "mini", option, value, "--data", str(tmp_path))
+    with pytest.raises(InvalidInputError, match=words):
+        run(*asked)
+    assert not started
+    run(*asked, "--workers", "0")  # then they are elsewhere, where this may be right
+    assert started == [option]

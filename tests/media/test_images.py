@@ -15,7 +15,7 @@ from PIL import Image, ImageCms
 
 from swifti2v.errors import ImageInputError, InvalidInputError
 from swifti2v.geometry import Size
-from swifti2v.media.images import MAX_PIXELS, fit_image, fit_notes, image_to_tensor, load_image
+from swifti2v.media.images import MAX_PIXELS, as_loaded_image, fit_image, fit_notes, image_to_tensor, load_image
 
 RED, GREEN, BLUE = (250, 10, 20), (20, 240, 10), (10, 30, 230)
 
@@ -295,10 +295,44 @@ class TestFit:
         assert fit_notes(Image.new("RGB", (1280, 704)), Size(640, 352)) == ()
         cut = fit_notes(Image.new("RGB", (1000, 1000)), Size(1000, 500))
         assert len(cut) == 1
-        assert "50%" in cut[0]
+        assert cut[0].endswith("(50% of the picture left out)")  # turning the output would not help a square
+        portrait = fit_notes(Image.new("RGB", (704, 1280)), Size(1280, 704))
+        assert portrait[0].endswith("(70% of the picture left out); a size of 704x1280 would leave out less")
+        assert "would" not in fit_notes(Image.new("RGB", (1000, 800)), Size(1280, 704))[0]
         small = fit_notes(Image.new("RGB", (128, 64)), Size(1280, 640))
         assert len(small) == 1
         assert "10.0 times" in small[0]
+
+
+class TestPicturesInMemory:
+    def test_are_treated_as_their_files(self, tmp_path: Path) -> None:
+        exif = Image.Exif()
+        exif[0x0112] = 6
+        image = three_bars("RGBA")
+        image.putalpha(Image.linear_gradient("L").resize(image.size))
+        path = save(image, tmp_path / "a.png", exif=exif)
+        by_name, opened = load_image(path), as_loaded_image(Image.open(path))
+        assert opened.notes == by_name.notes == ("rotated by its EXIF orientation", "transparent parts laid on white")
+        assert opened.image.tobytes() == by_name.image.tobytes()
+        assert as_loaded_image(str(path)).image.tobytes() == by_name.image.tobytes()
+
+    def test_are_left_as_they_were(self) -> None:
+        image = three_bars("RGBA")
+        before = image.tobytes()
+        loaded = as_loaded_image(image)
+        assert (image.mode, image.tobytes()) == ("RGBA", before)
+        assert loaded.notes == ()
+
+    def test_truncated(self, tmp_path: Path) -> None:
+        path = save(three_bars(), tmp_path / "a.png")
+        path.write_bytes(path.read_bytes()[:-60])
+        with Image.open(path) as image, pytest.raises(ImageInputError, match=r"a\.png' is truncated or damaged"):
+            as_loaded_image(image)
+
+    @pytest.mark.parametrize("given", [np.zeros((4, 4, 3), np.uint8), torch.zeros(3, 4, 4), None, 3])
+    def test_arrays_are_refused_with_the_way_to_give_them(self, given: object) -> None:
+        with pytest.raises(InvalidInputError, match=r"PIL\.Image\.fromarray"):
+            as_loaded_image(given)  # type: ignore[arg-type]
 
 
 def test_tensor_range_and_layout() -> None:

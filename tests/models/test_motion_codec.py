@@ -54,6 +54,14 @@ def test_motion_is_measured_in_widths_along_both_sides() -> None:
     torch.testing.assert_close(warp(frame, motion)[:, :, :12], frame[:, :, 2:14], atol=1e-4, rtol=0)
 
 
+def test_a_clip_of_one_frame_is_its_image(codec: MotionCodec) -> None:
+    frames, motion = moving(num_frames=5)
+    one = codec.decode(codec.encode(frames[:, :, :1]).latents).sample
+    assert one.shape == frames[:, :, :1].shape
+    longer = codec.decode(codec.encode_with_motion(frames, motion)).sample
+    assert torch.equal(one, longer[:, :, :1])
+
+
 @pytest.mark.parametrize("name", ["pan right", "tilt up", "zoom in", "rotate clockwise"])
 def test_known_motion_comes_back(codec: MotionCodec, name: str) -> None:
     frames, motion = moving(name)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import math
 import shutil
+from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,9 +15,11 @@ import pytest
 import torch
 from diffusers import WanTransformer3DModel
 
+from swifti2v.data.procedural import MOTION_WORDS, PHRASES
 from swifti2v.errors import CheckpointError, InvalidInputError
 from swifti2v.geometry import Size
 from swifti2v.models.checkpoint_files import write_checksums
+from swifti2v.models.checkpoints import resolve
 from swifti2v.models.scheduler import FixedSigmaScheduler
 from swifti2v.pipelines import loading
 from swifti2v.pipelines.fitting import MemoryLimits
@@ -143,6 +147,17 @@ def test_where_the_host_is_small_each_network_is_narrowed_before_the_next_is_loa
     load_parts(tiny_checkpoint, device="cpu", memory=MemoryLimits(host_bytes=1))
     narrow = "float8 torch.float8_e4m3fn"
     assert events == ["load transformer", narrow, "load transformer_2", narrow]
+
+
+def test_prompts_without_a_known_motion_are_said(tiny_checkpoint: Path) -> None:
+    known = resolve("mini").index.stage_one.known_motions
+    assert known == MOTION_WORDS
+    parts = replace(load_parts(tiny_checkpoint, device="cpu"), known_motions=known)
+    (note,) = parts.motion_notes("A dragon flies in.")
+    assert note.startswith("the model knows no motion in this prompt; it knows pan, tilt, zoom")
+    for phrase in (*chain.from_iterable(PHRASES.values()), "", "The dragon is ZOOMED out of."):
+        assert parts.motion_notes(phrase) == (), phrase
+    assert replace(parts, known_motions=()).motion_notes("A dragon flies in.") == ()
 
 
 def test_motion_size(edited: Callable[..., Path]) -> None:

@@ -58,6 +58,18 @@ def test_zero_and_empty_are_choices() -> None:
     assert (settled.seed, settled.neighbors_before, settled.negative_prompt, settled.anchor) == (0, 0, "", False)
 
 
+def test_single_choices_stand_over_options() -> None:
+    options = GenerationOptions(num_frames=17, seed=1)
+    assert options.with_choices({"seed": 2}) == GenerationOptions(num_frames=17, seed=2)
+    for name, words in (
+        ("num_frame", "did you mean num_frames"),
+        ("height", r"give size=Size\(width, height\)"),
+        ("zzz", "they are size, num_frames"),
+    ):
+        with pytest.raises(InvalidInputError, match=words):
+            options.with_choices({name: 1})
+
+
 @pytest.mark.parametrize("name", sorted(OTHERS))
 def test_a_setting_decides_the_stage_that_it_belongs_to(name: str) -> None:
     """A work directory is continued where these are equal, so a setting that is left out of both mixes two runs."""
@@ -84,6 +96,8 @@ def test_what_has_no_effect_decides_nothing() -> None:
     [
         ({"size": Size(1280, 720)}, "1280x720 is not a multiple of 32.*nearest is 1280x704"),
         ({"size": Size(0, 0)}, "multiple of 32"),
+        ({"size": (1280, 704)}, r"size is \(1280, 704\); give Size\(width, height\)"),
+        ({"size": "1280x704"}, r"give Size\(width, height\)"),
         ({"size": Size(MAX_SIDE + 32, 32)}, "width is 16416"),
         ({"size": Size(32, MAX_SIDE + 32)}, "height is 16416"),
         ({"num_frames": 80}, "4k\\+1 frames, for instance 77 or 81"),
@@ -96,7 +110,7 @@ def test_what_has_no_effect_decides_nothing() -> None:
         ({"solver": "magic"}, "euler, renoise"),
         ({"positions": "magic"}, "absolute, compact"),
         ({"seed": -1}, "seed is -1"),
-        ({"seed": 2**63}, "seed is"),
+        ({"seed": 2**63}, "it must be from 0 to 9223372036854775807"),
         ({"flow_scale": 0.0}, "flow_scale"),
         ({"num_inference_steps": 0}, "num_inference_steps is 0"),
         ({"sigma_start": 1.5}, "sigma_start is 1.5"),

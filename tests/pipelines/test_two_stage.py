@@ -246,11 +246,19 @@ def test_requests_are_refused_before_work_begins(
         ({"refiner": "training-free"}, "use the refiner concat"),
         ({"few_step": False}, "load with few_step=False"),
         ({"prompt": "x" * 100_001}, "shorten it"),
+        ({"num_frames": 129}, "has 32 positions in time, and .* need 33; use at most 125 frames, or positions compact"),
     ):
         with pytest.raises(InvalidInputError, match=words):
             request_of(**changes)
     with pytest.raises(InvalidInputError, match="does not exist"):
         pipe.request(tmp_path / "no.jpg")
+    with pytest.raises(InvalidInputError, match=r"the image is a ndarray; .* PIL\.Image\.fromarray"):
+        pipe.request(np.zeros((32, 32, 3), np.uint8))  # type: ignore[arg-type]
+
+
+def test_a_long_clip_is_taken_where_positions_do_not_grow_with_it(request_of: Callable[..., GenerationRequest]) -> None:
+    for changes in ({"positions": "compact"}, {"refiner": "none"}):
+        assert request_of(num_frames=129, **changes).settings.num_frames == 129
 
 
 def test_notes_say_what_was_done(pipe: TwoStagePipeline, image: PIL.Image.Image, tmp_path: Path) -> None:
@@ -262,6 +270,35 @@ def test_notes_say_what_was_done(pipe: TwoStagePipeline, image: PIL.Image.Image,
     notes = pipe(image, "left " * 2000, options=short).notes
     assert any("16 of its" in note for note in notes)
     assert not any("empty" in note for note in notes)
+
+
+def test_a_picture_is_treated_as_its_file_is(pipe: TwoStagePipeline, image: PIL.Image.Image, tmp_path: Path) -> None:
+    """A user who opens the file, as with diffusers, gets the video of one who names it."""
+    turned = image.convert("RGBA")
+    turned.putalpha(PIL.Image.linear_gradient("L").resize(image.size))
+    exif = PIL.Image.Exif()
+    exif[0x0112] = 6
+    turned.save(tmp_path / "turned.png", exif=exif)
+    by_name = pipe.request(tmp_path / "turned.png")
+    opened = pipe.request(PIL.Image.open(tmp_path / "turned.png"))
+    assert opened.image.tobytes() == by_name.image.tobytes()
+    assert opened.notes == by_name.notes
+    assert {"rotated by its EXIF orientation", "transparent parts laid on white"} <= set(opened.notes)
+
+
+def test_a_negative_prompt_without_guidance_is_said(pipe: TwoStagePipeline, image: PIL.Image.Image) -> None:
+    asked = replace(OPTIONS, negative_prompt="blurry")
+    assert any("negative prompt has no effect" in note for note in pipe.request(image, options=asked).notes)
+    guided = replace(asked, guidance_scale=2.0)
+    assert not any("negative prompt" in note for note in pipe.request(image, options=guided).notes)
+
+
+def test_choices_may_be_named_in_the_call(pipe: TwoStagePipeline, image: PIL.Image.Image) -> None:
+    asked = replace(OPTIONS, num_frames=5, seed=8)
+    assert pipe.request(image, options=OPTIONS, num_frames=5, seed=8).settings == pipe.defaults.settled(asked)
+    assert len(pipe(image, "pan left", options=OPTIONS, num_frames=1).frames) == 1
+    with pytest.raises(InvalidInputError, match="did you mean guidance_scale"):
+        pipe.request(image, guidance=2.0)
 
 
 # ------------------------------------------------------------------------------------------------ seeds

@@ -2,22 +2,82 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import wraps
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-AttentionOption = Annotated[str, typer.Option(help="auto, native, cudnn, flash, flash3, sage or xformers.")]
-CompileOption = Annotated[bool, typer.Option("--compile", help="Compile the transformers' blocks.")]
-QuantizationOption = Annotated[
-    Literal["none", "float8"],
-    typer.Option(help="Multiply float8 in the transformers' blocks: inexact; faster with --compile."),
-]
-DecoderOption = Annotated[
-    Literal["exact", "light"], typer.Option(help="The checkpoint's decoder, or a small one of lower fidelity.")
-]
-DecoderWeightsOption = Annotated[
-    str | None, typer.Option(help="Of the light decoder: a file, or OWNER/NAME/FILE on the hub.")
-]
-DecodeDeviceOption = Annotated[
-    str | None, typer.Option(help="Decode there, cuda:1 for instance, beside the denoising.")
-]
+if TYPE_CHECKING:
+    from swifti2v.pipelines.acceleration import Acceleration
+
+
+@dataclass(frozen=True)
+class AccelerationOptions:
+    """The options, declared once; `with_acceleration_options` gives them to a command."""
+
+    attention: Annotated[str, typer.Option(help="auto, native, cudnn, flash, flash3, sage or xformers.")] = "auto"
+    compile_blocks: Annotated[bool, typer.Option("--compile", help="Compile the transformers' blocks.")] = False
+    quantization: Annotated[
+        Literal["none", "float8"],
+        typer.Option(help="Multiply float8 in the transformers' blocks: inexact; faster with --compile."),
+    ] = "none"
+    decoder: Annotated[
+        Literal["exact", "light"], typer.Option(help="The checkpoint's decoder, or a small one of lower fidelity.")
+    ] = "exact"
+    decoder_weights: Annotated[
+        str | None, typer.Option(help="Of the light decoder: a file, or OWNER/NAME/FILE on the hub.")
+    ] = None
+    decode_device: Annotated[
+        str | None, typer.Option(help="Decode there, cuda:1 for instance, beside the denoising.")
+    ] = None
+
+    def acceleration(self, *, num_processes: int = 1, decodes: bool = True) -> Acceleration:
+        """Return what the pipeline is given; a process that does not decode is given no decoder of its own.
+
+        Raises:
+            InvalidInputError: as `Acceleration` does.
+        """
+        from swifti2v.pipelines.acceleration import Acceleration
+
+        decoding: dict[str, Any] = {}
+        if decodes:
+            decoding = {
+                "decoder": self.decoder,
+                "decoder_weights": self.decoder_weights,
+                "decode_device": self.decode_device,
+            }
+        return Acceleration(
+            attention=self.attention,
+            compile_blocks=self.compile_blocks,
+            quantization=self.quantization,
+            num_processes=num_processes,
+            **decoding,
+        )
+
+
+def with_acceleration_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Return `command` with the options in place of its parameter `accelerated_by`, an `AccelerationOptions`.
+
+    Typer makes an option of each parameter of a signature, and knows no groups of them.
+    """
+    options = inspect.signature(AccelerationOptions, eval_str=True).parameters
+    signature = inspect.signature(command, eval_str=True)
+    parameters: list[inspect.Parameter] = []
+    for parameter in signature.parameters.values():
+        if parameter.name == "accelerated_by":
+            parameters += [each.replace(kind=inspect.Parameter.KEYWORD_ONLY) for each in options.values()]
+        else:
+            parameters.append(parameter)
+
+    @wraps(command)
+    def taking_options(**arguments: Any) -> None:
+        given = {name: arguments.pop(name) for name in options}
+        command(**arguments, accelerated_by=AccelerationOptions(**given))
+
+    # Typer reads the one for the parameters, the other for their types.
+    taking_options.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
+    taking_options.__annotations__ = {each.name: each.annotation for each in parameters}
+    return taking_options

@@ -11,14 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from swifti2v.cli.acceleration_options import (
-    AttentionOption,
-    CompileOption,
-    DecodeDeviceOption,
-    DecoderOption,
-    DecoderWeightsOption,
-    QuantizationOption,
-)
+from swifti2v.cli.acceleration_options import AccelerationOptions, with_acceleration_options
 from swifti2v.cli.jobs import (
     DEFAULT_DATA,
     MemoryOption,
@@ -39,22 +32,18 @@ _CLOSE_SECONDS = 2
 _LOOPBACK_NAMES = ("localhost", "127.0.0.1")
 
 
-def app(  # noqa: PLR0913 - typer makes an option of each parameter
+@with_acceleration_options
+def app(
     *,
     model: Annotated[str, typer.Option(help="Checkpoint: a name (wan2.2, mini), a folder or a repository.")] = "wan2.2",
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=1, max=65535, help="Port.")] = 7860,
     device: Annotated[str | None, typer.Option(help="Of the worker: cpu, cuda, cuda:1, ...")] = None,
     memory: MemoryOption = None,
-    attention: AttentionOption = "auto",
-    compile_blocks: CompileOption = False,
-    quantization: QuantizationOption = "none",
-    decoder: DecoderOption = "exact",
-    decoder_weights: DecoderWeightsOption = None,
-    decode_device: DecodeDeviceOption = None,
+    accelerated_by: AccelerationOptions,
     worker: Annotated[bool, typer.Option(help="Work on the queue here; without, `swifti2v jobs work` must.")] = True,
     data_dir: Annotated[
-        Path, typer.Option(envvar="SWIFTI2V_DATA", help="Data folder: the queue and its files.")
+        Path, typer.Option("--data", "--data-dir", envvar="SWIFTI2V_DATA", help="Data folder: the queue and its files.")
     ] = DEFAULT_DATA,
 ) -> None:
     """Open the web app on this machine: preview the motion, make the video, watch it grow; Ctrl-C stops it."""
@@ -62,18 +51,10 @@ def app(  # noqa: PLR0913 - typer makes an option of each parameter
     import uvicorn
 
     from swifti2v.jobs.queue import JobQueue
-    from swifti2v.pipelines.acceleration import Acceleration
     from swifti2v.webapp.application import build_application
     from swifti2v.webapp.studio import Studio
 
-    acceleration = Acceleration(
-        attention=attention,
-        compile_blocks=compile_blocks,
-        quantization=quantization,
-        decoder=decoder,
-        decoder_weights=decoder_weights,
-        decode_device=decode_device,
-    )
+    acceleration = accelerated_by.acceleration()
     log_to_stderr()
     runner = pipeline_runner(device, memory, acceleration) if worker else None
     queue = JobQueue.open(data_dir)

@@ -11,14 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from swifti2v.cli.acceleration_options import (
-    AttentionOption,
-    CompileOption,
-    DecodeDeviceOption,
-    DecoderOption,
-    DecoderWeightsOption,
-    QuantizationOption,
-)
+from swifti2v.cli.acceleration_options import AccelerationOptions, with_acceleration_options
 from swifti2v.cli.processes import ProcessGroup, launched_processes
 from swifti2v.cli.progress import progress_bars
 from swifti2v.errors import InvalidInputError, MemoryBudgetError
@@ -47,6 +40,7 @@ JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object 
 DeviceOption = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ...; default: a CUDA card if there is one.")]
 
 
+@with_acceleration_options
 def generate(  # noqa: PLR0913 - typer makes an option of each parameter
     image: ImageArgument,
     *,
@@ -82,12 +76,7 @@ def generate(  # noqa: PLR0913 - typer makes an option of each parameter
     many_step: Annotated[bool, typer.Option(help="Stage I without its few-step adapters.")] = False,
     memory: Annotated[str | None, typer.Option(help="Device memory to plan for: auto, or 24GiB; see `plan`.")] = None,
     host_memory: Annotated[str | None, typer.Option(help="Host memory to plan for, with --memory.")] = None,
-    attention: AttentionOption = "auto",
-    compile_blocks: CompileOption = False,
-    quantization: QuantizationOption = "none",
-    decoder: DecoderOption = "exact",
-    decoder_weights: DecoderWeightsOption = None,
-    decode_device: DecodeDeviceOption = None,
+    accelerated_by: AccelerationOptions,
     work_dir: WorkDirOption = None,
     device: DeviceOption = None,
     as_json: JsonOption = False,
@@ -117,11 +106,7 @@ def generate(  # noqa: PLR0913 - typer makes an option of each parameter
     if host_memory is not None and memory is None:
         msg = "--host-memory belongs to --memory; give both, --memory auto for instance"
         raise InvalidInputError(msg)
-    speed = _Speed(
-        memory=None if memory is None else (memory, host_memory),
-        acceleration={"attention": attention, "compile_blocks": compile_blocks, "quantization": quantization},
-        decoding={"decoder": decoder, "decoder_weights": decoder_weights, "decode_device": decode_device},
-    )
+    speed = _Speed(None if memory is None else (memory, host_memory), accelerated_by)
     job.run(model, device=device, few_step=not many_step, speed=speed)
 
 
@@ -149,14 +134,10 @@ def preview(  # noqa: PLR0913 - typer makes an option of each parameter
 
 @dataclass(frozen=True)
 class _Speed:
-    """In which memory (of the device, of the host) the networks run, and how: arguments of `Acceleration`.
-
-    Those of `decoding` are for the process that decodes.
-    """
+    """In which memory (of the device, of the host) the networks run, and how."""
 
     memory: tuple[str, str | None] | None = None
-    acceleration: dict[str, Any] = field(default_factory=dict)
-    decoding: dict[str, Any] = field(default_factory=dict)
+    options: AccelerationOptions = field(default_factory=AccelerationOptions)
 
 
 @dataclass
@@ -215,18 +196,18 @@ class _Job:
 
     def _load(self, model: str, device: str | None, *, few_step: bool, speed: _Speed) -> TwoStagePipeline:
         from swifti2v.memory.heap import map_large_blocks
-        from swifti2v.pipelines.acceleration import Acceleration
         from swifti2v.pipelines.fitting import MemoryLimits
         from swifti2v.pipelines.two_stage import TwoStagePipeline
 
         map_large_blocks()
-        decoding = speed.decoding if self.processes.is_first else {}
         return TwoStagePipeline.from_pretrained(
             model,
             device=device or self.processes.device,
             few_step=few_step,
             memory=MemoryLimits.parse(*speed.memory) if speed.memory is not None else None,
-            acceleration=Acceleration(num_processes=self.processes.count, **speed.acceleration, **decoding),
+            acceleration=speed.options.acceleration(
+                num_processes=self.processes.count, decodes=self.processes.is_first
+            ),
         )
 
     def _request(self, pipeline: TwoStagePipeline) -> GenerationRequest:
@@ -264,7 +245,7 @@ class _Job:
         from swifti2v.pipelines.run_store import RunStore
 
         settings_of(model, self.options, few_step=few_step)
-        if speed.acceleration.get("quantization") == "float8":
+        if speed.options.quantization == "float8":
             check_float8_device(open_device(device or self.processes.device))
         if self.work_dir is not None:
             RunStore(self.work_dir)

@@ -13,14 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from swifti2v.cli.acceleration_options import (
-    AttentionOption,
-    CompileOption,
-    DecodeDeviceOption,
-    DecoderOption,
-    DecoderWeightsOption,
-    QuantizationOption,
-)
+from swifti2v.cli.acceleration_options import AccelerationOptions, with_acceleration_options
 from swifti2v.errors import InvalidInputError
 from swifti2v.geometry import Size
 from swifti2v.pipelines.options import GenerationOptions
@@ -166,6 +159,7 @@ def cancel(
 
 
 @app.command()
+@with_acceleration_options
 def work(  # noqa: PLR0913 - typer makes an option of each parameter
     *,
     model: Annotated[
@@ -174,12 +168,7 @@ def work(  # noqa: PLR0913 - typer makes an option of each parameter
     stage: StageOption = "both",
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ...; default: CUDA if there is one.")] = None,
     memory: MemoryOption = None,
-    attention: AttentionOption = "auto",
-    compile_blocks: CompileOption = False,
-    quantization: QuantizationOption = "none",
-    decoder: DecoderOption = "exact",
-    decoder_weights: DecoderWeightsOption = None,
-    decode_device: DecodeDeviceOption = None,
+    accelerated_by: AccelerationOptions,
     until_idle: Annotated[bool, typer.Option("--until-idle", help="Stop when the queue is empty.")] = False,
     lease: Annotated[float, typer.Option(min=0.5, help="Seconds after which a silent worker counts as dead.")] = 30.0,
     grace: Annotated[float, typer.Option(min=0, help="Seconds that a job may still run after SIGTERM.")] = 0.0,
@@ -194,19 +183,10 @@ def work(  # noqa: PLR0913 - typer makes an option of each parameter
     queue = _open(data, database)  # says what to install, before the modules below need it
     from swifti2v.jobs.state import ALL_STAGES, JobStage
     from swifti2v.jobs.worker import Worker, WorkerOptions
-    from swifti2v.pipelines.acceleration import Acceleration
 
     log_to_stderr()
-    acceleration = Acceleration(
-        attention=attention,
-        compile_blocks=compile_blocks,
-        quantization=quantization,
-        decoder=decoder,
-        decoder_weights=decoder_weights,
-        decode_device=decode_device,
-    )
     stages = {"one": (JobStage.ONE,), "two": (JobStage.TWO,), "both": ALL_STAGES}[stage]
-    runner = pipeline_runner(device, memory, acceleration, stages)
+    runner = pipeline_runner(device, memory, accelerated_by.acceleration(), stages)
     if model and preload:
         runner.pipeline(model[0])
     options = WorkerOptions(models=model or None, stages=stages, lease_seconds=lease, grace_seconds=grace)

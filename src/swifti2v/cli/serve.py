@@ -12,14 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from swifti2v.cli.acceleration_options import (
-    AttentionOption,
-    CompileOption,
-    DecodeDeviceOption,
-    DecoderOption,
-    DecoderWeightsOption,
-    QuantizationOption,
-)
+from swifti2v.cli.acceleration_options import AccelerationOptions, with_acceleration_options
 from swifti2v.cli.jobs import (
     DEFAULT_DATA,
     DatabaseOption,
@@ -51,6 +44,7 @@ app = typer.Typer(help="Serve /v1/videos over HTTP; keys of its users.", invoke_
 
 
 @app.callback()
+@with_acceleration_options
 def serve(  # noqa: PLR0913 - typer makes an option of each parameter
     context: typer.Context,
     *,
@@ -63,12 +57,7 @@ def serve(  # noqa: PLR0913 - typer makes an option of each parameter
     stage: StageOption = "both",
     device: Annotated[str | None, typer.Option(help="Of the workers: cpu, cuda, cuda:1, ...")] = None,
     memory: MemoryOption = None,
-    attention: AttentionOption = "auto",
-    compile_blocks: CompileOption = False,
-    quantization: QuantizationOption = "none",
-    decoder: DecoderOption = "exact",
-    decoder_weights: DecoderWeightsOption = None,
-    decode_device: DecodeDeviceOption = None,
+    accelerated_by: AccelerationOptions,
     keys: KeysOption = None,
     without_keys: Annotated[bool, typer.Option("--open", help="Serve without keys, to everybody.")] = False,
     max_jobs: Annotated[int, typer.Option(min=1, help="Videos that may wait or run.")] = 1000,
@@ -100,18 +89,10 @@ def serve(  # noqa: PLR0913 - typer makes an option of each parameter
     _check_packages()
     _check_stages(stage, workers, stage_one_workers + stage_two_workers, on_ray=on_ray)
     from swifti2v.jobs.retention import RetentionPolicy
-    from swifti2v.pipelines.acceleration import Acceleration
     from swifti2v.serving.settings import ClusterSettings, ServiceLimits, ServiceSettings
 
     workers = 1 if workers is None else workers
-    acceleration = Acceleration(
-        attention=attention,
-        compile_blocks=compile_blocks,
-        quantization=quantization,
-        decoder=decoder,
-        decoder_weights=decoder_weights,
-        decode_device=decode_device,
-    )
+    acceleration = accelerated_by.acceleration()
     models = model or ["wan2.2"]
     settings = ServiceSettings(
         data=data,
@@ -142,6 +123,8 @@ def serve(  # noqa: PLR0913 - typer makes an option of each parameter
         )
         _run_on_ray(settings, (host, port), cluster)
         return
+    if workers:
+        _check_worker(device, accelerated_by.decode_device, memory)
     options = {"data": data, "database": database, "lease": lease, "grace": grace, "device": device, "memory": memory}
     command = _worker_command(models, options | {"stage": stage}, acceleration)
     _run(settings, (host, port), command=command, num_workers=workers, stop_seconds=grace + 60)
@@ -219,6 +202,18 @@ def _check_packages() -> None:
     except ModuleNotFoundError as error:
         msg = f"the service needs {error.name}; install it with: pip install 'swifti2v[serve]'"
         raise ConfigurationError(msg) from error
+
+
+def _check_worker(device: str | None, decode_device: str | None, memory: str | None) -> None:
+    """Raise `InvalidInputError` for options with which every worker would end, and be started again, for ever."""
+    from swifti2v.pipelines.fitting import MemoryLimits
+    from swifti2v.pipelines.loading import open_device
+
+    open_device(device)
+    if decode_device is not None:
+        open_device(decode_device)
+    if memory is not None:
+        MemoryLimits.parse(memory)
 
 
 def _served_models(names: list[str]) -> Any:

@@ -17,16 +17,16 @@ if TYPE_CHECKING:
 
     from swifti2v.cli.progress import OnBar
 
-RecipeArgument = Annotated[Path, typer.Argument(help="A recipe, for instance of recipes/mini or recipes/wan2.2.")]
+RecipeArgument = Annotated[Path, typer.Argument(help="A recipe of recipes/mini or recipes/wan2.2, or your own.")]
 IndexOption = Annotated[
     Path | None,
-    typer.Option("--data", help="For the embedded model: index of clips and photographs, a CSV with file, kind, ..."),
+    typer.Option("--data", help="For recipes of mini itself: index of its clips and photographs, a CSV."),
 ]
 VideosOption = Annotated[
     Path, typer.Option("--data", help="Folder of videos with captions; see `swifti2v data check`.")
 ]
 CacheOption = Annotated[Path, typer.Option(help="Latent cache, made by `train transition`.")]
-StageCacheOption = Annotated[Path | None, typer.Option("--cache", help="For a checkpoint: a latent cache.")]
+StageCacheOption = Annotated[Path | None, typer.Option("--cache", help="For every other recipe: its latent cache.")]
 OutputOption = Annotated[Path, typer.Option("--output", "-o", help="Folder of the run; an interrupted run continues.")]
 InitialOption = Annotated[
     str | None, typer.Option("--init", help="Checkpoint whose weights and codec to start from: mini, or a folder.")
@@ -52,7 +52,7 @@ def stage_one(
     data: IndexOption = None,
     initial: InitialOption = None,
 ) -> None:
-    """Train Stage I: the Low-Res LoRA of a checkpoint (--cache), or that of the embedded model whole (--data)."""
+    """Train Stage I: the Low-Res LoRA of a checkpoint (--cache), or the whole Stage I of mini (--data)."""
     _check_one_source(cache, data, "train low-res-cache")
     with _training() as on_step:
         if data is not None:
@@ -83,7 +83,7 @@ def stage_two(
     data: IndexOption = None,
     initial: InitialOption = None,
 ) -> None:
-    """Train Stage II: the refiner of a checkpoint (--cache), or that of the embedded model (--data)."""
+    """Train Stage II: a refiner for a checkpoint (--cache), or that of mini itself (--data, docs/mini.md)."""
     _check_one_source(cache, data, "train transition")
     with _training() as on_step:
         if data is not None:

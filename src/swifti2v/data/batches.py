@@ -69,10 +69,6 @@ class BucketBatches:
         """Steps in which every sample comes once; the same for every epoch."""
         return sum(-(-len(indices) // self._global_size) for indices in self._buckets.values())
 
-    def epoch_of(self, step: int) -> int:
-        """Return the epoch, from 0, to which `step` belongs."""
-        return step // self.batches_per_epoch
-
     def batch_of(self, step: int) -> list[int]:
         """Return the indices of this rank's batch at `step`, from 0; a function of the arguments and the step alone."""
         if step < 0:

@@ -61,6 +61,12 @@ PHRASES: dict[MotionName, tuple[str, ...]] = {
     "flow right": ("flow right", "the river flows right", "the water flows to the right"),
     "still": ("still", "the camera does not move", "static camera", "nothing moves"),
 }
+MOTION_WORDS = (
+    "pan", "tilt", "zoom", "rotate", "truck", "sway", "ripple", "drift", "flow", "still",
+    "turn", "look", "move", "push", "pull", "dolly", "roll", "wave", "static",
+)  # fmt: skip
+"""A prompt of `PHRASES` has at least one of these, perhaps with an ending."""
+
 CAMERA_MOTIONS: tuple[MotionName, ...] = tuple(PHRASES)[:10]
 SCENE_MOTIONS: tuple[MotionName, ...] = tuple(PHRASES)[10:16]
 SPEED_WORDS: tuple[tuple[float, tuple[str, ...]], ...] = (

@@ -20,13 +20,12 @@ import numpy as np
 from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
 
 from swifti2v.errors import ImageInputError, InvalidInputError
+from swifti2v.geometry import Size
 
 if TYPE_CHECKING:
     import os
 
     from torch import Tensor
-
-    from swifti2v.geometry import Size
 
 MAX_PIXELS = 100_000_000
 """Larger images are refused from their header alone."""
@@ -72,23 +71,26 @@ def load_image(path: str | os.PathLike[str]) -> LoadedImage:
         image = _header(path, file)
         _check_size(path, image)
         notes = _check_frames(path, image)
-        sixteen_bits = _has_sixteen_bits(image)
-        try:
-            image.load()
-        except (*_DECODING_ERRORS, Image.DecompressionBombError) as error:
-            raise _unreadable(
-                path, f"is truncated or damaged ({_first_line(error)})", "export or copy it again"
-            ) from error
-        if sixteen_bits:
-            notes.append("reduced from 16 to 8 bits per channel")
-        upright = _upright(image, notes)
-        try:
-            return LoadedImage(_as_rgb(path, upright, notes), tuple(notes))
-        except _DECODING_ERRORS as error:
-            if isinstance(error, ImageInputError):
-                raise
-            why = f"has pixels of kind {upright.mode} that cannot be read as RGB"
-            raise _unreadable(path, why, "convert it to an 8-bit RGB JPEG or PNG") from error
+        return _converted(path, image, notes)
+
+
+def as_loaded_image(image: Image.Image | str | os.PathLike[str]) -> LoadedImage:
+    """Return a picture, or the one in a file, as an upright RGB image; both are treated alike.
+
+    Raises:
+        ImageInputError: as `load_image` does; of a picture, damaged or 32-bit pixels.
+        InvalidInputError: it is neither a picture of Pillow nor a path.
+    """
+    if isinstance(image, Image.Image):
+        with _quiet_pillow():
+            return _converted(Path(getattr(image, "filename", "") or "in memory"), image, [])
+    if not isinstance(image, str | Path):
+        msg = (
+            f"the image is a {type(image).__name__}; give a path or a PIL image, of an array for instance "
+            "PIL.Image.fromarray(array) with uint8 [height, width, 3]"
+        )
+        raise InvalidInputError(msg)
+    return load_image(image)
 
 
 def fit_image(image: Image.Image, size: Size) -> Image.Image:
@@ -100,12 +102,16 @@ def fit_image(image: Image.Image, size: Size) -> Image.Image:
 
 def fit_notes(image: Image.Image, size: Size) -> tuple[str, ...]:
     """Say what `fit_image` does to the picture where it shows: more than 1% cut away, a strong enlargement."""
-    left, top, right, bottom = _crop_box(image, size)
-    kept = (right - left) * (bottom - top) / (image.width * image.height)
+    left, _top, right, _bottom = _crop_box(image, size)
+    kept = _kept(image, size)
     enlargement = size.width / (right - left)
     notes = []
     if kept < 0.99:
-        notes.append(f"cut to the aspect of {size} about its centre ({100 * (1 - kept):.0f}% of the picture left out)")
+        note = f"cut to the aspect of {size} about its centre ({100 * (1 - kept):.0f}% of the picture left out)"
+        turned = Size(size.height, size.width)
+        if _kept(image, turned) > kept + 0.01:
+            note += f"; a size of {turned} would leave out less"
+        notes.append(note)
     if enlargement > MAX_ENLARGEMENT:
         notes.append(f"enlarged {enlargement:.1f} times to {size}: a larger picture would give more detail")
     return tuple(notes)
@@ -122,11 +128,36 @@ def image_to_tensor(image: Image.Image) -> Tensor:
     return pixels.permute(2, 0, 1).to(torch.float32).div_(127.5).sub_(1.0).contiguous()
 
 
+def _converted(path: Path, image: Image.Image, notes: list[str]) -> LoadedImage:
+    """Decode an opened picture and bring it to upright RGB; `notes` are those of its header."""
+    sixteen_bits = _has_sixteen_bits(image)
+    try:
+        image.load()
+    except (*_DECODING_ERRORS, Image.DecompressionBombError) as error:
+        raise _unreadable(path, f"is truncated or damaged ({_first_line(error)})", "export or copy it again") from error
+    if sixteen_bits:
+        notes.append("reduced from 16 to 8 bits per channel")
+    upright = _upright(image, notes)
+    try:
+        return LoadedImage(_as_rgb(path, upright, notes), tuple(notes))
+    except _DECODING_ERRORS as error:
+        if isinstance(error, ImageInputError):
+            raise
+        why = f"has pixels of kind {upright.mode} that cannot be read as RGB"
+        raise _unreadable(path, why, "convert it to an 8-bit RGB JPEG or PNG") from error
+
+
 def _crop_box(image: Image.Image, size: Size) -> tuple[float, float, float, float]:
     scale = max(size.width / image.width, size.height / image.height)
     width, height = min(size.width / scale, image.width), min(size.height / scale, image.height)
     left, top = (image.width - width) / 2, (image.height - height) / 2
     return left, top, left + width, top + height
+
+
+def _kept(image: Image.Image, size: Size) -> float:
+    """Share of the picture that is left when it is cut to the aspect of `size`."""
+    left, top, right, bottom = _crop_box(image, size)
+    return (right - left) * (bottom - top) / (image.width * image.height)
 
 
 def _unreadable(path: Path, problem: str, fix: str) -> ImageInputError:

@@ -7,11 +7,10 @@ and a convolution library hold on top: 0.5-0.8 GiB of CUDA context, workspaces o
 from __future__ import annotations
 
 from dataclasses import dataclass
-from math import sqrt
 from typing import TYPE_CHECKING, Literal
 
 from swifti2v.errors import InvalidInputError
-from swifti2v.geometry import CodecGeometry, Size, reduced_size
+from swifti2v.geometry import CodecGeometry, Size, motion_size
 from swifti2v.memory.codec_cost import WAN21_VAE, WAN22_VAE, WanCodecDimensions
 from swifti2v.memory.lean_cost import lean_decode_bytes, lean_encode_bytes
 from swifti2v.memory.transformer_cost import (
@@ -71,10 +70,8 @@ class PipelineDimensions:
 
     def reference_size(self, size: Size) -> Size:
         """Return the size of the motion reference of an output of `size`."""
-        factor = self.reference_factor
-        if self.max_reference_area is not None:
-            factor = max(factor, sqrt(size.width * size.height / self.max_reference_area))
-        return reduced_size(size, factor, self.stage_one_codec.spatial_factor * self.stage_one.patch_size[1])
+        multiple = self.stage_one_codec.spatial_factor * self.stage_one.patch_size[1]
+        return motion_size(size, reduction=self.reference_factor, max_area=self.max_reference_area, multiple=multiple)
 
     def transformer_dtype(self, dtype: WeightDtype) -> WeightDtype:
         """Return how the transformers are stored where the other weights are stored as `dtype`."""

@@ -69,6 +69,8 @@ class StageOneEntry:
         adapters: LoRA files, applied in this order.
         few_step_sigmas: schedule with the adapters of role "few_step", descending, without the final 0.
         flow_shift, num_inference_steps, guidance_scale: of the many-step mode, without those adapters.
+        known_motions: the verbs that it was trained with, where they are so few that a prompt may hold none of them;
+            empty: any words.
     """
 
     source: str
@@ -82,6 +84,7 @@ class StageOneEntry:
     flow_shift: float = 5.0
     num_inference_steps: int = 40
     guidance_scale: float = 3.5
+    known_motions: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         _check_source(self.source, self.revision)

@@ -146,7 +146,7 @@ class MotionCodec(ModelMixin, ConfigMixin):
         latents = latents_BCFhw.to(self.image_transform.basis)
         anchor = self._decoded_image(latents[:, MOTION_CHANNELS:, :1])
         frames = [anchor.unsqueeze(2)]
-        for latent in torch.split(latents[:, :, 1:], 1, dim=2):
+        for latent in torch.split(latents, 1, dim=2)[1:]:  # of no frames, a split gives one piece all the same
             blocks = torch.unflatten(latent[:, :MOTION_CHANNELS, 0], 1, (TEMPORAL, 2)).transpose(1, 2)
             residual = self.residual_transform.synthesise(latent[:, MOTION_CHANNELS:], TEMPORAL)
             frames.append(self._warped(anchor, blocks) + residual)

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
+import re
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Literal
 
 import torch
 
 from swifti2v.errors import InvalidInputError
-from swifti2v.geometry import Size, reduced_size
+from swifti2v.geometry import Size, motion_size
 from swifti2v.memory.checkpoint_dimensions import read_pipeline_dimensions
 from swifti2v.memory.placement import store_weights
 from swifti2v.models.checkpoint_files import read_json
@@ -61,6 +61,7 @@ class Parts:
         defaults: settings that the checkpoint recommends.
         motion_reduction: output size over motion size.
         motion_max_area: pixels of a motion frame at most, None for no limit.
+        known_motions: verbs of which a prompt should hold one, in any form; empty: any prompt will do.
         few_step_ways: values of `few_step` that the loaded weights can sample with: one, where the few-step adapters
             are in the weights or were left out of them, and both, where the checkpoint has none.
         many_step_flow_shift: time shift of Stage I's many-step schedule.
@@ -78,6 +79,7 @@ class Parts:
     defaults: GenerationSettings
     motion_reduction: float = 4.0
     motion_max_area: int | None = None
+    known_motions: tuple[str, ...] = ()
     few_step_ways: tuple[bool, ...] = (True, False)
     many_step_flow_shift: float = 5.0
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
@@ -87,11 +89,17 @@ class Parts:
     stages: tuple[Part, ...] = PARTS
 
     def motion_size(self, size: Size) -> Size:
-        """Return the size of the motion reference of an output of `size` (640x352 of 2560x1408 for Wan2.2)."""
-        factor = self.motion_reduction
-        if self.motion_max_area is not None:
-            factor = max(factor, math.sqrt(size.width * size.height / self.motion_max_area))
-        return reduced_size(size, factor, self.stage_one.geometry.size_multiple)
+        """Return the size of the motion reference of an output of `size`."""
+        multiple = self.stage_one.geometry.size_multiple
+        return motion_size(size, reduction=self.motion_reduction, max_area=self.motion_max_area, multiple=multiple)
+
+    def motion_notes(self, prompt: str) -> tuple[str, ...]:
+        """Say that the model knows none of the words of a prompt, and which it knows."""
+        words = re.findall(r"[a-z]+", prompt.lower())
+        stems = tuple(verb.removesuffix("e") for verb in self.known_motions)
+        if not words or not stems or any(word.startswith(stems) for word in words):
+            return ()
+        return (f"the model knows no motion in this prompt; it knows {', '.join(self.known_motions)}",)
 
     def check_few_step(self, few_step: bool) -> None:
         """Raise `InvalidInputError` if Stage I cannot sample in this way with the weights as they were loaded."""
@@ -191,6 +199,7 @@ def _assembled(
         defaults=default_settings(checkpoint.index, few_step=way.few_step),
         motion_reduction=one.reference_reduction,
         motion_max_area=one.max_area,
+        known_motions=one.known_motions,
         few_step_ways=(way.few_step,) if FEW_STEP_ADAPTER in _roles(one) else (True, False),
         many_step_flow_shift=one.flow_shift,
         device=way.place,
@@ -280,6 +289,10 @@ def open_device(device: str | torch.device | None) -> torch.device:
     wanted = device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
         place = torch.device(wanted)
+    except RuntimeError as error:  # its message lists twenty kinds of device, most of them without kernels
+        msg = f"device {str(wanted)!r} is not known; use cpu, or cuda where there is a CUDA card"
+        raise InvalidInputError(msg) from error
+    try:
         torch.empty(0, device=place)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = (str(error).splitlines() or [""])[0]

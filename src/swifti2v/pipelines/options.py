@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, fields, replace
-from typing import Any, Literal
+from difflib import get_close_matches
+from typing import TYPE_CHECKING, Any, Literal
 
 from swifti2v.errors import InvalidInputError
 from swifti2v.geometry import CodecGeometry, Size
 from swifti2v.segments import PositionMode, plan_segments
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
 
 Refiner = Literal["concat", "training-free", "none"]
 SolverName = Literal["euler", "renoise"]
@@ -42,6 +46,24 @@ class GenerationOptions:
     few_step: bool | None = None
     stage_one_steps: int | None = None
     stage_one_guidance_scale: float | None = None
+
+    def with_choices(self, choices: Mapping[str, Any]) -> GenerationOptions:
+        """Return these options with some named anew, as keywords of a call are.
+
+        Raises:
+            InvalidInputError: there is no option of a name; the message has the nearest.
+        """
+        names = [each.name for each in fields(self)]
+        for name in choices:
+            if name in {"width", "height"}:
+                msg = f"{name} is not an option by itself; give size=Size(width, height)"
+                raise InvalidInputError(msg)
+            if name not in names:
+                nearest = get_close_matches(name, names, n=1)
+                hint = f"did you mean {nearest[0]}?" if nearest else f"they are {', '.join(names)}"
+                msg = f"there is no option {name!r}; {hint}"
+                raise InvalidInputError(msg)
+        return replace(self, **choices)
 
 
 @dataclass(frozen=True)
@@ -106,6 +128,7 @@ class GenerationSettings:
         _check_choice("reference", self.reference, ("replace", "transport"))
         _check_choice("solver", self.solver, ("euler", "renoise"))
         _check_choice("positions", self.positions, ("absolute", "compact"))
+        _check_is_size(self.size)
         CodecGeometry().latent_shape(self.size, self.num_frames)
         _check_range("width", self.size.width, 1, MAX_SIDE)
         _check_range("height", self.size.height, 1, MAX_SIDE)
@@ -129,6 +152,13 @@ class GenerationSettings:
         chosen = {} if options is None else {f.name: getattr(options, f.name) for f in fields(options)}
         return replace(self, **{name: value for name, value in chosen.items() if value is not None})
 
+    def notes(self) -> tuple[str, ...]:
+        """Say which choices have no effect beside the others."""
+        refines_with_guidance = self.refiner != "none" and self.guidance_scale > 1
+        if not self.negative_prompt or refines_with_guidance or self.stage_one_guidance_scale > 1:
+            return ()
+        return ("the negative prompt has no effect: neither stage has a guidance scale above 1",)
+
     def stage_one_identity(self) -> dict[str, Any]:
         """Return what decides the motion reference, for comparing a resumed run with the one that was begun."""
         names = ("size", "num_frames", "seed", "few_step", "stage_one_steps", "stage_one_guidance_scale")
@@ -146,6 +176,12 @@ class GenerationSettings:
         return identity
 
 
+def _check_is_size(size: object) -> None:
+    if not isinstance(size, Size):  # of a plain pair nobody knows which comes first
+        msg = f"size is {size!r}; give Size(width, height), for instance Size(1280, 704)"
+        raise InvalidInputError(msg)
+
+
 def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
     if value not in choices:
         msg = f"{name} is {value!r}; use one of {', '.join(choices)}"
@@ -154,5 +190,6 @@ def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
 
 def _check_range(name: str, value: float, least: float, most: float) -> None:
     if not least <= value <= most:
-        msg = f"{name} is {value}; it must be from {least:g} to {most:g}"
+        limits = (f"{limit:g}" if isinstance(limit, float) else str(limit) for limit in (least, most))
+        msg = f"{name} is {value}; it must be from {' to '.join(limits)}"
         raise InvalidInputError(msg)

@@ -85,15 +85,30 @@ class StageTwo:
         )
 
     def plan(self, settings: GenerationSettings) -> tuple[Segment, ...]:
-        """Return the segments of a clip; raise `InvalidInputError` for a size or length that does not divide."""
+        """Return the segments of a clip.
+
+        Raises:
+            InvalidInputError: a size or length does not divide, or the clip is too long for the network's positions.
+        """
         shape = self.geometry.latent_shape(settings.size, settings.num_frames)
-        return plan_segments(
+        segments = plan_segments(
             shape.num_latent_frames,
             segment_size=settings.segment_size,
             neighbors_before=settings.neighbors_before,
             neighbors_after=settings.neighbors_after,
             anchor=settings.anchor,
         )
+        # Asked here, or a long clip would fail after Stage I, deep in its refinement.
+        limit = self.transformer.config.rope_max_seq_len
+        last = max((segment.positions(settings.positions)[-1] for segment in segments), default=0)
+        if settings.refiner != "none" and last >= limit:
+            longest = self.geometry.pixel_frames(limit)
+            msg = (
+                f"this Stage II has {limit} positions in time, and {settings.num_frames} frames with positions "
+                f"{settings.positions} need {last + 1}; use at most {longest} frames, or positions compact"
+            )
+            raise InvalidInputError(msg)
+        return segments
 
     def refine(
         self,

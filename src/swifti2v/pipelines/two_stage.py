@@ -14,10 +14,11 @@ import torch
 from torch import Tensor
 
 from swifti2v.errors import InvalidInputError, WorkDirectoryError
-from swifti2v.media.images import LoadedImage, fit_image, fit_notes, image_to_tensor, load_image
+from swifti2v.media.images import as_loaded_image, fit_image, fit_notes, image_to_tensor
 from swifti2v.pipelines.ahead import made_ahead
 from swifti2v.pipelines.fitting import frames_within_limits
 from swifti2v.pipelines.loading import load_parts, load_parts_of_stage
+from swifti2v.pipelines.options import GenerationOptions
 from swifti2v.pipelines.run_store import RunStore
 from swifti2v.pipelines.runs import FinishedFrames, GenerationRequest, Progress, Video
 from swifti2v.pipelines.stage_one import PromptEmbeds, StageOneOptions
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
     from swifti2v.pipelines.acceleration import Acceleration
     from swifti2v.pipelines.fitting import MemoryLimits
     from swifti2v.pipelines.loading import Parts
-    from swifti2v.pipelines.options import GenerationOptions, GenerationSettings
+    from swifti2v.pipelines.options import GenerationSettings
     from swifti2v.pipelines.runs import OnProgress
     from swifti2v.segments import Segment
 
@@ -42,7 +43,7 @@ class TwoStagePipeline:
 
     ```python
     pipe = TwoStagePipeline.from_pretrained("mini")
-    video = pipe("photo.jpg", "the camera zooms in", options=GenerationOptions(size=Size(1280, 704)))
+    video = pipe("photo.jpg", "the camera zooms in", size=Size(1280, 704), num_frames=81, seed=7)
     video.save("video.mp4")
     ```
     """
@@ -116,22 +117,24 @@ class TwoStagePipeline:
         generator: torch.Generator | None = None,
         work_dir: str | Path | None = None,
         on_progress: OnProgress | None = None,
+        **choices: Any,
     ) -> Video:
         """Make a video and hold all of it in memory; `stream` hands it out as it is made.
 
         Args:
-            image: a picture or its path; cropped to the aspect of the output and resized.
+            image: a PIL image or a path; brought to upright RGB, cropped to the aspect of the output and resized.
             prompt: what should move, and how.
             options: default: what the checkpoint recommends.
             generator: draws the seed, instead of `options.seed`.
             work_dir: keep the motion reference and finished segments there, and continue from what it holds.
             on_progress: see `OnProgress`.
+            **choices: single fields of `GenerationOptions`, over those of `options`: ``num_frames=81, seed=7``.
 
         Raises:
             InvalidInputError: image, prompt or an option cannot be used; the message names the fix.
             WorkDirectoryError: `work_dir` belongs to another run.
         """
-        request = self.request(image, prompt, options=options, generator=generator)
+        request = self.request(image, prompt, options=options, generator=generator, **choices)
         notes = (*request.notes, *self.prompt_notes(request))
         with closing(self.stream(request, work_dir=work_dir, on_progress=on_progress)) as pieces:
             frames = torch.cat([piece.frames for piece in pieces])
@@ -144,13 +147,14 @@ class TwoStagePipeline:
         *,
         options: GenerationOptions | None = None,
         generator: torch.Generator | None = None,
+        **choices: Any,
     ) -> GenerationRequest:
         """Check everything that can be checked before work begins, and fit the image; arguments as in a call.
 
         Raises:
             InvalidInputError: as in a call.
         """
-        settings = self.defaults.settled(options)
+        settings = self.defaults.settled((options or GenerationOptions()).with_choices(choices))
         if generator is not None:
             settings = _with_seed(settings, generator)
         self.parts.stage_two.plan(settings)
@@ -160,8 +164,9 @@ class TwoStagePipeline:
         if len(prompt) > MAX_PROMPT_CHARACTERS:
             msg = f"the prompt has {len(prompt)} characters; shorten it to at most {MAX_PROMPT_CHARACTERS}"
             raise InvalidInputError(msg)
-        loaded = load_image(image) if isinstance(image, str | Path) else LoadedImage(image.convert("RGB"), ())
-        notes = (*loaded.notes, *fit_notes(loaded.image, settings.size))
+        loaded = as_loaded_image(image)
+        of_image = (*loaded.notes, *fit_notes(loaded.image, settings.size))
+        notes = (*of_image, *settings.notes(), *self.parts.motion_notes(prompt))
         return GenerationRequest(fit_image(loaded.image, settings.size), prompt, settings, notes)
 
     def stream(

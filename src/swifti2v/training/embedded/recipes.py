@@ -18,7 +18,7 @@ import torch
 from diffusers import WanImageToVideoPipeline
 from transformers import PreTrainedTokenizerFast, UMT5EncoderModel
 
-from swifti2v.data.procedural import PHRASES, SPEED_WORDS
+from swifti2v.data.procedural import MOTION_WORDS, PHRASES, SPEED_WORDS
 from swifti2v.data.sources import read_index
 from swifti2v.errors import ConfigurationError
 from swifti2v.models.checkpoint_files import write_checksums
@@ -248,7 +248,9 @@ def _index() -> CheckpointIndex:
     return CheckpointIndex(
         format=1,
         name="mini",
-        stage_one=StageOneEntry(source="./stage_one", max_sequence_length=48, max_area=320 * 176),
+        stage_one=StageOneEntry(
+            source="./stage_one", max_sequence_length=48, max_area=320 * 176, known_motions=MOTION_WORDS
+        ),
         stage_two=StageTwoEntry(source="./stage_two", num_inference_steps=1, uses_prompt=False),
         defaults=DefaultsEntry(width=1280, height=704, num_frames=81, fps=16.0),
         licence="Apache-2.0",

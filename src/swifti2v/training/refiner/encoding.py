@@ -8,7 +8,6 @@ itself, which is what Stage II would meet if Stage I were perfect.
 from __future__ import annotations
 
 import hashlib
-import math
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -21,7 +20,7 @@ from torch import Tensor
 
 from swifti2v.data.fingerprint import weights_digest
 from swifti2v.errors import LatentCacheError
-from swifti2v.geometry import CodecGeometry, Size, reduced_size
+from swifti2v.geometry import CodecGeometry, Size, motion_size
 from swifti2v.media.atomic_files import write_atomically
 from swifti2v.models.checkpoint_files import read_json
 from swifti2v.models.checkpoints import load_stage_one_pipeline, load_stage_two_vae, resolve
@@ -103,11 +102,9 @@ class EncodingParts:
     device: torch.device
 
     def motion_size(self, size: Size) -> Size:
-        """Return the size of the motion reference of clips of `size`, as `pipelines.loading.Parts` has it."""
-        factor = self.motion_reduction
-        if self.motion_max_area is not None:
-            factor = max(factor, math.sqrt(size.width * size.height / self.motion_max_area))
-        return reduced_size(size, factor, self.stage_one.geometry.size_multiple)
+        """Return the size of the motion reference of clips of `size`, as at inference."""
+        multiple = self.stage_one.geometry.size_multiple
+        return motion_size(size, reduction=self.motion_reduction, max_area=self.motion_max_area, multiple=multiple)
 
 
 def load_encoding_parts(checkpoint: str | Path, *, device: torch.device) -> EncodingParts:

@@ -6,6 +6,7 @@
 #                pip would take the CUDA build (plain pip takes CUDA on Linux, which is right on a machine with an NVIDIA card)
 #   DEMO_IMAGE, DEMO_PROMPT, DEMO_OUTPUT
 #   CLIPS        folder with INDEX.csv, for make ablation
+#   MODEL SIZE DEVICE DOCUMENT   of make ablation: a checkpoint of your own, clips at its size, where, and the file for it
 #   PYTEST_ARGS  passed to pytest, e.g. "-m 'not slow'" or tests/test_config.py
 #   TEST_PROCESSES  that share the tests, a file to each; 0 for none, with pytest's own output
 
@@ -13,6 +14,10 @@ PYTHON ?= $(firstword $(foreach name,python3.11 python3.12 python3.13 python3,$(
 PIP_ARGS ?=
 PYTEST_ARGS ?=
 TEST_PROCESSES ?= 2
+MODEL ?= mini
+SIZE ?= 1280x704
+DEVICE ?=
+DOCUMENT ?= docs/ablation.md
 DEMO_IMAGE ?= $(firstword $(sort $(wildcard examples/*.jpg)))
 DEMO_PROMPT ?= The camera pans slowly to the right.
 DEMO_OUTPUT ?= outputs/demo.mp4
@@ -38,7 +43,8 @@ help:
 	@echo "make arrows  import-linter: which module may import which"
 	@echo "make unit    pytest"
 	@echo "make format  ruff format and the fixes that ruff is sure of"
-	@echo "make ablation CLIPS=DIR  docs/ablation.md, from the clips of DIR/INDEX.csv"
+	@echo "make ablation CLIPS=DIR  docs/ablation.md, from the clips of DIR/INDEX.csv; of your own checkpoint into a file of"
+	@echo "             your own: MODEL=FOLDER SIZE=2560x1408 DEVICE=cuda DOCUMENT=my.md"
 	@echo "make lock    requirements.lock, the versions of the container image, anew from pyproject.toml"
 	@echo "make clean   remove .venv and the caches of the tools"
 
@@ -70,7 +76,8 @@ format: $(VENV)/.installed-dev
 
 ablation: $(VENV)/.installed-dev
 	@test -n "$(CLIPS)" || { echo "error: give a folder with INDEX.csv and its clips: make ablation CLIPS=DIR" >&2; exit 2; }
-	$(BIN)/python -m benchmarks.ablation --clips "$(CLIPS)" --document docs/ablation.md
+	$(BIN)/python -m benchmarks.ablation --clips "$(CLIPS)" --model "$(MODEL)" --size "$(SIZE)" --document "$(DOCUMENT)" \
+		$(if $(DEVICE),--device "$(DEVICE)")
 
 # For every platform and Python from 3.11 on, from PyPI alone, whatever indexes this machine is set to.
 lock: $(BIN)/python

@@ -1,12 +1,14 @@
 """What each part of Conditional Segment-wise Generation is worth, on clips with known truth, in one command.
 
 Command: ``make ablation CLIPS=DIR``, or ``python -m benchmarks.ablation --clips DIR [--network LABEL=FOLDER ...]``.
+Of a Stage II of your own, on its device and at its size: ``make ablation CLIPS=DIR MODEL=RUN/checkpoint SIZE=2560x1408
+DEVICE=cuda DOCUMENT=my.md``; a document that does not exist is begun, and the plot is written beside it.
 Clips, motion references and measures are those of `benchmarks.baselines`. A row changes one thing of the checkpoint's
 own way (M targets, one finished neighbour before them, the anchor); one network serves all rows but those of
 ``--network``, whose folders hold a transformer that was trained in another way (`swifti2v.training`). Memory is given
 as the largest window in latent frames, which is what it grows with.
 
-The table is written between the marks of ``docs/ablation.md``, a plot beside it; the words there are written by hand.
+The table is written between the marks of the document, a plot beside it; words there are written by hand.
 """
 
 from __future__ import annotations
@@ -38,7 +40,9 @@ if TYPE_CHECKING:
     from swifti2v.pipelines.options import GenerationSettings
 
 DOCUMENT = Path(__file__).parents[1] / "docs" / "ablation.md"
-PICTURE = Path(__file__).parents[1] / "docs" / "images" / "ablation.png"
+PICTURE = Path("images") / "ablation.png"
+"""Beside the document."""
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 BEGIN, END = "<!-- table: begin -->", "<!-- table: end -->"
 WHOLE = 10_000
 """Targets of a segment that no clip exceeds: the full sequence at once."""
@@ -97,8 +101,9 @@ def changed_clip(variant: Variant, clip: KnownClip) -> KnownClip:
 
 def with_network(parts: Parts, folder: Path) -> Parts:
     """Return the parts of a checkpoint with another transformer of Stage II."""
-    transformer = StageTwoTransformer.from_pretrained(folder, torch_dtype=torch.float32).to(parts.device).eval()
     two = parts.stage_two
+    transformer = StageTwoTransformer.from_pretrained(folder, torch_dtype=two.transformer.dtype)
+    transformer = transformer.to(parts.device).eval()
     return replace(parts, stage_two=StageTwo(transformer, two.codec, uses_prompt=two.uses_prompt))
 
 
@@ -121,7 +126,8 @@ def run(
     arguments: argparse.Namespace, variants: Sequence[Variant], networks: Mapping[str, Path]
 ) -> dict[str, dict[str, Numbers]]:
     """Measure every variant on every clip; return ``{clip: {variant: numbers}}``."""
-    parts = TwoStagePipeline.from_pretrained(arguments.model).parts
+    dtype = None if arguments.dtype is None else DTYPES[arguments.dtype]
+    parts = TwoStagePipeline.from_pretrained(arguments.model, device=arguments.device, dtype=dtype).parts
     others = {label: with_network(parts, folder) for label, folder in networks.items()}
     results: dict[str, dict[str, Numbers]] = {}
     for item, clip, settings in known_clips(parts, arguments):
@@ -191,14 +197,27 @@ def documented(document: str, content: str, *, begin: str = BEGIN, end: str = EN
     return re.sub(pattern, lambda _match: f"{begin}\n\n{content}\n\n{end}", document, flags=re.DOTALL)
 
 
-def main() -> None:
-    """Read the command line, measure, print, write."""
+def write_document(path: Path, content: str, picture: Array) -> None:
+    """Put the table between the marks of a document, which is begun if there is none, and the plot beside it."""
+    if path.exists():
+        text = path.read_text(encoding="utf-8")
+    else:
+        text = f"# Ablation\n\n{BEGIN}\n{END}\n\n![PSNR and seams of each variant]({PICTURE.as_posix()})\n"
+    path.write_text(documented(text, content), encoding="utf-8")
+    (path.parent / PICTURE).parent.mkdir(exist_ok=True)
+    pictures.save(picture, path.parent / PICTURE)
+
+
+def main(given: Sequence[str] | None = None) -> None:
+    """Read the command line (or what is given in its place), measure, print, write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_clip_arguments(parser)
     parser.add_argument("--network", nargs="*", default=[], metavar="LABEL=FOLDER", help="a row for each")
-    parser.add_argument("--document", type=Path, help="Markdown file whose table is replaced")
+    parser.add_argument("--device", help="default: the CUDA device if there is one, else the CPU")
+    parser.add_argument("--dtype", choices=DTYPES, help="of the networks; default: that of the device")
+    parser.add_argument("--document", type=Path, help="Markdown file whose table is replaced, or that is begun")
     add_result_arguments(parser, pictures=False)
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(given)
     networks = {label: Path(folder) for label, _, folder in (entry.partition("=") for entry in arguments.network)}
     variants = [*VARIANTS, *(Variant(label, label, network=label) for label in networks)]
     with torch.no_grad():
@@ -206,9 +225,7 @@ def main() -> None:
     made = table(results, variants)
     print(made)
     if arguments.document is not None:
-        text = arguments.document.read_text(encoding="utf-8")
-        arguments.document.write_text(documented(text, made), encoding="utf-8")
-        pictures.save(plot(results, variants), PICTURE)
+        write_document(arguments.document, made, plot(results, variants))
     content = {"settings": settings_of(arguments), "results": results, "mean": means(results)}
     say(f"written to {write_results('ablation', content, arguments.output)}")
 

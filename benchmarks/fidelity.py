@@ -169,7 +169,7 @@ def variant_frames(
         refined = parts.stage_two.refine(_on(parts.device, clip.reference), settings, prompt_embeds=prompt_embeds)
         pieces = codec.decode_stream(item.latents for item in refined)
     for piece in pieces:
-        yield from piece.numpy()
+        yield from piece.cpu().numpy()
 
 
 def measure(

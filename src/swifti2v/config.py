@@ -6,6 +6,8 @@ the forms in which YAML and JSON write such values.
 
 Understood are bool, int, float, str, None, `pathlib.Path`, `typing.Any`, `typing.Literal`, unions, ``list[T]``,
 ``tuple[T, ...]``, ``tuple[A, B]``, ``dict[str, T]``, enums by value, named tuples as lists, and dataclasses of these.
+A union of dataclasses is told apart by a field that has one literal in each; where a file leaves it out, the first is
+meant.
 """
 
 from __future__ import annotations
@@ -144,6 +146,8 @@ def _read(hint: Any, value: Any, where: str) -> Any:
 def _read_union(choices: tuple[Any, ...], value: Any, where: str) -> Any:
     if type(value) in choices:
         return value
+    if (named := _named_by_tag(choices, value, where)) is not None:
+        return _read_single(named, value, where)
     others = [choice for choice in choices if choice is not types.NoneType]
     first_error: ConfigurationError | None = None
     for choice in others:
@@ -154,6 +158,24 @@ def _read_union(choices: tuple[Any, ...], value: Any, where: str) -> Any:
     if len(others) == 1 and first_error is not None:
         raise first_error
     raise _wrong(value, " or ".join(_name(choice) for choice in choices), where)
+
+
+def _named_by_tag(choices: tuple[Any, ...], value: Any, where: str) -> Any:
+    """Return the dataclass of a union whose one literal of a field `value` has; None if they have no such field."""
+    classes = [choice for choice in choices if dataclasses.is_dataclass(choice)]
+    if len(classes) < 2 or not isinstance(value, Mapping):
+        return None
+    hints = [typing.get_type_hints(each) for each in classes]
+    for name in hints[0]:
+        literals = [
+            typing.get_args(each.get(name)) for each in hints if typing.get_origin(each.get(name)) is typing.Literal
+        ]
+        named = {args[0]: each for args, each in zip(literals, classes, strict=False) if len(args) == 1}
+        if len(named) == len(classes):
+            if name in value and value[name] not in named:
+                raise _wrong(value[name], f"one of {', '.join(map(repr, named))}", _join(where, name))
+            return named[value[name]] if name in value else classes[0]
+    return None
 
 
 def _read_container(origin: type, hints: tuple[Any, ...], value: Any, where: str) -> Any:

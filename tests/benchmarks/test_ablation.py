@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
+from benchmarks import ablation, fidelity
 from benchmarks.ablation import (
     BEGIN,
     DOCUMENT,
@@ -25,6 +27,7 @@ from benchmarks.ablation import (
 )
 from benchmarks.fidelity import known_clip
 from swifti2v.geometry import Size
+from swifti2v.media.video_writer import VideoWriter
 from swifti2v.pipelines.loading import load_parts
 from swifti2v.pipelines.options import GenerationOptions, GenerationSettings
 from swifti2v.training.refiner.network import NetworkOptions, load_network, save_network
@@ -88,3 +91,27 @@ def test_variants_are_measured(tiny_checkpoint: Path, tmp_path: Path) -> None:
     save_network(network, tmp_path / "other")
     other = with_network(parts, tmp_path / "other")
     assert measured(FULL, clip, other, settings, embeds)["psnr"] != full["psnr"]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_any_checkpoint_at_any_size_into_a_document_of_its_own(
+    tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: str
+) -> None:
+    """The whole command on a checkpoint of the full layout: rows of its own settings, its prompts, its size."""
+    clips = tmp_path / "clips"
+    clips.mkdir()
+    frames = np.random.default_rng(0).integers(0, 255, (9, 64, 96, 3), dtype=np.uint8)
+    with VideoWriter(clips / "one.mp4", size=Size(96, 64), fps=8) as writer:
+        writer.write(frames)
+    item = SimpleNamespace(path=clips / "one.mp4", caption="a small clip")
+    monkeypatch.setattr(fidelity, "held_back_clips", lambda _folder: [item])
+    rows = [variant for variant in VARIANTS if variant.name in {"full", "no_anchor", "m1", "steps2", "bicubic"}]
+    monkeypatch.setattr(ablation, "VARIANTS", tuple(rows))
+    document, results = tmp_path / "mine.md", tmp_path / "results"
+    options = ["--size", "96x64", "--frames", "9", "--dtype", dtype, "--device", "cpu", "--document", str(document)]
+    ablation.main(["--clips", str(clips), "--model", str(tiny_checkpoint), *options, "--output", str(results)])
+    text = document.read_text(encoding="utf-8")
+    assert text.count(BEGIN) == text.count(END) == 1
+    for variant in rows:
+        assert f"| {variant.label} |" in text
+    assert (tmp_path / "images" / "ablation.png").stat().st_size > 1000

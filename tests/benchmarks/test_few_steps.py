@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -11,7 +10,7 @@ import torch
 
 from benchmarks import few_steps
 from benchmarks.ablation import DOCUMENT
-from benchmarks.few_steps import BATCH_SIZE, BEGIN, CROP, END, PairCrops, distilled, judge, table
+from benchmarks.few_steps import BATCH_SIZE, BEGIN, CROP, END, LABELS, PairCrops, Student, distilled, judge, table
 from swifti2v.models.transformer import StageTwoTransformer
 from swifti2v.pipelines.loading import Parts, load_parts
 from swifti2v.training.embedded.reference_pairs import ReferencePair
@@ -43,22 +42,29 @@ def test_a_number_names_a_crop(pairs: list[ReferencePair]) -> None:
     assert len(places) > 2
 
 
+def test_a_smaller_crop_is_a_setting(pairs: list[ReferencePair]) -> None:
+    assert PairCrops(pairs, text_width=8, crop=8)[3].tensors["latents"].shape[1:] == (6, 8, 8)
+
+
+@pytest.mark.parametrize("objective", list(LABELS))
 def test_a_student_is_trained_once(
-    parts: Parts, pairs: list[ReferencePair], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    parts: Parts, pairs: list[ReferencePair], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, objective: str
 ) -> None:
     teacher = tmp_path / "teacher"
     parts.stage_two.transformer.save_pretrained(teacher)
     torch.save([(pair.truth, pair.reference) for pair in pairs], tmp_path / "pairs.pt")
-    monkeypatch.setattr(few_steps, "LOOP", replace(few_steps.LOOP, num_steps=1))
     monkeypatch.setattr(few_steps, "TEACHER_STEPS", 4)
+    monkeypatch.setattr(few_steps, "CRITIC", few_steps.CRITIC | {"critic_steps_per_step": 1})
+    student = Student(2, objective, num_training_steps=1)
+    assert objective in student.name
     options = {"pairs": tmp_path / "pairs.pt", "output": tmp_path / "student", "settings": parts.defaults}
-    folder = distilled(teacher, 2, **options)
+    folder = distilled(teacher, student, **options)
     weights = folder / "diffusion_pytorch_model.safetensors"
     made = weights.stat().st_mtime_ns
     changed = StageTwoTransformer.from_pretrained(folder).state_dict()
     start = StageTwoTransformer.from_pretrained(teacher).state_dict()
     assert any(not torch.equal(changed[key], start[key]) for key in start)
-    assert distilled(teacher, 2, **options) == folder
+    assert distilled(teacher, student, **options) == folder
     assert weights.stat().st_mtime_ns == made
 
 

@@ -21,27 +21,13 @@ from swifti2v.media.video_reader import VideoReader
 from swifti2v.pipelines import two_stage
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable
 
     from click.testing import Result
 
     Run = Callable[..., Result]
 
 SHORT = ("--frames", "5", "--steps", "1", "--stage-one-steps", "1")
-
-
-@pytest.fixture(autouse=True)
-def _loud_libraries() -> Iterator[None]:
-    """Give the libraries back the voice that the command takes from them."""
-    import diffusers
-    import transformers
-
-    libraries = (diffusers.utils.logging, transformers.utils.logging)
-    kept = [library.get_verbosity() for library in libraries]
-    yield
-    for library, verbosity in zip(libraries, kept, strict=True):
-        library.set_verbosity(verbosity)
-        library.enable_progress_bar()
 
 
 @pytest.fixture

@@ -31,20 +31,6 @@ if TYPE_CHECKING:
 SHORT = ("--frames", "9", "--steps", "1", "--stage-one-steps", "1", "--segment-size", "1")
 
 
-@pytest.fixture(autouse=True)
-def _loud_libraries() -> Iterator[None]:
-    """Give the libraries back the voice that the command takes from them."""
-    import diffusers
-    import transformers
-
-    libraries = (diffusers.utils.logging, transformers.utils.logging)
-    kept = [library.get_verbosity() for library in libraries]
-    yield
-    for library, verbosity in zip(libraries, kept, strict=True):
-        library.set_verbosity(verbosity)
-        library.enable_progress_bar()
-
-
 @pytest.fixture
 def photo(tmp_path: Path) -> Path:
     pixels = np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8)

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 WAN = RECIPES / "wan2.2"
-TRAININGS = ("stage_two", "distill", "stage_one_low_res_lora")
+TRAININGS = ("stage_two", "distill", "distill_distribution_matching", "stage_one_low_res_lora")
 CACHES = ("transition", "low_res_cache")
 
 

@@ -13,27 +13,12 @@ from swifti2v.training.low_res import run as low_res
 from swifti2v.training.refiner import run as refiner
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
     from pathlib import Path
 
     from click.testing import Result
 
 TORCHRUN = {"TORCHELASTIC_RUN_ID": "none", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
 TERMINAL = {"FORCE_COLOR": "1", "TERM": "xterm"}
-
-
-@pytest.fixture(autouse=True)
-def _loud_libraries() -> Iterator[None]:
-    """Give the libraries back the voice that the command takes from them."""
-    import diffusers
-    import transformers
-
-    libraries = (diffusers.utils.logging, transformers.utils.logging)
-    kept = [library.get_verbosity() for library in libraries]
-    yield
-    for library, verbosity in zip(libraries, kept, strict=True):
-        library.set_verbosity(verbosity)
-        library.enable_progress_bar()
 
 
 @dataclass

@@ -13,6 +13,7 @@ import pytest
 import safetensors
 import torch
 
+from swifti2v.data import shards as shard_files
 from swifti2v.data.batches import BucketBatches
 from swifti2v.data.clips import Clip, ClipRequest, read_clips
 from swifti2v.data.latent_cache import CacheOptions, CacheProgress, LatentCache
@@ -70,6 +71,40 @@ class TestContents:
             assert list(file.keys()) == ["0/reference.0"]
             assert json.loads(file.metadata()["samples"])[0]["name"] == "0.mkv@0"
         assert LatentCache.open(tmp_path)[0].tensors["reference.0"].dtype == torch.bfloat16
+
+    def test_only_what_is_asked_for_is_read(
+        self, tmp_path: Path, requests: list[ClipRequest], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """A step reads one reference of many; names cost nothing, and a lost shard is noticed at once."""
+        build(requests, tmp_path)
+        read: list[str] = []
+
+        class Noted:
+            def __init__(self, path: Path, framework: str) -> None:
+                self._file = safetensors.safe_open(path, framework)
+
+            def keys(self) -> list[str]:
+                return self._file.keys()
+
+            def get_tensor(self, name: str) -> torch.Tensor:
+                read.append(name.partition("/")[2])
+                return self._file.get_tensor(name)
+
+        monkeypatch.setattr(shard_files, "safe_open", Noted)
+        cache = LatentCache.open(tmp_path)
+        sample = cache[0]
+        assert "latents" in sample.tensors
+        assert "reference.9" not in sample.tensors
+        assert len(list(sample.tensors)) == len(sample.tensors) > 1
+        assert read == []
+        assert sample.tensors["latents"].shape[0] == 3
+        assert read == ["latents"]
+        with pytest.raises(KeyError):
+            sample.tensors["reference.9"]
+        for path in (tmp_path / "shards").iterdir():
+            path.unlink()
+        with pytest.raises(LatentCacheError, match="missing or damaged"):
+            cache[0]
 
     def test_progress(self, tmp_path: Path, requests: list[ClipRequest]) -> None:
         seen: list[CacheProgress] = []

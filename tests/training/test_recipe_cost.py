@@ -11,11 +11,12 @@ import pytest
 from swifti2v.geometry import Size
 from swifti2v.memory.budget import WAN22
 from swifti2v.memory.codec_cost import WAN22_VAE
-from swifti2v.memory.training_cost import TrainingWork, window_shares
+from swifti2v.memory.training_cost import TrainingWork, training_memory, window_shares
 from swifti2v.memory.transformer_cost import STAGE_TWO_5B, UMT5_XXL
 from swifti2v.training.engine.loop import LoopOptions
 from swifti2v.training.recipe_cost import EncodingCost, TrainingCost, cost_of_recipe
 from swifti2v.training.refiner.distillation import DistillationOptions
+from swifti2v.training.refiner.distribution_matching import DistributionMatchingOptions
 from swifti2v.training.refiner.encoding import EncodingOptions
 from swifti2v.training.refiner.run import DistillationRun, RefinerRun, TransitionRun
 from swifti2v.training.refiner.segment_flow import SegmentFlowOptions
@@ -95,6 +96,25 @@ def test_a_teacher_adds_its_forwards() -> None:
     assert taught.tflop_per_sample - plain.tflop_per_sample == pytest.approx(10 * forward)
     assert taught.setup.has_teacher
     assert not plain.setup.has_teacher
+
+
+def test_a_critic_adds_its_steps_and_a_third_network() -> None:
+    """Of a sample, by hand: two turns of the critic and one of the student, half a step on the way to each."""
+    options = DistributionMatchingOptions(2, guidance_scale=3.0, flow=FIVE, critic_steps_per_step=2)
+    cost = counted(DistillationRun(LOOP, distillation=options))
+    forward, trained = STAGE_TWO_5B.forward_cost(FIVE_TOKENS).tflop, WORK.step_tflop(FIVE_TOKENS)
+    critic_turn = 0.5 * forward + forward + trained  # to the step, the student's prediction, the critic's own pass
+    student_turn = 0.5 * forward + trained + 2 * forward + forward  # the teacher with guidance, the critic
+    assert cost.tflop_per_sample == pytest.approx(2 * critic_turn + student_turn)
+    own = replace(FIVE, own_context_share=0.5)
+    dearer = counted(DistillationRun(LOOP, distillation=replace(options, flow=own)))
+    assert dearer.tflop_per_sample - cost.tflop_per_sample == pytest.approx(3 * 0.5 * 2 * forward)
+    alone = counted(DistillationRun(LOOP, distillation=DistillationOptions(2, flow=FIVE)))
+    ours, theirs = (training_memory(each.setup) for each in (cost, alone))
+    weights = STAGE_TWO_5B.num_parameters
+    assert ours.weight_bytes - theirs.weight_bytes == 4 * weights
+    assert ours.optimizer_bytes - theirs.optimizer_bytes == 8 * weights
+    assert (ours.gradient_bytes, ours.average_bytes) == (theirs.gradient_bytes, theirs.average_bytes)
 
 
 def test_a_cache_of_references_counts_its_encodings() -> None:

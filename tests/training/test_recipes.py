@@ -26,6 +26,7 @@ KINDS = {
     "wan2.2/transition": TransitionRun,
     "wan2.2/stage_two": RefinerRun,
     "wan2.2/distill": DistillationRun,
+    "wan2.2/distill_distribution_matching": DistillationRun,
 }
 
 

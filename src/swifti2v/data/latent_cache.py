@@ -40,7 +40,7 @@ from swifti2v.data.clips import Clip, ClipRequest, read_clips
 from swifti2v.data.fingerprint import clip_stamps, fingerprint_of, recipe_of
 from swifti2v.data.prefetch import prefetched
 from swifti2v.data.report import Skipped
-from swifti2v.data.shards import SHARD_FOLDER, FreshSample, SampleRecord, read_tensors, write_shard
+from swifti2v.data.shards import SHARD_FOLDER, FreshSample, SampleRecord, StoredTensors, write_shard
 from swifti2v.errors import InvalidInputError, LatentCacheError
 from swifti2v.media.atomic_files import make_folder
 
@@ -62,12 +62,15 @@ Encode = Callable[[Clip], dict[str, "Tensor"]]
 
 @dataclass(frozen=True)
 class CachedSample:
-    """A sample as it was encoded; `tensors` are on the CPU, in the types that the encoder gave them."""
+    """A sample as it was encoded.
+
+    `tensors` are on the CPU, in the types that the encoder gave them; each is read when it is asked for.
+    """
 
     name: str
     prompt: str
     bucket: str
-    tensors: dict[str, Tensor]
+    tensors: Mapping[str, Tensor]
 
 
 @dataclass(frozen=True)
@@ -169,9 +172,9 @@ class LatentCache:
         return len(self._records)
 
     def __getitem__(self, index: int) -> CachedSample:
-        """Read one sample, and nothing else of its shard; raise `LatentCacheError` if the shard is damaged."""
+        """Return a sample, whose tensors are read one by one; raise `LatentCacheError` if its shard is damaged."""
         record = self._records[index]
-        return CachedSample(record.name, record.prompt, record.bucket, read_tensors(self.folder, record))
+        return CachedSample(record.name, record.prompt, record.bucket, StoredTensors(self.folder, record))
 
 
 def build_cache(

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import safetensors.torch
 from safetensors import SafetensorError, safe_open
@@ -19,7 +20,7 @@ from swifti2v.errors import LatentCacheError
 from swifti2v.media.atomic_files import write_atomically
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
     from pathlib import Path
 
     from torch import Tensor
@@ -119,18 +120,57 @@ def read_records(path: Path) -> tuple[str, list[SampleRecord]]:
         raise damaged(path) from error
 
 
-def read_tensors(folder: Path, record: SampleRecord) -> dict[str, Tensor]:
-    """Read the tensors of one sample, and nothing else of its shard.
+class StoredTensors(Mapping[str, "Tensor"]):
+    """The tensors of one sample by name, each read when it is asked for, and nothing else of its shard.
+
+    A sample has as many references as variants were made of it, of which a step draws one. Names and their number cost
+    no reading. The shard is looked at here, so that a damaged one is noticed where the sample is taken.
+
+    Args:
+        folder: of the cache.
+        record: of the sample.
 
     Raises:
         LatentCacheError: the shard is missing or damaged.
     """
-    path = folder / SHARD_FOLDER / record.shard
-    try:
-        with safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(f"{record.place}/{name}") for name in record.shapes}
-    except (SafetensorError, OSError) as error:
-        raise damaged(path) from error
+
+    def __init__(self, folder: Path, record: SampleRecord) -> None:
+        self._path = folder / SHARD_FOLDER / record.shard
+        self._record = record
+        try:
+            self._file = _opened(self._path)
+            lacking = {f"{record.place}/{name}" for name in record.shapes} - set(self._file.keys())
+        except (SafetensorError, OSError) as error:
+            raise damaged(self._path) from error
+        if lacking:
+            raise damaged(self._path)
+
+    def __getitem__(self, name: str) -> Tensor:
+        """Read one tensor, on the CPU."""
+        if name not in self._record.shapes:
+            raise KeyError(name)
+        try:
+            tensor: Tensor = self._file.get_tensor(f"{self._record.place}/{name}")
+        except (SafetensorError, OSError) as error:
+            raise damaged(self._path) from error
+        return tensor
+
+    def __contains__(self, name: object) -> bool:
+        """Whether there is such a tensor; reads nothing."""
+        return name in self._record.shapes
+
+    def __iter__(self) -> Iterator[str]:
+        """Go through the names."""
+        return iter(self._record.shapes)
+
+    def __len__(self) -> int:
+        """Return how many there are."""
+        return len(self._record.shapes)
+
+
+def _opened(path: Path) -> Any:
+    """Open a shard; safetensors gives its handle no types."""
+    return safe_open(path, framework="pt")
 
 
 def damaged(path: Path) -> LatentCacheError:

@@ -99,6 +99,8 @@ class TrainingSetup:
         shards: whether weights, gradients, optimiser and average are divided over them (FSDP2).
         context_parallel: devices that share a sample, each with a part of its tokens.
         has_teacher: whether each device holds a frozen copy of the network as well.
+        has_critic: whether a second network of the kind is trained in turn with it: its weights and moments, but no
+            average, and never its gradients or activations at the same time.
     """
 
     work: TrainingWork
@@ -111,6 +113,7 @@ class TrainingSetup:
     shards: bool = True
     context_parallel: int = 1
     has_teacher: bool = False
+    has_critic: bool = False
 
     def __post_init__(self) -> None:
         """Raise `InvalidInputError` for a count below 1, devices that do not divide, or a LoRA without a rank."""
@@ -136,9 +139,9 @@ class TrainingMemory:
     """Bytes on one device.
 
     Args:
-        weight_bytes: its part of frozen weights and masters, and the teacher if there is one.
+        weight_bytes: its part of frozen weights and masters, the critic's too, and the teacher if there is one.
         gradient_bytes: its part of the gradients.
-        optimizer_bytes: its part of the moments.
+        optimizer_bytes: its part of the moments, the critic's too.
         average_bytes: its part of the averaged weights.
         gathered_bytes: blocks that are put together from all devices to run, and the bfloat16 casts of trained ones.
         activation_bytes: what is saved for the backward pass, at its peak, and the gradients that flow there.
@@ -163,10 +166,11 @@ def training_memory(setup: TrainingSetup) -> TrainingMemory:
     trained, devices = setup.num_trained, setup.num_devices if setup.shards else 1
     frozen = 0 if setup.work.trains_all else setup.work.transformer.num_parameters
     teacher = FROZEN_BYTES * setup.work.transformer.num_parameters * setup.has_teacher
+    networks = 1 + setup.has_critic
     return TrainingMemory(
-        weight_bytes=(FROZEN_BYTES * frozen + MASTER_BYTES * trained) // devices + teacher,
+        weight_bytes=networks * (FROZEN_BYTES * frozen + MASTER_BYTES * trained) // devices + teacher,
         gradient_bytes=MASTER_BYTES * trained // devices,
-        optimizer_bytes=_moment_bytes(setup) // devices,
+        optimizer_bytes=networks * _moment_bytes(setup) // devices,
         average_bytes=MASTER_BYTES * trained * setup.averages // devices,
         gathered_bytes=_gathered_bytes(setup),
         activation_bytes=_activation_bytes(setup),

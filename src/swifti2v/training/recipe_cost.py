@@ -12,6 +12,7 @@ from swifti2v.memory.training_cost import TrainingSetup, TrainingWork, window_sh
 from swifti2v.segments import plan_segments
 from swifti2v.training.low_res.lora import LoraOptions
 from swifti2v.training.low_res.run import LowResCacheRun, LowResLoraRun
+from swifti2v.training.refiner.distribution_matching import DistributionMatchingOptions
 from swifti2v.training.refiner.run import DistillationRun, RefinerRun, TransitionRun
 from swifti2v.training.refiner.transition import light_schedule
 
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 
     from swifti2v.memory.budget import PipelineDimensions
     from swifti2v.training.engine.loop import LoopOptions
+    from swifti2v.training.refiner.distillation import DistillationOptions
     from swifti2v.training.refiner.network import NetworkOptions
     from swifti2v.training.refiner.validation import ValidationOfRefiner
     from swifti2v.training.refiner.window_source import WindowSourceOptions
@@ -169,22 +171,35 @@ def _distillation(run: DistillationRun, dimensions: PipelineDimensions, size: Si
     work = _refiner_work(run.network, dimensions)
     shares = _token_shares(options.source, dimensions, size, num_frames)
     text, again = dimensions.text_tokens, run.network.gradient_checkpointing
-    passes = options.teacher_steps_per_step * (2 if options.guidance_scale > 1 else 1)
+    is_matching = isinstance(options, DistributionMatchingOptions)
+    trained, forwards, windows = _work_of_student(options)
     step = sum(
         share
         * (
-            work.step_tflop(tokens, text_tokens=text, gradient_checkpointing=again)
-            + passes * dimensions.stage_two.forward_cost(tokens, text_tokens=text).tflop
+            trained * work.step_tflop(tokens, text_tokens=text, gradient_checkpointing=again)
+            + forwards * dimensions.stage_two.forward_cost(tokens, text_tokens=text).tflop
         )
         for tokens, share in shares.items()
     )
     return TrainingCost(
-        setup=_setup(run, work, max(shares), checkpointing=again, has_teacher=True),
-        tflop_per_sample=step + _own_context_tflop(options.source, work, dimensions, size),
+        setup=_setup(run, work, max(shares), checkpointing=again, has_teacher=True, has_critic=is_matching),
+        tflop_per_sample=step + windows * _own_context_tflop(options.source, work, dimensions, size),
         num_steps=run.loop.num_steps,
         batches_per_step=run.loop.gradient_accumulation,
         validation=_validation(run.loop, run.sampling, dimensions, size, num_frames),
     )
+
+
+def _work_of_student(options: DistillationOptions | DistributionMatchingOptions) -> tuple[int, float, int]:
+    """Return passes with a gradient, those without, and windows drawn, of a step of one sample."""
+    guided = 2 if options.guidance_scale > 1 else 1
+    if not isinstance(options, DistributionMatchingOptions):
+        return 1, options.teacher_steps_per_step * guided, 1
+    # The critic learns from windows of its own, and the student walks to one of its steps before each. Teacher and
+    # critic look at what it made; what the critic learns from is made without gradient.
+    turns = 1 + options.critic_steps_per_step
+    walked = (options.num_student_steps - 1) / 2
+    return turns, turns * walked + options.critic_steps_per_step + guided + 1, turns
 
 
 def _validation(
@@ -210,6 +225,7 @@ def _setup(
     *,
     checkpointing: bool,
     has_teacher: bool = False,
+    has_critic: bool = False,
 ) -> TrainingSetup:
     return TrainingSetup(
         work=work,
@@ -221,6 +237,7 @@ def _setup(
         shards=run.loop.sharding == "shard",
         context_parallel=run.loop.context_parallel,
         has_teacher=has_teacher,
+        has_critic=has_critic,
     )
 
 

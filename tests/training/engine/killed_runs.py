@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch.utils import tensorboard  # noqa: F401 - so that the children do not import it one by one
 
-from swifti2v.training.engine.loop import LoopOptions, TrainingLoop
+from swifti2v.training.engine.loop import Critic, LoopOptions, TrainingLoop
 
 OPTIONS = LoopOptions(
     num_steps=150, learning_rate=0.01, warmup_steps=5, checkpoint_every=5, keep_last=2, log_every=1, bfloat16=False
@@ -38,6 +38,47 @@ class Dropped:
     def loss(self, step: int) -> tuple[torch.Tensor, dict[str, float]]:
         inputs = torch.randn(16, 6, generator=torch.Generator().manual_seed(step))
         return (self.module(inputs) - inputs.prod(dim=1, keepdim=True)).square().mean(), {}
+
+
+class Followed(Dropped):
+    """The same, held against what a second network makes of it, which learns to tell what the first one says."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.second = torch.nn.Sequential(torch.nn.Linear(6, 8), torch.nn.Dropout(0.1), torch.nn.Linear(8, 1))
+
+    @property
+    def critic(self) -> Critic:
+        return Critic(Follower(self), steps_per_step=2, learning_rate=0.02, betas=(0.0, 0.999))
+
+    def loss(self, step: int) -> tuple[torch.Tensor, dict[str, float]]:
+        loss, numbers = super().loss(step)
+        inputs = torch.randn(16, 6, generator=torch.Generator().manual_seed(step))
+        with torch.no_grad():
+            expected = self.second(inputs)
+        return loss + 0.1 * (self.module(inputs) - expected).square().mean(), numbers
+
+
+class Follower:
+    """The second network's objective."""
+
+    def __init__(self, followed: Followed) -> None:
+        self.module = followed.second
+        self._followed = followed
+
+    def loss(self, step: int) -> tuple[torch.Tensor, dict[str, float]]:
+        inputs = torch.randn(16, 6, generator=torch.Generator().manual_seed(step))
+        with torch.no_grad():
+            said = self._followed.module(inputs)
+        return (self.module(inputs) - said).square().mean(), {}
+
+
+def loop_of(kind: str, folder: Path) -> TrainingLoop:
+    """A fresh run of a kind: `alone`, or `followed` by a critic."""
+    if kind == "alone":
+        return TrainingLoop(Dropped(), folder, OPTIONS)
+    objective = Followed()
+    return TrainingLoop(objective, folder, OPTIONS, critic=objective.critic)
 
 
 class Killer:
@@ -69,27 +110,27 @@ def last_step(folder: Path) -> int:
         return int(json.loads(lines[-2])["step"]) if len(lines) > 1 else 0
 
 
-def killed_at(folder: Path, step: int, num_events: int) -> None:
+def killed_at(kind: str, folder: Path, step: int, num_events: int) -> None:
     child = os.fork()
     if child == 0:
         killer = Killer(step, num_events)
-        TrainingLoop(Dropped(), folder, OPTIONS).run(on_step=killer.watch)
+        loop_of(kind, folder).run(on_step=killer.watch)
         os._exit(0)
     _, status = os.waitpid(child, 0)
     if not os.WIFSIGNALED(status) or os.WTERMSIG(status) != signal.SIGKILL:
         sys.exit(f"the child was not killed after step {step}: {status}")
 
 
-def main(folder: Path, seed: int) -> None:
+def main(folder: Path, seed: int, kind: str) -> None:
     chance = random.Random(seed)  # noqa: S311 - no secrets here
-    TrainingLoop(Dropped(), folder / "whole", OPTIONS).run()
+    loop_of(kind, folder / "whole").run()
     killed = []
     for _ in range(NUM_KILLS):
         killed.append(last_step(folder / "killed") + chance.randint(1, MOST_STEPS))
-        killed_at(folder / "killed", killed[-1], chance.randint(0, MOST_EVENTS))
-    TrainingLoop(Dropped(), folder / "killed", OPTIONS).run()
+        killed_at(kind, folder / "killed", killed[-1], chance.randint(0, MOST_EVENTS))
+    loop_of(kind, folder / "killed").run()
     (folder / "killed_at.json").write_text(json.dumps(killed))
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), int(sys.argv[2]))
+    main(Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3])

@@ -305,7 +305,7 @@ class TestDistillation:
                 sample_targets(network, batch, sigmas=sigmas, generator=torch.Generator().manual_seed(step))
                 for network, sigmas in (
                     (of.module, shifted_sigmas(2, shift=self.options.flow.flow_shift)),
-                    (of._teacher, self.options.teacher_sigmas),
+                    (of._teacher.network, self.options.teacher_sigmas),
                 )
             )
             gaps.append(float((few - many).square().mean()))
@@ -344,7 +344,7 @@ class TestDistillation:
         current = start
         with torch.no_grad():
             for sigma, following in pairwise(sigmas):
-                velocity = (current - predicted(of._teacher, batch, current, sigma)) / sigma
+                velocity = (current - predicted(of._teacher.network, batch, current, sigma)) / sigma
                 current = current + (following - sigma) * velocity
         led = start + (sigmas[-1] - sigmas[0]) * (start - wanted) / sigmas[0]
         assert torch.allclose(led, current, atol=1e-4)
@@ -368,9 +368,9 @@ class TestDistillation:
         samples: list[Sample],
     ) -> None:
         of = self.make(transformer, tiny_wan_dit, samples)
-        before = {name: weight.clone() for name, weight in of._teacher.state_dict().items()}
+        before = {name: weight.clone() for name, weight in of._teacher.network.state_dict().items()}
         train(of, 2)
-        assert all(torch.equal(weight, before[name]) for name, weight in of._teacher.state_dict().items())
+        assert all(torch.equal(weight, before[name]) for name, weight in of._teacher.network.state_dict().items())
 
     def test_guidance_is_against_the_empty_prompt(
         self,
@@ -385,7 +385,7 @@ class TestDistillation:
         for empty, is_plain in ((torch.ones(7, 32), True), (torch.zeros(7, 32), False)):
             guided = DistillationObjective(
                 transformer,
-                of._teacher,
+                of._teacher.network,
                 samples=alike,
                 batches=Steps(),
                 options=replace(self.options, guidance_scale=3.0),

@@ -20,6 +20,7 @@ from swifti2v.training.embedded.codec import BandStatistics
 from swifti2v.training.engine.loop import Prefetcher
 from swifti2v.training.refiner.window_batches import (
     ClipBatch,
+    drawn_own_segments,
     earlier_segments,
     predicted,
     with_own_context,
@@ -176,7 +177,8 @@ class StageTwoObjective:
 
     def _batch(self, step: int) -> DrawnClips:
         rng = np.random.default_rng([self.recipe.seed, step])
-        own = self._own_segments(step)
+        chance = np.random.default_rng([self.recipe.seed, step, 1])
+        own = drawn_own_segments(chance, share=self.recipe.own_context_share, most=self.recipe.own_context_segments)
         segment = self._windows.draw(rng, self._pairs[0].truth.shape[1], segments_before=own)
         crop = self.recipe.crops[int(rng.integers(len(self.recipe.crops)))]
         samples = [self._crop(crop, rng) for _ in range(self.recipe.batch_size)]
@@ -184,12 +186,6 @@ class StageTwoObjective:
         prompts = torch.zeros(len(samples), 1, self.recipe.text_width)
         earlier = earlier_segments(segment, segment_size=self._windows.segment_size, count=own)
         return DrawnClips(ClipBatch(truth, reference, prompts), segment, earlier)
-
-    def _own_segments(self, step: int) -> int:
-        rng = np.random.default_rng([self.recipe.seed, step, 1])
-        if rng.random() >= self.recipe.own_context_share:
-            return 0
-        return int(rng.integers(self.recipe.own_context_segments)) + 1
 
     def _crop(self, crop: tuple[int, int], rng: np.random.Generator) -> tuple[Tensor, Tensor]:
         """Cut one sample [C,T,h,w] out of a clip that is large enough."""

@@ -1,9 +1,10 @@
 """The loop that every recipe shares: steps, EMA, log, atomic checkpoints, exact resume, one process or many.
 
 The data and noise of a batch depend on (seed, number of the batch) only, so a run that is killed and started again
-continues with the same losses: the checkpoint holds the weights, their average, the optimiser and the step, and nothing
-else has a state. Batches are numbered through over steps, parts of a step (gradient accumulation) and processes; so
-two processes do what one does that accumulates two batches.
+continues with the same losses: the checkpoint holds the weights, their average, the optimiser and the step (and those
+of the critic, where an objective has one), and nothing else has a state. Batches are numbered through over steps, turns
+of a step (the critic's, then the network's own), parts of a turn (gradient accumulation) and processes; so two
+processes do what one does that accumulates two batches.
 """
 
 from __future__ import annotations
@@ -11,44 +12,27 @@ from __future__ import annotations
 import math
 import time
 from collections import Counter
-from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
-from diffusers.training_utils import EMAModel
-from torch.distributed.tensor import DTensor
 
 from swifti2v.errors import CheckpointError, ConfigurationError, TrainingError
 from swifti2v.memory.training_cost import Optimizer  # noqa: TC001 - `config` asks for it at run time
 from swifti2v.training.engine.checkpoints import CHECKPOINT_NAME, CheckpointFolder
-from swifti2v.training.engine.distributed import Processes, Sharding, forget_gathered, whole
-from swifti2v.training.engine.failures import InputRecorder, save_failure
+from swifti2v.training.engine.distributed import Processes, Sharding
+from swifti2v.training.engine.failures import save_failure
 from swifti2v.training.engine.interruption import interruption_as_request
+from swifti2v.training.engine.learner import Critic, Learner, LearnerOptions, Objective
 from swifti2v.training.engine.observers import NumbersLog, Tracker, open_logs
-from swifti2v.training.engine.optimizers import (
-    load_whole_state,
-    make_optimizer,
-    set_learning_rate,
-    take_step,
-    whole_state,
-)
 from swifti2v.training.engine.prefetcher import Prefetcher
 from swifti2v.training.engine.throughput import AMOUNTS, peak_tflop_per_second, rates
-from swifti2v.training.engine.trained_state import (
-    load_own_state,
-    own_state,
-    placed_average,
-    trained_parameters,
-)
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping
+    from collections.abc import Callable, Mapping
 
-    from torch import Tensor, nn
-
-__all__ = ["CHECKPOINT_NAME", "LoopOptions", "Objective", "Prefetcher", "StepReport", "TrainingLoop"]
+__all__ = ["CHECKPOINT_NAME", "Critic", "LoopOptions", "Objective", "Prefetcher", "StepReport", "TrainingLoop"]
 
 MAX_SKIPPED_STEPS = 10
 """Steps in a row whose gradient may overflow before the run is given up."""
@@ -106,19 +90,21 @@ class LoopOptions:
                 msg = f"{name} is {getattr(self, name)}; it must be at least 1"
                 raise ConfigurationError(msg)
 
+    @property
+    def learner(self) -> LearnerOptions:
+        """What of this concerns the weights."""
+        return LearnerOptions(
+            optimizer=self.optimizer,
+            learning_rate=self.learning_rate,
+            weight_decay=self.weight_decay,
+            betas=self.betas,
+            gradient_clip=self.gradient_clip,
+            ema_decay=self.ema_decay,
+        )
 
-class Objective(Protocol):
-    """What a recipe trains: a module holding every trained weight, and the loss of a batch."""
-
-    module: nn.Module
-
-    def loss(self, step: int) -> tuple[Tensor, dict[str, float]]:
-        """Return the loss to minimise and numbers for the log; a function of the weights and `step` only.
-
-        `step` is the number of the batch: that of the step in one process without accumulation. Numbers named
-        "samples", "tokens" and "tflop" are amounts of work (`throughput.AMOUNTS`); others are averaged.
-        """
-        ...
+    def of_critic(self, critic: Critic) -> LearnerOptions:
+        """What concerns the weights of a critic."""
+        return replace(self.learner, learning_rate=critic.learning_rate, betas=critic.betas, ema_decay=None)
 
 
 @dataclass(frozen=True)
@@ -138,10 +124,17 @@ class TrainingLoop:
         objective: its module is moved to the device of `processes` and spread over them.
         directory: of the run, the same for all processes.
         processes: of `joined_processes`; by default this one alone, on the CPU.
+        critic: a second network that the objective asks; its numbers are logged as ``critic_NAME``.
     """
 
     def __init__(
-        self, objective: Objective, directory: Path, options: LoopOptions, *, processes: Processes | None = None
+        self,
+        objective: Objective,
+        directory: Path,
+        options: LoopOptions,
+        *,
+        processes: Processes | None = None,
+        critic: Critic | None = None,
     ) -> None:
         self.objective = objective
         self.directory = directory
@@ -151,20 +144,15 @@ class TrainingLoop:
         if options.context_parallel != self.processes.context:
             msg = f"context_parallel is {options.context_parallel}, but this training shares no samples; set it to 1"
             raise ConfigurationError(msg)
-        self.processes.distribute(objective.module, options.sharding)
-        self._inputs = InputRecorder(objective.module)
-        self._parameters = trained_parameters(objective.module)
-        self._optimizer = make_optimizer(
-            options.optimizer,
-            self._parameters,
-            learning_rate=options.learning_rate,
-            weight_decay=options.weight_decay,
-            betas=options.betas,
-        )
-        self._average = EMAModel(self._parameters, decay=options.ema_decay)
+        spread: Any = {"processes": self.processes, "sharding": options.sharding}
+        self._learner = Learner(objective, options.learner, **spread)
+        self._critic: Learner | None = None
+        self._turns: tuple[Learner, ...] = (self._learner,)
+        if critic is not None:
+            self._critic = Learner(critic.objective, options.of_critic(critic), **spread)
+            self._turns = (*[self._critic] * critic.steps_per_step, self._learner)
         self._checkpoints = CheckpointFolder(directory, options.keep_last, options.keep_every)
         self._window: Counter[str] = Counter()
-        self._skipped_in_a_row = 0
         self._stopping = False
         device = self.processes.device.type
         self._autocast = options.bfloat16 and (device != "cpu" or torch.cpu._is_amx_tile_supported())
@@ -213,12 +201,15 @@ class TrainingLoop:
 
     def learning_rate_at(self, step: int) -> float:
         """Learning rate of optimiser step `step` (from 0)."""
+        return self._rate_at(step, self.options.learning_rate)
+
+    def _rate_at(self, step: int, peak: float) -> float:
         options = self.options
         if step < options.warmup_steps:
-            return options.learning_rate * (step + 1) / options.warmup_steps
+            return peak * (step + 1) / options.warmup_steps
         progress = min(1.0, (step - options.warmup_steps) / max(1, options.num_steps - options.warmup_steps))
         floor = options.final_rate_share
-        return options.learning_rate * (floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * progress)))
+        return peak * (floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * progress)))
 
     def _steps(
         self,
@@ -255,34 +246,41 @@ class TrainingLoop:
         return StepReport(self.step, self.options.num_steps, numbers, seconds)
 
     def _train_step(self) -> dict[str, float]:
-        set_learning_rate(self._optimizer, self.learning_rate_at(self.step))
-        self._optimizer.zero_grad(set_to_none=True)
+        numbers: Counter[str] = Counter()
+        for turn, learner in enumerate(self._turns):
+            found = self._turn(learner, turn)
+            if learner is self._critic:
+                found = {f"critic_{name}": value / (len(self._turns) - 1) for name, value in found.items()}
+            numbers.update(found)
+        self.step += 1
+        return dict(numbers)
+
+    def _turn(self, learner: Learner, turn: int) -> dict[str, float]:
+        """Let one of the networks take its step; return its numbers."""
         numbers: Counter[str] = Counter()
         parts = self.options.gradient_accumulation
         for part in range(parts):
-            found = self._backward(part)
+            found = self._backward(learner, (self.step * len(self._turns) + turn) * parts + part)
             numbers.update({name: value if name in AMOUNTS else value / parts for name, value in found.items()})
-        norm = torch.nn.utils.clip_grad_norm_(self._parameters, self.options.gradient_clip)
-        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
-        # bfloat16 can overflow in one gradient of thousands of steps; that step is left out and counted.
-        usable = bool(torch.isfinite(norm))
-        if usable:
-            take_step(self._optimizer, self.processes.device)
-            self._average.step(self._parameters)
-        self._count_skipped(usable)
-        self.step += 1
-        return dict(numbers) | {"gradient_norm": float(norm) if usable else 0.0, "skipped": float(not usable)}
+        norm, usable = learner.step(self._rate_at(self.step, learner.options.learning_rate))
+        if learner.skipped_in_a_row >= MAX_SKIPPED_STEPS:
+            msg = (
+                f"the gradients of {MAX_SKIPPED_STEPS} steps up to {self.step} are not finite; "
+                "lower the learning rate or set bfloat16: false"
+            )
+            raise TrainingError(msg)
+        return dict(numbers) | {"gradient_norm": norm, "skipped": float(not usable)}
 
-    def _backward(self, part: int) -> dict[str, float]:
-        """Add the gradient of one batch; return its numbers."""
+    def _backward(self, learner: Learner, number: int) -> dict[str, float]:
+        """Add the gradient of one batch of this process; return its numbers."""
         processes, parts = self.processes, self.options.gradient_accumulation
-        draw = (self.step * parts + part) * processes.batch_count + processes.batch_rank
+        draw = number * processes.batch_count + processes.batch_rank
         torch.manual_seed(self.options.seed * 1_000_003 + draw)
         with self._precision():
-            loss, numbers = self.objective.loss(draw)
+            loss, numbers = learner.objective.loss(draw)
         value = float(loss.detach())
         if processes.any(not math.isfinite(value)):
-            self._give_up(draw, value)
+            self._give_up(learner, draw, value)
         # Gradients are averaged over all processes; those that share a sample have parts, which are to be summed.
         (loss * processes.context / parts).backward()  # type: ignore[no-untyped-call]
         return {"loss": value} | numbers
@@ -292,23 +290,14 @@ class TrainingLoop:
         # A weight is used once in a pass: cached casts would save nothing, and keep what sharding frees.
         return torch.autocast(device, torch.bfloat16, enabled=self._autocast, cache_enabled=False)
 
-    def _give_up(self, draw: int, value: float) -> None:
+    def _give_up(self, learner: Learner, draw: int, value: float) -> None:
         if math.isfinite(value):
             msg = f"the loss of step {self.step} is not finite in another process; its message names the batch"
             raise TrainingError(msg)
         path = self.directory / f"failed_step_{self.step:06d}_rank_{self.processes.rank}.pt"
-        save_failure(path, step=self.step, draw=draw, seed=self.options.seed, loss=value, inputs=self._inputs.inputs)
+        save_failure(path, step=self.step, draw=draw, seed=self.options.seed, loss=value, inputs=learner.inputs.inputs)
         msg = f"the loss of step {self.step} is {value}; its batch is in {path}: look at it, or lower the learning rate"
         raise TrainingError(msg)
-
-    def _count_skipped(self, usable: bool) -> None:
-        self._skipped_in_a_row = 0 if usable else self._skipped_in_a_row + 1
-        if self._skipped_in_a_row >= MAX_SKIPPED_STEPS:
-            msg = (
-                f"the gradients of {MAX_SKIPPED_STEPS} steps up to {self.step} are not finite; "
-                "lower the learning rate or set bfloat16: false"
-            )
-            raise TrainingError(msg)
 
     def _log(self, logs: list[NumbersLog], started: float) -> None:
         window = self.processes.gather(dict(self._window))
@@ -326,7 +315,7 @@ class TrainingLoop:
             log.write(self.step, means | rate | speed)
 
     def _validate(self, logs: list[NumbersLog], on_validation: Callable[[int], Mapping[str, float]]) -> None:
-        with self._averaged(), self._precision():
+        with self._learner.averaged(), self._precision():
             found = dict(on_validation(self.step))
         everyone = self.processes.gather(found)
         for log in logs:
@@ -335,29 +324,11 @@ class TrainingLoop:
                 {f"validation/{name}": sum(each[name] for each in everyone) / len(everyone) for name in found},
             )
 
-    @contextmanager
-    def _averaged(self) -> Iterator[None]:
-        """Put the averaged weights in place of the trained ones for a while."""
-        self._swap()
-        try:
-            yield
-        finally:
-            self._swap()
-
-    @torch.no_grad()
-    def _swap(self) -> None:
-        forget_gathered(self.objective.module)
-        # One tensor at a time, so that no third copy of the weights is needed.
-        for parameter, average in zip(self._parameters, self._average.shadow_params, strict=True):
-            kept = parameter.detach().clone()
-            parameter.copy_(average)
-            average.copy_(kept)
-
     def _checkpoint(self, on_checkpoint: Callable[[int], None] | None) -> None:
         self._save()
         self.processes.wait()  # nobody goes on, and perhaps resumes, before the file is there
         if on_checkpoint is not None:
-            with self._averaged():
+            with self._learner.averaged():
                 on_checkpoint(self.step)
             self.processes.wait()  # here, and not in a step: other groups of processes have shorter limits
 
@@ -365,11 +336,11 @@ class TrainingLoop:
         keep = self.processes.is_main
         state = {
             "step": self.step,
-            "module": whole(own_state(self.objective.module), keep=keep),
-            "average": whole(self._average.state_dict(), keep=keep),
-            "optimizer": whole_state(self._optimizer, keep=keep),
+            **self._learner.state(keep=keep),
             "window": self.processes.gather(dict(self._window)),
         }
+        if self._critic is not None:
+            state["critic"] = self._critic.state(keep=keep)
         if keep:
             self._checkpoints.save(state)
 
@@ -391,10 +362,12 @@ class TrainingLoop:
             raise CheckpointError(msg) from error
 
     def _load(self, state: dict[str, Any]) -> None:
-        load_own_state(self.objective.module, state["module"])
-        average = placed_average(state["average"], self._parameters)
-        self._average.load_state_dict(average | {"decay": self.options.ema_decay})
-        load_whole_state(self._optimizer, state["optimizer"])
+        if self._critic is None and "critic" in state:
+            msg = "it has a critic"
+            raise ValueError(msg)
+        self._learner.load(state)
+        if self._critic is not None:
+            self._critic.load(state["critic"])
         windows = state.get("window", [])
         self._window = Counter(windows[self.processes.rank] if len(windows) == self.processes.count else {})
         self.step = state["step"]

@@ -9,50 +9,42 @@ as distribution matching needs. Guidance of the teacher is built in: the student
 from __future__ import annotations
 
 import itertools
-from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor, nn
 
 from swifti2v.errors import ConfigurationError
 from swifti2v.sampling.schedules import shifted_sigmas
+from swifti2v.training.refiner.few_steps import FewStepOptions, Teacher
 from swifti2v.training.refiner.window_batches import WindowBatch, noise_like, predicted
-from swifti2v.training.refiner.window_source import Batches, Samples, WindowSource, WindowSourceOptions
+from swifti2v.training.refiner.window_source import Batches, Samples, WindowSource
 
 if TYPE_CHECKING:
     from swifti2v.models.transformer import StageTwoTransformer
 
 
 @dataclass(frozen=True)
-class DistillationOptions:
-    """What the student is to become.
+class DistillationOptions(FewStepOptions):
+    """What the student is to become, by trajectory distillation.
 
     Args:
-        num_student_steps: Euler steps of the student.
         teacher_steps_per_step: the teacher's steps within one of the student's.
-        guidance_scale: of the teacher, >= 1; 1 needs half the time.
-        flow: windows, context and time shift; its `flow_shift` is that of the student's schedule at inference, and its
-            own context is made in `num_student_steps` unless it says how many.
+        objective: tells the two ways apart.
 
     Raises:
         ConfigurationError: a number is out of its range.
     """
 
-    num_student_steps: int = 4
     teacher_steps_per_step: int = 5
-    guidance_scale: float = 1.0
-    flow: WindowSourceOptions = field(default_factory=lambda: WindowSourceOptions(prompt_dropped_share=0.0))
+    objective: Literal["trajectory"] = "trajectory"
 
     def __post_init__(self) -> None:
-        if min(self.num_student_steps, self.teacher_steps_per_step) < 1 or self.guidance_scale < 1:
-            msg = "num_student_steps, teacher_steps_per_step and guidance_scale must be at least 1"
+        super().__post_init__()
+        if self.teacher_steps_per_step < 1:
+            msg = "teacher_steps_per_step must be at least 1"
             raise ConfigurationError(msg)
-
-    @property
-    def source(self) -> WindowSourceOptions:
-        """Windows with the context that the student makes at inference."""
-        return replace(self.flow, own_context_steps=self.flow.own_context_steps or self.num_student_steps)
 
     @property
     def teacher_sigmas(self) -> tuple[float, ...]:
@@ -84,7 +76,6 @@ class DistillationObjective:
         self.module: nn.Module = student
         self.options = options
         self._student = student
-        self._teacher = teacher.requires_grad_(requires_grad=False).eval()
         self._source = WindowSource(
             student,
             samples=samples,
@@ -93,6 +84,7 @@ class DistillationObjective:
             num_processes=num_processes,
             empty_prompt=empty_prompt,
         )
+        self._teacher = Teacher(teacher, source=self._source, guidance_scale=options.guidance_scale)
 
     def loss(self, step: int) -> tuple[Tensor, dict[str, float]]:
         """Return the mean squared distance to the teacher's clean prediction at one level of the schedule."""
@@ -118,14 +110,6 @@ class DistillationObjective:
         current = noisy
         for sigma, following in itertools.pairwise(sigmas):
             # `euler` ends at 0; here the end is a level of the student, so that the step is written out.
-            current = torch.lerp(self._guided(batch, current, sigma), current, following / sigma)
+            current = torch.lerp(self._teacher(batch, current, sigma), current, following / sigma)
         kept = sigmas[-1] / sigmas[0]
         return (current - kept * noisy) / (1 - kept)
-
-    def _guided(self, batch: WindowBatch, noisy: Tensor, sigma: float) -> Tensor:
-        clean = predicted(self._teacher, batch, noisy, sigma)
-        scale = self.options.guidance_scale
-        if scale == 1:
-            return clean
-        without = replace(batch, prompt_embeds=self._source.without_prompts(batch.prompt_embeds))
-        return torch.lerp(predicted(self._teacher, without, noisy, sigma), clean, scale)

@@ -21,9 +21,13 @@ from swifti2v.models.checkpoint_index import INDEX_NAME, write_index
 from swifti2v.models.checkpoints import load_stage_two_vae, resolve
 from swifti2v.training.derived_index import CHECKPOINT_FOLDER, derived_index
 from swifti2v.training.engine.distributed import BatchesOfProcess, Processes, joined_processes
-from swifti2v.training.engine.loop import LoopOptions, Objective, TrainingLoop
+from swifti2v.training.engine.loop import Critic, LoopOptions, Objective, TrainingLoop
 from swifti2v.training.engine.writing import writing
 from swifti2v.training.refiner.distillation import DistillationObjective, DistillationOptions
+from swifti2v.training.refiner.distribution_matching import (
+    DistributionMatchingObjective,
+    DistributionMatchingOptions,
+)
 from swifti2v.training.refiner.encoding import (
     EncodingOptions,
     StageTwoEncoder,
@@ -94,14 +98,29 @@ class RefinerRun:
 
 @dataclass(frozen=True)
 class DistillationRun:
-    """The recipe file of a few-step Stage II; `checkpoint` is teacher and start of the student."""
+    """The recipe file of a few-step Stage II.
+
+    Args:
+        loop: how long and on how much.
+        checkpoint: the teacher, with which the critic of distribution matching starts, too.
+        batch_size: windows per process and part of a step.
+        network: what of student and critic is trained.
+        distillation: to how many steps, and by which objective: along the teacher's trajectory or by distribution
+            matching.
+        validation: how what was learned is judged; its `num_steps` are the student's.
+        student: checkpoint from which the student starts, one of the same network; None: `checkpoint`.
+
+    Raises:
+        ConfigurationError: what is validated is not what is trained.
+    """
 
     loop: LoopOptions
     checkpoint: str = "wan2.2"
     batch_size: int = 1
     network: NetworkOptions = field(default_factory=NetworkOptions)
-    distillation: DistillationOptions = field(default_factory=DistillationOptions)
+    distillation: DistillationOptions | DistributionMatchingOptions = field(default_factory=DistillationOptions)
     validation: ValidationOfRefiner = field(default_factory=ValidationOfRefiner)
+    student: str | None = None
 
     def __post_init__(self) -> None:
         self.validation.check_shift(self.distillation.flow.flow_shift)
@@ -184,24 +203,29 @@ def distill_refiner(
     empty_prompt = _empty_prompt(cache, run.checkpoint, is_used=is_used)
     with joined_processes(run.loop.context_parallel) as processes:
         batches = _batches(kept, run.batch_size, options.flow.seed, processes)
-        student = load_network(run.checkpoint, run.network)
+        student = load_network(run.student or run.checkpoint, run.network)
         _check_sharing(student, samples, processes)
         validation = RefinerValidation(
             student, samples=samples, indices=kept.indices, options=run.sampling, processes=processes
         )
         teacher = load_teacher(run.checkpoint, run.network).to(processes.device)
         processes.share_tokens(teacher)
-        objective = DistillationObjective(
-            student,
-            teacher,
-            samples=samples,
-            batches=batches,
-            options=options,
-            num_processes=processes.batch_count,
-            empty_prompt=empty_prompt,
-        )
+        given: Any = {
+            "samples": samples,
+            "batches": batches,
+            "num_processes": processes.batch_count,
+            "empty_prompt": empty_prompt,
+        }
+        objective: Objective
+        critic: Critic | None = None
+        if isinstance(options, DistributionMatchingOptions):
+            second = load_network(run.checkpoint, run.network)
+            matching = DistributionMatchingObjective(student, teacher, critic=second, options=options, **given)
+            objective, critic = matching, matching.critic
+        else:
+            objective = DistillationObjective(student, teacher, options=options, **given)
         setup = _Setup(run.checkpoint, output, run.loop, validation)
-        _train(objective, student, setup, processes=processes, on_step=on_step)
+        _train(objective, student, setup, processes=processes, on_step=on_step, critic=critic)
     return output / CHECKPOINT_FOLDER
 
 
@@ -262,6 +286,7 @@ def _train(
     *,
     processes: Processes,
     on_step: Callable[[StepReport], None] | None,
+    critic: Critic | None = None,
 ) -> None:
     """Run the loop; the checkpoint in ``output/checkpoint`` can be used from the first save on."""
     is_first = processes.is_main
@@ -269,7 +294,7 @@ def _train(
     if is_first:
         with writing(folder):
             begin_checkpoint(setup.base, folder, setup.validation.options)
-    loop = TrainingLoop(objective, setup.output, setup.loop, processes=processes)
+    loop = TrainingLoop(objective, setup.output, setup.loop, processes=processes, critic=critic)
 
     def save(_step: int) -> None:
         save_network(transformer, folder / "stage_two" / "transformer", keep=is_first)

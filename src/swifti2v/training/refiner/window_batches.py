@@ -21,6 +21,7 @@ from swifti2v.training.refiner.windows import context_slots, with_finished
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    import numpy as np
     from torch import Tensor, nn
 
 
@@ -95,6 +96,13 @@ def sample_targets(
 def noise_like(tensor: Tensor, generator: torch.Generator) -> Tensor:
     """Return unit noise of the shape of `tensor`, drawn on the CPU: the same numbers on every device."""
     return torch.randn(tensor.shape, generator=generator).to(tensor)
+
+
+def drawn_own_segments(rng: np.random.Generator, *, share: float, most: int) -> int:
+    """Draw how many segments before a window the network makes itself: 1 to `most` in `share` of the windows."""
+    if rng.random() >= share:
+        return 0
+    return int(rng.integers(most)) + 1
 
 
 def earlier_segments(segment: Segment, *, segment_size: int, count: int) -> tuple[Segment, ...]:

@@ -11,7 +11,13 @@ import torch
 from swifti2v.errors import ConfigurationError, LatentCacheError
 from swifti2v.sampling.schedules import shifted_sigmas
 from swifti2v.training.engine.prefetcher import Prefetcher
-from swifti2v.training.refiner.window_batches import ClipBatch, WindowBatch, earlier_segments, with_own_context
+from swifti2v.training.refiner.window_batches import (
+    ClipBatch,
+    WindowBatch,
+    drawn_own_segments,
+    earlier_segments,
+    with_own_context,
+)
 from swifti2v.training.refiner.windows import WindowOptions
 
 if TYPE_CHECKING:
@@ -145,6 +151,10 @@ class WindowSource:
         """Return the source of a step's noise."""
         return torch.Generator("cpu").manual_seed(self.options.seed * 1_000_003 + step)
 
+    def shared_by_processes(self, step: int, purpose: int) -> np.random.Generator:
+        """Return a source of numbers that are the same in every process, one for each `purpose`; windows take 1."""
+        return np.random.default_rng([self.options.seed, step // self._num_processes, purpose])
+
     def batch(self, step: int, generator: torch.Generator) -> WindowBatch:
         """Return the windows of a step on the transformer's device, float32."""
         device = next(self._transformer.parameters()).device
@@ -174,20 +184,10 @@ class WindowSource:
         prompts = torch.stack([_tensor(sample, PROMPT) for sample in chosen])
         dropped = torch.from_numpy(rng.random(len(chosen)) < self.options.prompt_dropped_share)
         prompts = torch.where(dropped.view(-1, 1, 1), self.without_prompts(prompts), prompts)
-        shared, num_latent_frames = self._shared_by_processes(step), truth.shape[2]
-        own = self._num_own_segments(shared)
+        shared, num_latent_frames = self.shared_by_processes(step, 1), truth.shape[2]
+        own = drawn_own_segments(shared, share=self.options.own_context_share, most=self.options.own_context_segments)
         shape = self.options.windows.draw_shape(shared, num_latent_frames, segments_before=own)
         return _DrawnClips(ClipBatch(truth, reference, prompts), shape.draw_place(rng, num_latent_frames), own)
-
-    def _shared_by_processes(self, step: int) -> np.random.Generator:
-        """Return a source of numbers that are the same in every process."""
-        return np.random.default_rng([self.options.seed, step // self._num_processes, 1])
-
-    def _num_own_segments(self, rng: np.random.Generator) -> int:
-        """Draw how many segments the network makes itself."""
-        if rng.random() >= self.options.own_context_share:
-            return 0
-        return int(rng.integers(self.options.own_context_segments)) + 1
 
 
 def _tensor(sample: Sample, key: str) -> Tensor:

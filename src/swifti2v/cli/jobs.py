@@ -23,7 +23,6 @@ from swifti2v.cli.acceleration_options import (
 )
 from swifti2v.errors import InvalidInputError
 from swifti2v.geometry import Size
-from swifti2v.pipelines.options import GenerationOptions
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -72,6 +71,7 @@ def submit(  # noqa: PLR0913 - typer makes an option of each parameter
     from swifti2v.jobs.state import JobRequest
     from swifti2v.media.images import load_image
     from swifti2v.pipelines.loading import settings_of
+    from swifti2v.pipelines.options import GenerationOptions
 
     options = GenerationOptions(
         size=Size.parse(size) if size is not None else None,
@@ -112,6 +112,7 @@ def batch(  # noqa: PLR0913 - as above
 
     queue = _open(data, database)  # says what to install, before the module below needs it
     from swifti2v.jobs.batch import Batch, pictures_in
+    from swifti2v.pipelines.options import GenerationOptions
 
     options = GenerationOptions(size=Size.parse(size) if size is not None else None, num_frames=frames, seed=seed)
     settings_of(model, options)

@@ -16,6 +16,8 @@ from swifti2v.cli.main import EXIT_ERROR, EXIT_INTERRUPTED, ReportingGroup, app
 from swifti2v.errors import GenerationCancelled, ImageInputError, OutputError
 
 HEAVY = ("torch", "diffusers", "transformers", "peft", "accelerate", "numpy", "cv2", "av", "PIL")
+# Light each, but only commands need them, and help should take little more than typer's own.
+FOR_COMMANDS = ("yaml", "rich.progress", "swifti2v.config", "swifti2v.memory.budget", "swifti2v.pipelines.options")
 # Imports every module of the command line and shows the help, then names what was loaded.
 HELP = f"""
 import pkgutil, sys
@@ -40,6 +42,18 @@ def test_help_loads_nothing_heavy() -> None:
     result = run_python(HELP)
     assert "plan" in result.stdout
     assert result.stdout.strip().endswith("LOADED")
+
+
+def test_help_loads_nothing_that_only_commands_need() -> None:
+    code = f"""
+import sys
+from swifti2v.cli.main import app
+try:
+    app(["--help"])
+except SystemExit:
+    print("LOADED", *[name for name in {FOR_COMMANDS!r} if name in sys.modules])
+"""
+    assert run_python(code).stdout.strip().endswith("LOADED")
 
 
 def test_help_is_quick() -> None:

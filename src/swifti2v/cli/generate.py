@@ -16,12 +16,12 @@ from swifti2v.cli.processes import ProcessGroup, launched_processes
 from swifti2v.cli.progress import progress_bars
 from swifti2v.errors import InvalidInputError, MemoryBudgetError
 from swifti2v.geometry import Size
-from swifti2v.pipelines.options import GenerationOptions
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from swifti2v.media.video_writer import VideoWriter
+    from swifti2v.pipelines.options import GenerationOptions
     from swifti2v.pipelines.runs import GenerationRequest, Progress
     from swifti2v.pipelines.two_stage import TwoStagePipeline
 
@@ -82,6 +82,8 @@ def generate(  # noqa: PLR0913 - typer makes an option of each parameter
     as_json: JsonOption = False,
 ) -> None:
     """Make a video from an image and a prompt."""
+    from swifti2v.pipelines.options import GenerationOptions
+
     options = GenerationOptions(
         size=Size.parse(size) if size is not None else None,
         num_frames=frames,
@@ -125,6 +127,8 @@ def preview(  # noqa: PLR0913 - typer makes an option of each parameter
     as_json: JsonOption = False,
 ) -> None:
     """Make the motion reference only (Stage I); `generate` with the same --work-dir continues from it."""
+    from swifti2v.pipelines.options import GenerationOptions
+
     options = GenerationOptions(
         size=Size.parse(size) if size is not None else None, num_frames=frames, fps=fps, seed=seed
     )

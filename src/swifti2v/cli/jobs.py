@@ -16,7 +16,6 @@ import typer
 from swifti2v.cli.acceleration_options import AccelerationOptions, with_acceleration_options
 from swifti2v.errors import InvalidInputError
 from swifti2v.geometry import Size
-from swifti2v.pipelines.options import GenerationOptions
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterator
@@ -68,6 +67,7 @@ def submit(  # noqa: PLR0913 - typer makes an option of each parameter
     from swifti2v.jobs.state import JobRequest
     from swifti2v.media.images import load_image
     from swifti2v.pipelines.loading import settings_of
+    from swifti2v.pipelines.options import GenerationOptions
 
     options = GenerationOptions(
         size=Size.parse(size) if size is not None else None,
@@ -108,6 +108,7 @@ def batch(  # noqa: PLR0913 - as above
 
     queue = _open(data, database)  # says what to install, before the module below needs it
     from swifti2v.jobs.batch import Batch, pictures_in
+    from swifti2v.pipelines.options import GenerationOptions
 
     options = GenerationOptions(size=Size.parse(size) if size is not None else None, num_frames=frames, seed=seed)
     settings_of(model, options)

@@ -15,15 +15,12 @@ from rich.table import Table
 
 from swifti2v.errors import CheckpointError, InvalidInputError
 from swifti2v.geometry import Size
-from swifti2v.memory.budget import BITS_PER_WEIGHT, WAN22, RunSettings, plan_run
-from swifti2v.memory.checkpoint_dimensions import read_pipeline_dimensions
 from swifti2v.memory.devices import DEVICES, device_rates
-from swifti2v.memory.light_cost import with_light_decoder
-from swifti2v.memory.plan import MemoryPlan, parse_bytes, plan_memory
-from swifti2v.models.checkpoint_index import INDEX_NAME, is_hub_id, read_index
+from swifti2v.memory.run_settings import RunSettings
 
 if TYPE_CHECKING:
     from swifti2v.memory.budget import PipelineDimensions, RunPlan
+    from swifti2v.memory.plan import MemoryPlan
 
 EMBEDDED_MODELS = ("mini",)
 
@@ -72,6 +69,9 @@ def plan(  # noqa: PLR0913 - typer makes an option of each parameter
 
         print_training_plan(train, size=Size.parse(size), num_frames=frames, as_json=as_json)
         return
+    from swifti2v.memory.budget import BITS_PER_WEIGHT, plan_run
+    from swifti2v.memory.light_cost import with_light_decoder
+
     planned = planned_model(model)
     dimensions = planned.dimensions if decoder == "exact" else with_light_decoder(planned.dimensions)
     dimensions = replace(dimensions, float8_products=quantization == "float8")
@@ -116,6 +116,8 @@ def plan(  # noqa: PLR0913 - typer makes an option of each parameter
 def _fitted(
     dimensions: PipelineDimensions, settings: RunSettings, gpu: str, memory: str | None, host_memory: str | None
 ) -> MemoryPlan:
+    from swifti2v.memory.plan import parse_bytes, plan_memory
+
     budget = None if memory in {None, "auto"} else parse_bytes(str(memory))
     host = None if host_memory is None else parse_bytes(host_memory)
     return plan_memory(dimensions, settings, device_rates(gpu), budget_bytes=budget, host_bytes=host)
@@ -177,6 +179,8 @@ def planned_model(model: str) -> PlannedModel:
         CheckpointError: the index or a `config.json` is missing or damaged, or a part lies in a hub repository.
     """
     if model == "wan2.2":
+        from swifti2v.memory.budget import WAN22
+
         return PlannedModel(WAN22, RunSettings.num_inference_steps)
     if model in EMBEDDED_MODELS:
         with as_file(files("swifti2v") / "presets" / model) as folder:
@@ -188,6 +192,9 @@ def planned_model(model: str) -> PlannedModel:
 
 
 def _read_checkpoint(folder: Path) -> PlannedModel:
+    from swifti2v.memory.checkpoint_dimensions import read_pipeline_dimensions
+    from swifti2v.models.checkpoint_index import INDEX_NAME, read_index
+
     index = read_index(folder / INDEX_NAME)
     stage_two = _local(folder, index.stage_two.source)
     dimensions = read_pipeline_dimensions(
@@ -203,6 +210,8 @@ def _read_checkpoint(folder: Path) -> PlannedModel:
 
 
 def _local(folder: Path, source: str) -> Path:
+    from swifti2v.models.checkpoint_index import is_hub_id
+
     if is_hub_id(source):
         msg = f"{source} is a hub repository, and plan loads nothing; give a checkpoint whose parts are folders"
         raise CheckpointError(msg)

@@ -5,11 +5,10 @@ from __future__ import annotations
 import os
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 
-from swifti2v.config import load_yaml
 from swifti2v.errors import InvalidInputError
 
 if TYPE_CHECKING:
@@ -32,6 +31,8 @@ InitialOption = Annotated[
     str | None, typer.Option("--init", help="Checkpoint whose weights and codec to start from: mini, or a folder.")
 ]
 
+T = TypeVar("T")
+
 app = typer.Typer(help="Train both stages by their recipes.", no_args_is_help=True)
 
 
@@ -40,7 +41,7 @@ def low_res_cache(recipe: RecipeArgument, *, data: VideosOption, output: OutputO
     """Encode videos at Stage I's size, for its Low-Res LoRA."""
     from swifti2v.training.low_res.run import LowResCacheRun, build_low_res_cache
 
-    _encode(build_low_res_cache, load_yaml(LowResCacheRun, recipe), data, output)
+    _encode(build_low_res_cache, _read_recipe(LowResCacheRun, recipe), data, output)
 
 
 @app.command("stage-one")
@@ -58,7 +59,7 @@ def stage_one(
         if data is not None:
             from swifti2v.training.embedded.recipes import StageOneRun, train_stage_one
 
-            run = load_yaml(StageOneRun, recipe)
+            run = _read_recipe(StageOneRun, recipe)
             train_stage_one(run, index=data, output=output, initial=initial, on_step=on_step)
         elif cache is not None:
             _train_low_res_lora(recipe, cache, output, initial, on_step)
@@ -71,7 +72,7 @@ def transition(
     """Make what Stage II learns from: clips, and references that Stage I has lightly denoised (stage-transition)."""
     from swifti2v.training.refiner.run import TransitionRun, build_references
 
-    _encode(build_references, _from_checkpoint(load_yaml(TransitionRun, recipe), initial), data, output)
+    _encode(build_references, _from_checkpoint(_read_recipe(TransitionRun, recipe), initial), data, output)
 
 
 @app.command("stage-two")
@@ -89,12 +90,12 @@ def stage_two(
         if data is not None:
             from swifti2v.training.embedded.recipes import StageTwoRun, train_stage_two
 
-            run = load_yaml(StageTwoRun, recipe)
+            run = _read_recipe(StageTwoRun, recipe)
             train_stage_two(run, index=data, output=output, initial=initial, on_step=on_step)
         elif cache is not None:
             from swifti2v.training.refiner.run import RefinerRun, train_refiner
 
-            refiner = _from_checkpoint(load_yaml(RefinerRun, recipe), initial)
+            refiner = _from_checkpoint(_read_recipe(RefinerRun, recipe), initial)
             _tell(train_refiner(refiner, cache=cache, output=output, on_step=on_step))
 
 
@@ -103,7 +104,7 @@ def distill(recipe: RecipeArgument, *, cache: CacheOption, output: OutputOption,
     """Bring Stage II to few steps without guidance: the student follows its teacher's trajectory."""
     from swifti2v.training.refiner.run import DistillationRun, distill_refiner
 
-    run = _from_checkpoint(load_yaml(DistillationRun, recipe), initial)
+    run = _from_checkpoint(_read_recipe(DistillationRun, recipe), initial)
     with _training() as on_step:
         checkpoint = distill_refiner(run, cache=cache, output=output, on_step=on_step)
     _tell(checkpoint)
@@ -115,6 +116,12 @@ def export(run: Annotated[Path, typer.Argument(help="Folder of a run.")], *, out
     from swifti2v.training.embedded.recipes import export_mini
 
     export_mini(run, output)
+
+
+def _read_recipe(cls: type[T], recipe: Path) -> T:
+    from swifti2v.config import load_yaml
+
+    return load_yaml(cls, recipe)
 
 
 def _check_one_source(cache: Path | None, data: Path | None, maker: str) -> None:
@@ -149,7 +156,7 @@ def _train_low_res_lora(
     from swifti2v.training.engine.distributed import joined_processes
     from swifti2v.training.low_res.run import LowResLoraRun, train_low_res_lora
 
-    run = _from_checkpoint(load_yaml(LowResLoraRun, recipe), initial)
+    run = _from_checkpoint(_read_recipe(LowResLoraRun, recipe), initial)
     with joined_processes(run.loop.context_parallel) as processes:
         checkpoint = train_low_res_lora(
             run,

@@ -13,6 +13,7 @@ from swifti2v.errors import InvalidInputError
 from swifti2v.geometry import CodecGeometry, Size, motion_size
 from swifti2v.memory.codec_cost import WAN21_VAE, WAN22_VAE, WanCodecDimensions
 from swifti2v.memory.lean_cost import lean_decode_bytes, lean_encode_bytes
+from swifti2v.memory.run_settings import RunSettings as RunSettings  # noqa: TC001 - others have it from here
 from swifti2v.memory.transformer_cost import (
     NO_COST,
     STAGE_TWO_5B,
@@ -113,22 +114,6 @@ WAN22 = PipelineDimensions(
     stage_two=STAGE_TWO_5B,
     stage_two_codec=WAN22_VAE,
 )
-
-
-@dataclass(frozen=True)
-class RunSettings:
-    """What of a run's options its cost depends on; the names and defaults are those of generation."""
-
-    size: Size
-    num_frames: int = 81
-    stage_one_steps: int = 4
-    stage_one_guidance_scale: float = 1.0
-    num_inference_steps: int = 4
-    guidance_scale: float = 1.0
-    segment_size: int = 3
-    neighbors_before: int = 1
-    neighbors_after: int = 0
-    keep_context: bool = False
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,8 @@ import typer
 AttentionOption = Annotated[str, typer.Option(help="auto, native, cudnn, flash, flash3, sage or xformers.")]
 CompileOption = Annotated[bool, typer.Option("--compile", help="Compile the transformers' blocks.")]
 QuantizationOption = Annotated[
-    Literal["none", "float8"],
-    typer.Option(help="Multiply float8 in the transformers' blocks: inexact; faster with --compile."),
+    Literal["none", "float8", "int8"],
+    typer.Option(help="Multiply eight bits in the transformers' blocks: inexact; faster with --compile."),
 ]
 DecoderOption = Annotated[
     Literal["exact", "light"], typer.Option(help="The checkpoint's decoder, or a small one of lower fidelity.")

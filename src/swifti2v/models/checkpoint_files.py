@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import huggingface_hub
+import torch
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError
 from safetensors import SafetensorError, safe_open
 
-from swifti2v.errors import CheckpointError
+from swifti2v.errors import AdapterError, CheckpointError, SwiftI2VError
 from swifti2v.models.checkpoint_index import INDEX_NAME, CheckpointIndex, read_index, write_index
 
 if TYPE_CHECKING:
@@ -23,6 +25,7 @@ if TYPE_CHECKING:
 STAGE_ONE_FOLDERS = ("transformer", "transformer_2", "vae", "text_encoder", "image_encoder")
 # The HTTP library beneath differs between versions of the hub's client (httpx, httpx2); this is its base error.
 _HTTP_ERROR: type[Exception] = HfHubHTTPError.__mro__[1]
+_LOADING_ERRORS = (OSError, ValueError, TypeError, KeyError, AttributeError, ImportError, RuntimeError, SwiftI2VError)
 _SHARD_INDEX = ".safetensors.index.json"
 
 
@@ -99,7 +102,7 @@ def stored_names(folder: Path) -> frozenset[str]:
         CheckpointError: no weights, a shard missing, a file damaged or truncated.
     """
     names: set[str] = set()
-    for file in _weight_files(folder):
+    for file in weight_files(folder):
         try:
             with safe_open(file, framework="pt") as reader:
                 names.update(reader.keys())
@@ -141,6 +144,23 @@ def check_weights_loaded(
             f"{len(unexpected)} without a place, for instance {example}; get the folder again"
         )
         raise CheckpointError(msg)
+
+
+@contextmanager
+def as_checkpoint_error(place: Path) -> Iterator[None]:
+    """Turn what diffusers and transformers raise on bad files into a `CheckpointError` that names them."""
+    default_dtype = torch.get_default_dtype()
+    try:
+        yield
+    except (CheckpointError, AdapterError, torch.OutOfMemoryError):
+        raise
+    except _LOADING_ERRORS as error:
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        msg = f"cannot load {place}: {reason}; the files do not fit together: get them again"
+        raise CheckpointError(msg) from error
+    finally:
+        # A load that fails half-way leaves the process with the dtype of the weights as torch's default.
+        torch.set_default_dtype(default_dtype)
 
 
 def checksums(root: Path) -> dict[str, str]:
@@ -186,7 +206,8 @@ def verify_checksums(root: Path, sha256: Mapping[str, str], patterns: Collection
             raise CheckpointError(msg)
 
 
-def _weight_files(folder: Path) -> list[Path]:
+def weight_files(folder: Path) -> list[Path]:
+    """Return the safetensors files of a model's folder; raise `CheckpointError` if there are none."""
     if not folder.is_dir():
         msg = f"there is no folder {folder}; get the whole checkpoint again"
         raise CheckpointError(msg)

@@ -14,9 +14,9 @@ is loaded can run code of its own.
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
+from functools import partial
 from importlib import import_module, resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
@@ -24,10 +24,11 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 import torch
 from diffusers import AutoencoderKLWan
 
-from swifti2v.errors import AdapterError, CheckpointError, SwiftI2VError
-from swifti2v.models.adapters import adapters_of_experts, fuse, read_adapter_file
+from swifti2v.errors import CheckpointError
+from swifti2v.models.adapters import AdapterWeights, Expert, adapters_of_experts, fuse, read_adapter_file
 from swifti2v.models.checkpoint_files import (
     Hub,
+    as_checkpoint_error,
     check_weights_loaded,
     read_json,
     stage_one_patterns,
@@ -50,8 +51,6 @@ if TYPE_CHECKING:
     from diffusers import WanImageToVideoPipeline
     from torch import nn
 
-    from swifti2v.models.adapters import Expert
-
 Part = Literal["stage_one", "stage_two"]
 PARTS: tuple[Part, ...] = get_args(Part)
 
@@ -63,7 +62,6 @@ STAGE_TWO_CODECS = {"BlockTransformCodec": "swifti2v.models.transform_codec"}
 _PIPELINE = "WanImageToVideoPipeline"
 _TRANSFORMERS = ("StageTwoTransformer", "WanTransformer3DModel")
 _WITHOUT_WEIGHTS = ("scheduler", "tokenizer", "image_processor")
-_LOADING_ERRORS = (OSError, ValueError, TypeError, KeyError, AttributeError, ImportError, RuntimeError, SwiftI2VError)
 
 
 @dataclass(frozen=True)
@@ -227,7 +225,11 @@ def _adapter_file(root: Path, entry: AdapterEntry, hub: Hub) -> Path:
 
 
 def load_stage_two_transformer(
-    resolved: ResolvedCheckpoint, *, dtype: torch.dtype = torch.bfloat16, refiner: Refiner | None = None
+    resolved: ResolvedCheckpoint,
+    *,
+    dtype: torch.dtype = torch.bfloat16,
+    refiner: Refiner | None = None,
+    read: Callable[[Any, Path, torch.dtype], Any] | None = None,
 ) -> StageTwoTransformer:
     """Load Stage II's network; stock Wan weights (TI2V-5B) load too, without reference channels.
 
@@ -235,6 +237,7 @@ def load_stage_two_transformer(
         resolved: with the part "stage_two".
         dtype: of the weights; what diffusers keeps in float32 stays so.
         refiner: "concat" needs reference channels, "training-free" must have none; None: the index's default.
+        read: reads a network of a class from a folder (`piecewise_reader.py`); None: as diffusers does.
 
     Raises:
         CheckpointError: missing or damaged files, another class, a network that cannot be run as `refiner`.
@@ -248,7 +251,8 @@ def load_stage_two_transformer(
     if name not in _TRANSFORMERS:
         msg = f"{folder / 'config.json'} is of a {name}; Stage II takes {' or '.join(_TRANSFORMERS)}"
         raise CheckpointError(msg)
-    transformer: StageTwoTransformer = _load_model(StageTwoTransformer, folder, dtype, own_table=True)
+    read = read or partial(_load_model, own_table=True)
+    transformer: StageTwoTransformer = read(StageTwoTransformer, folder, dtype)
     channels = transformer.config.reference_channels
     if (channels > 0) != (refiner == "concat"):
         other = "concat" if channels else "training-free"
@@ -285,6 +289,7 @@ def load_stage_one_pipeline(
     dtype: torch.dtype = torch.bfloat16,
     vae_dtype: torch.dtype = torch.float32,
     roles: Collection[str] | None = None,
+    networks: Mapping[str, nn.Module] | None = None,
 ) -> WanImageToVideoPipeline:
     """Load Stage I with its adapters fused.
 
@@ -293,6 +298,7 @@ def load_stage_one_pipeline(
         dtype: of transformers and text encoder.
         vae_dtype: of the codec; Wan's own code runs it in float32.
         roles: adapters of these roles are applied; None: all. Without "few_step" it is a many-step model.
+        networks: components that are loaded already (`read_stage_one_networks`), the adapters in them.
 
     Raises:
         CheckpointError: missing or damaged files, another pipeline class, weights that do not belong.
@@ -300,19 +306,21 @@ def load_stage_one_pipeline(
     """
     from diffusers import WanImageToVideoPipeline
 
-    folder = resolved.folder_of("stage_one")
-    stored = {name: stored_names(folder / name) for name in _components_with_weights(folder)}
-    with _as_checkpoint_error(folder):
+    folder, given = resolved.folder_of("stage_one"), networks or {}
+    stored = {name: stored_names(folder / name) for name in _components_with_weights(folder) if name not in given}
+    with as_checkpoint_error(folder):
         pipeline = WanImageToVideoPipeline.from_pretrained(
             str(folder),
             dtype={"default": dtype, "vae": vae_dtype},
             local_files_only=True,
             use_safetensors=True,
+            **given,
         )
     for name, names in stored.items():
         check_weights_loaded(getattr(pipeline, name), names, folder / name)
-    for note in apply_adapters(pipeline, resolved, roles=roles):
-        logger.info(note)
+    if not given:
+        for note in apply_adapters(pipeline, resolved, roles=roles):
+            logger.info(note)
     return pipeline
 
 
@@ -331,16 +339,26 @@ def apply_adapters(
     if pipeline.transformer_2 is not None:
         experts["low"] = pipeline.transformer_2
     notes: list[str] = []
-    chosen = [
-        (entry, path, adapters_of_experts(read_adapter_file(path), experts, expert=entry.expert))
-        for entry, path in zip(resolved.index.stage_one.adapters, resolved.adapters, strict=True)
-        if roles is None or entry.role in roles
-    ]
-    for entry, path, adapters in chosen:
+    for entry, path, adapters in chosen_adapters(experts, resolved, roles=roles):
         for expert, adapter in adapters.items():
             fuse(experts[expert], adapter, strength=entry.scale)
             notes += [f"{path.name}, {expert}-noise expert: {note}" for note in adapter.notes]
     return tuple(notes)
+
+
+def chosen_adapters(
+    experts: Mapping[Expert, nn.Module], resolved: ResolvedCheckpoint, *, roles: Collection[str] | None = None
+) -> list[tuple[AdapterEntry, Path, dict[Expert, AdapterWeights]]]:
+    """Read the checkpoint's adapters of `roles` (None: all) for the experts, in order; nothing is applied.
+
+    Raises:
+        AdapterError: a file does not match wholly.
+    """
+    return [
+        (entry, path, adapters_of_experts(read_adapter_file(path), experts, expert=entry.expert))
+        for entry, path in zip(resolved.index.stage_one.adapters, resolved.adapters, strict=True)
+        if roles is None or entry.role in roles
+    ]
 
 
 def _components_with_weights(folder: Path) -> list[str]:
@@ -355,7 +373,7 @@ def _components_with_weights(folder: Path) -> list[str]:
     for name, (library, class_name) in named.items():
         if str(library).startswith("swifti2v."):
             # diffusers finds classes of other packages only in modules that are imported already.
-            with _as_checkpoint_error(folder / "model_index.json"):
+            with as_checkpoint_error(folder / "model_index.json"):
                 getattr(import_module(library), class_name)
         if not (folder / name).is_dir():
             msg = f"{folder / 'model_index.json'} names {name}, and there is no folder {folder / name}; get it again"
@@ -365,7 +383,7 @@ def _components_with_weights(folder: Path) -> list[str]:
 
 def _load_model(model_class: Any, folder: Path, dtype: torch.dtype, *, own_table: bool = False) -> Any:
     names = stored_names(folder)
-    with _as_checkpoint_error(folder):
+    with as_checkpoint_error(folder):
         model = model_class.from_pretrained(str(folder), dtype=dtype, local_files_only=True, use_safetensors=True)
     check_weights_loaded(model, names, folder, optional=("frame_kind_table",) if own_table else ())
     return model
@@ -373,20 +391,3 @@ def _load_model(model_class: Any, folder: Path, dtype: torch.dtype, *, own_table
 
 def _class_name(folder: Path) -> str:
     return str(read_json(folder / "config.json").get("_class_name"))
-
-
-@contextmanager
-def _as_checkpoint_error(place: Path) -> Iterator[None]:
-    """Turn what diffusers and transformers raise on bad files into a `CheckpointError` that names them."""
-    default_dtype = torch.get_default_dtype()
-    try:
-        yield
-    except (CheckpointError, AdapterError, torch.OutOfMemoryError):
-        raise
-    except _LOADING_ERRORS as error:
-        reason = " ".join(str(error).split())[:300] or type(error).__name__
-        msg = f"cannot load {place}: {reason}; the files do not fit together: get them again"
-        raise CheckpointError(msg) from error
-    finally:
-        # A load that fails half-way leaves the process with the dtype of the weights as torch's default.
-        torch.set_default_dtype(default_dtype)

@@ -6,6 +6,7 @@ import hashlib
 import json
 import math
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import TYPE_CHECKING, Literal
 
 import torch
@@ -14,6 +15,7 @@ from swifti2v.errors import InvalidInputError
 from swifti2v.geometry import Size, reduced_size
 from swifti2v.memory.checkpoint_dimensions import read_pipeline_dimensions
 from swifti2v.memory.placement import store_weights
+from swifti2v.memory.plan import STORED_DTYPES
 from swifti2v.models.checkpoint_files import read_json
 from swifti2v.models.checkpoints import (
     load_stage_one_pipeline,
@@ -21,6 +23,8 @@ from swifti2v.models.checkpoints import (
     load_stage_two_vae,
     resolve,
 )
+from swifti2v.models.piecewise_reader import PiecewiseReader, read_stage_one_networks
+from swifti2v.models.quantized_products import Quantization, stored_already
 from swifti2v.models.scheduler import FixedSigmaScheduler
 from swifti2v.models.vae import open_codec
 from swifti2v.pipelines.acceleration import Acceleration, accelerated
@@ -108,7 +112,7 @@ def load_parts(
 
     Raises:
         CheckpointError: the checkpoint cannot be found, downloaded or read.
-        InvalidInputError: there is no such device, or it cannot be accelerated so.
+        InvalidInputError: there is no such device, it cannot be accelerated so, or the host has no room for that.
     """
     place = open_device(device)
     memory = memory.on(place) if memory is not None else None
@@ -120,16 +124,16 @@ def load_parts(
     acceleration = acceleration or Acceleration(attention="native")
     light = _light_decoder(checkpoint, acceleration, place, dtype, local_files_only=local_files_only)
     loaded: WeightDtype = "float32" if dtype == torch.float32 else "bfloat16"
-    stored = _stored_dtype(checkpoint, memory, loaded, float8_products=acceleration.quantization == "float8")
-    transformer = load_stage_two_transformer(checkpoint, dtype=dtype, refiner=trained_refiner(checkpoint))
-    store_weights(transformer, stored, compute_dtype=dtype)
-    codec = open_codec(load_stage_two_vae(checkpoint, dtype=dtype).to(home).eval())
+    stored = _stored_dtype(checkpoint, memory, loaded, quantization=acceleration.quantization)
     roles = {adapter.role for adapter in one.adapters}
     applied = roles if few_step else roles - {FEW_STEP_ADAPTER}
-    pipeline = load_stage_one_pipeline(checkpoint, dtype=dtype, roles=applied)
-    for network in (pipeline.text_encoder, pipeline.transformer, pipeline.transformer_2):
-        if network is not None:
-            store_weights(network, stored, compute_dtype=dtype)
+    store = partial(store_weights, dtype=stored, compute_dtype=dtype)
+    reader = None if stored == loaded else PiecewiseReader(store, place)
+    read = None if reader is None else reader.read
+    transformer = load_stage_two_transformer(checkpoint, dtype=dtype, refiner=trained_refiner(checkpoint), read=read)
+    codec = open_codec(load_stage_two_vae(checkpoint, dtype=dtype).to(home).eval())
+    networks = None if reader is None else read_stage_one_networks(checkpoint, reader, dtype=dtype, roles=applied)
+    pipeline = load_stage_one_pipeline(checkpoint, dtype=dtype, roles=applied, networks=networks)
     pipeline.to(home)
     pipeline.scheduler = _few_step_scheduler(pipeline.scheduler, one)
     parts = Parts(
@@ -175,9 +179,13 @@ def _exact_elsewhere(codec: StreamingCodec, acceleration: Acceleration) -> Video
 
 
 def _stored_dtype(
-    checkpoint: ResolvedCheckpoint, memory: MemoryLimits | None, loaded: WeightDtype, *, float8_products: bool
+    checkpoint: ResolvedCheckpoint, memory: MemoryLimits | None, loaded: WeightDtype, *, quantization: Quantization
 ) -> WeightDtype:
-    """Return `float8` where the host has no room for the weights as they will be; else they stay as they are."""
+    """Return the widest dtype with which the host has room for the weights, or the narrowest there is.
+
+    Raises:
+        InvalidInputError: transformers with products of their own leave no room for the text encoder as it is.
+    """
     if memory is None or memory.host_bytes is None:
         return loaded
     one, two = checkpoint.index.stage_one, checkpoint.index.stage_two
@@ -187,8 +195,13 @@ def _stored_dtype(
         checkpoint.folder_of("stage_two") / two.vae_subfolder,
         text_tokens=one.max_sequence_length,
     )
-    dimensions = replace(dimensions, float8_products=float8_products)
-    return loaded if dimensions.stored_bytes(loaded) <= memory.host_bytes else "float8"
+    dimensions = replace(dimensions, products=quantization)
+    dtypes = (loaded, *STORED_DTYPES[1:])
+    fitting = (dtype for dtype in dtypes if dimensions.stored_bytes(dtype) <= memory.host_bytes)
+    stored = next(fitting, dtypes[-1])
+    if quantization != "none" and stored != loaded:
+        raise stored_already(stored)
+    return stored
 
 
 def open_device(device: str | torch.device | None) -> torch.device:

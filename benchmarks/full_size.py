@@ -4,12 +4,12 @@ Commands:
     python -m benchmarks.full_size                   on a GPU: the real pipeline, seconds, GiB, TFLOP/s a phase
     python -m benchmarks.full_size --cap 24GiB       the same while PyTorch may take no more than that, planned for it
     python -m benchmarks.full_size --decoder light   the same with TAEHV's small decoder
-    python -m benchmarks.full_size --compile --quantization float8    with compiled blocks and float8 products
+    python -m benchmarks.full_size --compile --quantization float8    with compiled blocks and float8 products; or int8
     python -m benchmarks.full_size --baseline        diffusers' own classes on the same shapes as well
     python -m benchmarks.full_size --device meta     anywhere: exact FLOPs and peak live bytes of each phase
 
 Without a GPU ``meta`` is the default. Live bytes leave out weights, workspaces of kernels and fragmentation. Shares of
-the roofline are of bfloat16's, float8 products or not. Compiled blocks are compiled in a run before the one measured.
+the roofline are of bfloat16's, whatever is multiplied. Compiled blocks are compiled in a run before the one measured.
 """
 
 from __future__ import annotations
@@ -33,7 +33,14 @@ if TYPE_CHECKING:
     from swifti2v.models.vae import CodecSettings
 
 GIB = 2**30
-BF16_TFLOP_PER_SECOND = {"H200": 989.0, "H100": 989.0, "H800": 989.0, "RTX 4090": 165.0}
+BF16_TFLOP_PER_SECOND = {
+    "H200": 989.0,
+    "H100": 989.0,
+    "H800": 989.0,
+    "RTX 4090": 165.0,
+    "A100": 312.0,
+    "RTX 3090": 71.0,
+}
 """Dense bfloat16 peaks of the makers' data sheets; the roofline that shares refer to."""
 
 
@@ -53,10 +60,13 @@ class Row:
 # ---- the account, on the meta device ----
 
 
-def accounts(size: Size, *, baseline: bool, float8: bool = False) -> list[Row]:
-    """Count each phase of a run on the meta device, with float8 products in the transformers or without."""
+def accounts(size: Size, *, baseline: bool, quantization: str = "none") -> list[Row]:
+    """Count each phase of a run on the meta device, with the products of `quantization` in the transformers."""
     codec = networks.codec(networks.VAE22, "meta")
-    rows = [_stage_one_row(size, float8=float8), *(_stage_two_row(size, frames, float8=float8) for frames in (4, 5))]
+    rows = [
+        _stage_one_row(size, quantization=quantization),
+        *(_stage_two_row(size, frames, quantization=quantization) for frames in (4, 5)),
+    ]
     for tiling in (None, (2, 2)):
         rows += _codec_rows(codec, size, tiling, num_chunks=3)
     rows += [_light_row(size, wide=wide, num_chunks=3) for wide in (False, True)]
@@ -65,13 +75,13 @@ def accounts(size: Size, *, baseline: bool, float8: bool = False) -> list[Row]:
     return rows
 
 
-def _stage_one_row(size: Size, *, float8: bool = False) -> Row:
+def _stage_one_row(size: Size, *, quantization: str = "none") -> Row:
     import torch
 
     from swifti2v.memory.budget import WAN22
 
     small = WAN22.reference_size(size)
-    network = _quantized(networks.expert("meta"), float8=float8)
+    network = _quantized(networks.expert("meta"), quantization=quantization)
     with torch.device("meta"):
         latents = torch.empty(1, 36, 21, small.height // 8, small.width // 8, dtype=torch.bfloat16)
         text = torch.empty(1, 512, 4096, dtype=torch.bfloat16)
@@ -87,19 +97,18 @@ def _window(size: Size, frames: int) -> tuple[torch.Tensor, torch.Tensor, torch.
         return latents, torch.empty(1, frames), torch.empty(1, 512, 4096, dtype=torch.bfloat16)
 
 
-def _stage_two_row(size: Size, frames: int, *, float8: bool = False) -> Row:
-    network = _quantized(networks.stage_two("meta"), float8=float8)
+def _stage_two_row(size: Size, frames: int, *, quantization: str = "none") -> Row:
+    network = _quantized(networks.stage_two("meta"), quantization=quantization)
     latents, timestep, text = _window(size, frames)
     return _counted(
         f"Stage II, one forward of {frames} frames", lambda: network(latents, timestep, text, return_dict=False)
     )
 
 
-def _quantized(network: Any, *, float8: bool) -> Any:
-    from swifti2v.models.float8_products import use_float8_products
+def _quantized(network: Any, *, quantization: Any) -> Any:
+    from swifti2v.models.quantized_products import use_quantized_products
 
-    if float8:
-        use_float8_products([network], device=network.device)
+    use_quantized_products([network], quantization, device=network.device)
     return network
 
 
@@ -367,7 +376,9 @@ def main() -> None:
     parser.add_argument("--keep-context", action="store_true", help="run a segment's context in its first step only")
     parser.add_argument("--cap", help="device memory that the run may take, for instance 24GiB")
     parser.add_argument("--decoder", choices=("exact", "light"), default="exact", help="of the run on a GPU")
-    parser.add_argument("--quantization", choices=("none", "float8"), default="none", help="of the transformers")
+    parser.add_argument(
+        "--quantization", choices=("none", "float8", "int8"), default="none", help="of the transformers"
+    )
     parser.add_argument("--compile", action="store_true", help="the transformers' blocks, on a GPU")
     parser.add_argument("--baseline", action="store_true", help="diffusers' own classes on the same shapes as well")
     add_result_arguments(parser, pictures=False)
@@ -381,7 +392,7 @@ def main() -> None:
     whole: dict[str, Any] = {}
     checks: list[Check] = []
     if arguments.device == "meta":
-        rows = accounts(size, baseline=arguments.baseline, float8=arguments.quantization == "float8")
+        rows = accounts(size, baseline=arguments.baseline, quantization=arguments.quantization)
         checks = account_checks(rows) if arguments.size == "2560x1408" else []
     else:
         rows, whole = measured(arguments, size)

@@ -141,9 +141,21 @@ def test_float8_products_that_a_card_has_not_are_refused_before_anything_is_load
     assert result.exit_code == EXIT_ERROR
     assert result.stderr.count("\n") == 1
     assert "A100 has no float8 products (capability 8.0" in result.stderr
+    assert "use quantization int8 or none" in result.stderr
     result = run(*SHORT, "--quantization", "float8", "--device", "cpu")  # loaded; these networks are too narrow
     assert result.exit_code == EXIT_ERROR
     assert "24 by 24, and float8 products take multiples of 16; use quantization none" in result.stderr
+
+
+def test_int8_products_write_a_video(run: Run, tmp_path: Path) -> None:
+    """These networks are 24 wide: too narrow for float8, and wide enough for int8."""
+    videos = []
+    for quantization in ("none", "int8"):
+        output = tmp_path / f"{quantization}.mp4"
+        result = run(*SHORT, "--quantization", quantization, "--device", "cpu", "--output", str(output))
+        assert result.exit_code == 0, result.stderr
+        videos.append(output.read_bytes())
+    assert videos[0] != videos[1]
 
 
 def test_the_light_decoder_writes_another_video_of_the_same_clip(run: Run, tmp_path: Path) -> None:

@@ -66,18 +66,29 @@ def test_steps_are_the_checkpoints_unless_given() -> None:
 
 
 def test_smaller_weights() -> None:
-    plans = {name: json.loads(run("--json", "--dtype", name).stdout) for name in ("bfloat16", "float8")}
-    assert plans["float8"]["weight_bytes"] * 2 == pytest.approx(plans["bfloat16"]["weight_bytes"])
+    names = ("bfloat16", "float8", "int8", "nf4")
+    plans = {name: json.loads(run("--json", "--dtype", name).stdout)["weight_bytes"] for name in names}
+    assert plans["int8"] == plans["float8"]
+    assert plans["float8"] * 2 == pytest.approx(plans["bfloat16"])
+    assert plans["nf4"] * 16 == pytest.approx(plans["bfloat16"] * 4.25)
 
 
-def test_float8_products() -> None:
-    given = ("--memory", "auto", "--gpu", "h200", "--quantization")
-    plans = {name: json.loads(run("--json", *given, name).stdout) for name in ("none", "float8")}
+def test_a_host_of_32_gigabytes_holds_weights_in_four_bits() -> None:
+    plan = json.loads(run("--json", "--memory", "24GiB", "--host-memory", "28GB").stdout)["memory"]
+    assert plan["weight_dtype"] == "nf4"
+    assert plan["host_bytes"] < 28e9
+    assert "nf4 weights" in run("--memory", "12GiB", "--host-memory", "28GB", "--decoder", "light").stdout
+
+
+@pytest.mark.parametrize(("quantization", "gpu"), [("float8", "h200"), ("int8", "a100"), ("int8", "rtx3090")])
+def test_products_in_eight_bits(quantization: str, gpu: str) -> None:
+    given = ("--memory", "auto", "--gpu", gpu, "--quantization")
+    plans = {name: json.loads(run("--json", *given, name).stdout) for name in ("none", quantization)}
     assert {name: plan["quantization"] for name, plan in plans.items()} == {name: name for name in plans}
-    seconds = [plans[name]["memory"]["predicted_seconds"] for name in ("none", "float8")]
+    seconds = [plans[name]["memory"]["predicted_seconds"] for name in ("none", quantization)]
     assert 0.5 * seconds[0] < seconds[1] < 0.9 * seconds[0]
-    assert plans["float8"]["weight_bytes"] < 0.62 * plans["none"]["weight_bytes"]
-    assert "bfloat16 weights, float8 products" in run("--quantization", "float8").stdout
+    assert plans[quantization]["weight_bytes"] < 0.62 * plans["none"]["weight_bytes"]
+    assert f"bfloat16 weights, {quantization} products" in run("--quantization", quantization).stdout
 
 
 @pytest.mark.parametrize(
@@ -89,6 +100,7 @@ def test_float8_products() -> None:
         (("--segment-size", "0"), "segment_size is 0"),
         (("--model", "sora"), "wan2.2, mini"),
         (("--dtype", "int3"), "bfloat16"),
+        (("--gpu", "rtx3090", "--quantization", "float8", "--memory", "24GiB"), "use quantization int8 or none"),
         (("--steps", "0"), "at least 1"),
     ],
 )

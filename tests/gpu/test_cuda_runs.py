@@ -13,7 +13,8 @@ import pytest
 import torch
 
 from swifti2v.geometry import Size
-from swifti2v.memory.placement import PlacedNetworks
+from swifti2v.memory.placement import PlacedNetworks, stored_narrow
+from swifti2v.models.quantized_products import LAYERS, quantization_of
 from swifti2v.models.tiling import Tiling
 from swifti2v.models.vae import CodecSettings, WanStreamingCodec
 from swifti2v.pipelines.acceleration import Acceleration, compile_blocks, transformers_of
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from swifti2v.memory.plan import Placement
+    from swifti2v.models.quantized_products import Quantization
 
 pytestmark = pytest.mark.gpu
 
@@ -128,6 +130,56 @@ def test_compiled_blocks_make_the_same_video_in_the_thread_of_stage_two(
     torch._dynamo.reset()
     compile_blocks(transformers_of(parts))
     assert decibels(frames_of(parts), expected) > 30
+
+
+@pytest.mark.parametrize("quantization", ["float8", "int8"])
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+def test_products_in_eight_bits(device: torch.device, quantization: Quantization, compiled: bool) -> None:
+    """In `mini`, whose sides float8 takes; of one layer: `tests/models/test_quantized_products.py`."""
+    if torch.cuda.get_device_capability(device) < LAYERS[quantization].least_capability:
+        pytest.skip(f"no card with {quantization} products")
+    torch._dynamo.reset()
+    acceleration = Acceleration("native", quantization=quantization, compile_blocks=compiled)
+    parts = load_parts("mini", device=device, acceleration=acceleration)
+    assert {quantization_of(network) for network in transformers_of(parts)} == {quantization}
+    expected = frames_of(load_parts("mini", device=device))
+    assert decibels(frames_of(parts), expected) > 30
+
+
+@pytest.mark.parametrize("placement", ["resident", "loaded", "streamed"])
+def test_weights_in_four_bits_are_placed_as_others_are(
+    device: torch.device, tiny_checkpoint: Path, placement: Placement
+) -> None:
+    no_room, exact = MemoryLimits(None, 1), torch.float32
+    here = load_parts(tiny_checkpoint, device="cpu", memory=no_room)
+    parts = load_parts(tiny_checkpoint, device=device, dtype=exact, memory=no_room)
+    for each in (here, parts):
+        assert {stored_narrow(network) for network in transformers_of(each)} == {"nf4"}
+    settings = parts.defaults.settled(OPTIONS)
+    plan = plan_for(parts, settings, MemoryLimits())
+    assert plan.weight_dtype == "nf4"
+    moved = replace(plan, ways=tuple(replace(way, placement=placement) for way in plan.ways))
+    expected = frames_of(replace(here, memory=None))
+    for _run in range(2):
+        networks = PlacedNetworks(device)
+        frames = frames_of(replace(place(parts, moved, networks), memory=None, overlap="none"))
+        networks.release()
+        assert decibels(frames, expected) > 35
+
+
+@pytest.mark.parametrize("quantization", ["float8", "int8"])
+def test_streamed_blocks_with_products_in_eight_bits(device: torch.device, quantization: Quantization) -> None:
+    if torch.cuda.get_device_capability(device) < LAYERS[quantization].least_capability:
+        pytest.skip(f"no card with {quantization} products")
+    acceleration = Acceleration("native", quantization=quantization)
+    expected = frames_of(replace(load_parts("mini", device=device, acceleration=acceleration), overlap="none"))
+    parts = load_parts("mini", device=device, memory=MemoryLimits(), acceleration=acceleration)
+    plan = plan_for(parts, parts.defaults.settled(OPTIONS), MemoryLimits())
+    moved = replace(plan, ways=tuple(replace(way, placement="streamed") for way in plan.ways))
+    networks = PlacedNetworks(device)
+    frames = frames_of(replace(place(parts, moved, networks), memory=None, overlap="none"))
+    networks.release()
+    assert decibels(frames, expected) > 45
 
 
 def test_attention_is_chosen_by_trial(device: torch.device, tiny_checkpoint: Path) -> None:

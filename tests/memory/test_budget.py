@@ -147,7 +147,7 @@ def test_codecs(
 def test_weights() -> None:
     assert weight_bytes(WAN22_I2V_A14B_EXPERT.num_parameters, "bfloat16") / GIB == close(26.67)
     assert weight_bytes(WAN22_I2V_A14B_EXPERT.num_parameters, "float8") / GIB == close(13.3)
-    assert weight_bytes(WAN22_I2V_A14B_EXPERT.num_parameters, "int4") / GIB == close(7.1)
+    assert weight_bytes(WAN22_I2V_A14B_EXPERT.num_parameters, "nf4") / GIB == close(7.1)
     assert weight_bytes(STAGE_TWO_5B.num_parameters, "bfloat16") / GIB == close(9.33)
     assert weight_bytes(UMT5_XXL.num_parameters, "bfloat16") / GIB == close(10.58)
     assert weight_bytes(WAN22_VAE.num_parameters, "float32") / GIB == close(2.63)

@@ -36,7 +36,7 @@ PROCESS = Path(__file__).with_name("sharing_process.py")
 def test_settings_that_cannot_be() -> None:
     with pytest.raises(InvalidInputError, match="attention 'quick' is not known; use auto, native"):
         Acceleration(attention="quick")
-    with pytest.raises(InvalidInputError, match="quantization 'int2' is not known; use none or float8"):
+    with pytest.raises(InvalidInputError, match="quantization 'int2' is not known; use none, float8 or int8"):
         Acceleration(quantization="int2")  # type: ignore[arg-type]
     with pytest.raises(InvalidInputError, match="num_processes is 0"):
         Acceleration(num_processes=0)

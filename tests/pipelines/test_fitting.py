@@ -10,15 +10,16 @@ import PIL.Image
 import pytest
 import torch
 
-from swifti2v.errors import MemoryBudgetError
+from swifti2v.errors import InvalidInputError, MemoryBudgetError
 from swifti2v.geometry import Size
 from swifti2v.memory import plan as plan_module
-from swifti2v.memory.placement import PlacedNetworks, is_stored_narrow
+from swifti2v.memory.placement import PlacedNetworks, stored_narrow
 from swifti2v.models.tiling import Tiling
 from swifti2v.models.vae import WanStreamingCodec
-from swifti2v.pipelines import fitting
-from swifti2v.pipelines.acceleration import transformers_of
+from swifti2v.pipelines import fitting, loading
+from swifti2v.pipelines.acceleration import Acceleration, transformers_of
 from swifti2v.pipelines.fitting import MemoryLimits, dimensions_of, place, plan_for
+from swifti2v.pipelines.loading import load_parts
 from swifti2v.pipelines.options import GenerationOptions
 from swifti2v.pipelines.stage_one import StageOne
 from swifti2v.pipelines.stage_two import StageTwo
@@ -27,7 +28,9 @@ from swifti2v.pipelines.two_stage import TwoStagePipeline
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from swifti2v.memory.budget import WeightDtype
     from swifti2v.memory.plan import MemoryPlan
+    from swifti2v.models.quantized_products import Quantization
     from swifti2v.pipelines.loading import Parts
 
 LIMITLESS = MemoryLimits()
@@ -148,27 +151,62 @@ def test_streamed_networks_of_both_stages_give_the_frames_of_resident_ones(
 
 
 @pytest.mark.slow
-def test_weights_are_stored_in_float8_where_the_host_has_no_room_and_the_video_stays(tiny_checkpoint: Path) -> None:
+@pytest.mark.parametrize(("stored", "wider"), [("float8", "float32"), ("nf4", "float8")])
+def test_weights_are_stored_narrower_where_the_host_has_no_room_and_the_video_stays(
+    tiny_checkpoint: Path, stored: WeightDtype, wider: WeightDtype
+) -> None:
     """By the loader, before any run; and by a run, where only its parked features leave no room."""
     whole = opened(tiny_checkpoint, None).parts
     expected = small_frames(replace(whole, overlap="none")).float()
     dimensions = dimensions_of(whole)
-    too_little = dimensions.stored_bytes("float32") - 1
-    assert dimensions.stored_bytes("float8") < too_little
+    too_little = dimensions.stored_bytes(wider) - 1
+    assert dimensions.stored_bytes(stored) < too_little
     by_loader = opened(tiny_checkpoint, MemoryLimits(None, too_little)).parts
     budget = budget_of(whole, tiles=2, parks=True)
-    by_run = opened(tiny_checkpoint, MemoryLimits(budget, plan_within(whole, budget).host_bytes - 1)).parts
+    parked = max(way.parked_bytes for way in plan_within(whole, budget).ways)
+    room = dimensions.stored_bytes(wider)
+    by_run = opened(tiny_checkpoint, MemoryLimits(None, room)).parts
+    by_run = replace(by_run, memory=MemoryLimits(budget, room + parked - 1))
     networks = (*transformers_of(by_loader), by_loader.stage_one.pipeline.text_encoder)
-    assert [is_stored_narrow(network) for network in networks] == [True] * 4
-    assert not is_stored_narrow(by_run.stage_two.transformer)
+    assert [stored_narrow(network) for network in networks] == [stored] * 4
+    assert stored_narrow(by_run.stage_two.transformer) == (None if wider == "float32" else wider)
     for parts in (by_loader, by_run):
-        assert plan_for(parts, parts.defaults.settled(SMALL), parts.memory or LIMITLESS).weight_dtype == "float8"
+        assert plan_for(parts, parts.defaults.settled(SMALL), parts.memory or LIMITLESS).weight_dtype == stored
         frames = small_frames(parts).float()
-        assert is_stored_narrow(parts.stage_two.transformer)
+        assert stored_narrow(parts.stage_two.transformer) == stored
+        assert plan_for(parts, parts.defaults.settled(SMALL), LIMITLESS).weight_dtype == stored  # and stays so
         assert parts.stage_two.transformer.dtype == torch.float32  # the dtype of the work
         assert not torch.equal(frames, expected)
         error = float((frames - expected).square().mean())
         assert error < 0.05 * float(expected.var())
+
+
+@pytest.mark.slow
+def test_streamed_networks_in_four_bits_give_the_frames_of_resident_ones(
+    tiny_checkpoint: Path, exercised: Exercised
+) -> None:
+    parts = opened(tiny_checkpoint, LIMITLESS).parts
+    narrow = replace(plan_within(parts, None), weight_dtype="nf4")
+    frames = []
+    for placement in ("resident", "loaded", "streamed"):
+        networks = PlacedNetworks(parts.device)
+        plan = replace(narrow, ways=tuple(replace(way, placement=placement) for way in narrow.ways))
+        frames.append(small_frames(replace(place(parts, plan, networks), memory=None)))
+        networks.release()
+    assert exercised.streamed > 30
+    assert stored_narrow(parts.stage_two.transformer) == "nf4"
+    assert largest_difference(frames[1], frames[0]) <= 1
+    assert largest_difference(frames[2], frames[0]) <= 1
+
+
+@pytest.mark.parametrize("quantization", ["float8", "int8"])
+def test_products_that_the_host_has_no_room_for_are_refused_before_anything_is_read(
+    tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch, quantization: Quantization
+) -> None:
+    monkeypatch.setattr(loading, "load_stage_two_transformer", lambda *_, **__: pytest.fail("read"))
+    acceleration = Acceleration("native", quantization=quantization)
+    with pytest.raises(InvalidInputError, match=r"stored in nf4 already, .* or use quantization none"):
+        load_parts(tiny_checkpoint, device="cpu", memory=MemoryLimits(None, 1000), acceleration=acceleration)
 
 
 def test_an_overflow_goes_on_with_a_tighter_plan_and_keeps_finished_segments(

@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 import PIL.Image
 import pytest
 import torch
-from diffusers import WanTransformer3DModel
 
 from swifti2v.data.procedural import MOTION_WORDS, PHRASES
 from swifti2v.errors import CheckpointError, InvalidInputError
@@ -22,15 +21,12 @@ from swifti2v.models.checkpoint_files import write_checksums
 from swifti2v.models.checkpoints import resolve
 from swifti2v.models.scheduler import FixedSigmaScheduler
 from swifti2v.pipelines import loading
-from swifti2v.pipelines.fitting import MemoryLimits
 from swifti2v.pipelines.loading import load_parts, open_device, settings_of
 from swifti2v.pipelines.options import GenerationOptions
 from swifti2v.pipelines.two_stage import TwoStagePipeline
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-
-    from swifti2v.memory.budget import WeightDtype
 
 
 @pytest.fixture
@@ -123,30 +119,6 @@ def test_few_step_schedule_is_that_of_the_index(edited: Callable[..., Path], own
     assert scheduler.sigmas.tolist() == [1.0, 0.75, 0.5, 0.0]
     assert scheduler.config.shift == (3.0 if own else 5.0)
     assert parts.many_step_flow_shift == 7.0
-
-
-def test_where_the_host_is_small_each_network_is_narrowed_before_the_next_is_loaded(
-    tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Two experts in bfloat16 are 57 GB, in float8 half of that: they must not be there together before."""
-    events: list[str] = []
-    load, store = WanTransformer3DModel.from_pretrained.__func__, loading.store_weights
-
-    def noted_load(network_class: Any, folder: str, **options: Any) -> Any:
-        if network_class is WanTransformer3DModel:
-            events.append(f"load {Path(folder).name}")
-        return load(network_class, folder, **options)
-
-    def noted_store(network: torch.nn.Module, dtype: WeightDtype, **options: Any) -> None:
-        store(network, dtype, **options)
-        if type(network) is WanTransformer3DModel:
-            events.append(f"{dtype} {network.blocks[0].ffn.net[2].weight.dtype}")
-
-    monkeypatch.setattr(WanTransformer3DModel, "from_pretrained", classmethod(noted_load))
-    monkeypatch.setattr(loading, "store_weights", noted_store)
-    load_parts(tiny_checkpoint, device="cpu", memory=MemoryLimits(host_bytes=1))
-    narrow = "float8 torch.float8_e4m3fn"
-    assert events == ["load transformer", narrow, "load transformer_2", narrow]
 
 
 def test_prompts_without_a_known_motion_are_said(tiny_checkpoint: Path) -> None:

@@ -21,8 +21,8 @@ class AccelerationOptions:
     attention: Annotated[str, typer.Option(help="auto, native, cudnn, flash, flash3, sage or xformers.")] = "auto"
     compile_blocks: Annotated[bool, typer.Option("--compile", help="Compile the transformers' blocks.")] = False
     quantization: Annotated[
-        Literal["none", "float8"],
-        typer.Option(help="Multiply float8 in the transformers' blocks: inexact; faster with --compile."),
+        Literal["none", "float8", "int8"],
+        typer.Option(help="Multiply eight bits in the transformers' blocks: inexact; faster with --compile."),
     ] = "none"
     decoder: Annotated[
         Literal["exact", "light"], typer.Option(help="The checkpoint's decoder, or a small one of lower fidelity.")

@@ -244,13 +244,14 @@ class _Job:
         load_image(self.image)
         quiet_libraries()
 
-        from swifti2v.models.float8_products import check_float8_device
+        from swifti2v.models.quantized_products import check_quantized_device
         from swifti2v.pipelines.loading import open_device, settings_of
         from swifti2v.pipelines.run_store import RunStore
 
         settings_of(model, self.options, few_step=few_step)
-        if speed.options.quantization == "float8":
-            check_float8_device(open_device(device or self.processes.device))
+        quantization = speed.options.quantization
+        if quantization != "none":
+            check_quantized_device(quantization, open_device(device or self.processes.device))
         if self.work_dir is not None:
             RunStore(self.work_dir)
 

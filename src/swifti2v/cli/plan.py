@@ -46,9 +46,11 @@ def plan(  # noqa: PLR0913 - typer makes an option of each parameter
     keep_context: Annotated[
         bool, typer.Option("--keep-context", help="Run a segment's context in its first step only.")
     ] = False,
-    dtype: Annotated[str, typer.Option(help="Storage of weights: float32, bfloat16, float8 or int4.")] = "bfloat16",
+    dtype: Annotated[
+        str, typer.Option(help="Storage of weights: float32, bfloat16, float8, int8 or nf4.")
+    ] = "bfloat16",
     quantization: Annotated[
-        Literal["none", "float8"], typer.Option(help="Float8 products in the transformers' blocks, compiled.")
+        Literal["none", "float8", "int8"], typer.Option(help="Products of the transformers' blocks, compiled.")
     ] = "none",
     memory: Annotated[
         str | None, typer.Option(help="Plan for so much device memory: auto (no limit), 24GiB, 16GiB, ...")
@@ -74,7 +76,7 @@ def plan(  # noqa: PLR0913 - typer makes an option of each parameter
 
     planned = planned_model(model)
     dimensions = planned.dimensions if decoder == "exact" else with_light_decoder(planned.dimensions)
-    dimensions = replace(dimensions, float8_products=quantization == "float8")
+    dimensions = replace(dimensions, products=quantization)
     settings = RunSettings(
         size=Size.parse(size),
         num_frames=frames,
@@ -101,7 +103,7 @@ def plan(  # noqa: PLR0913 - typer makes an option of each parameter
         typer.echo(json.dumps(mapping, indent=2))
         return
     title = f"{model}, {settings.size}, {settings.num_frames} frames, {weight_dtype} weights"
-    title += ", float8 products" * dimensions.float8_products
+    title += "" if quantization == "none" else f", {quantization} products"
     console = Console()
     console.print(plan_table(title, run))
     console.print(

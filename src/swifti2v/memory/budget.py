@@ -31,9 +31,11 @@ if TYPE_CHECKING:
     from swifti2v.memory.transformer_cost import TextEncoderDimensions, TransformerDimensions
     from swifti2v.segments import Segment
 
-WeightDtype = Literal["float32", "bfloat16", "float8", "int4"]
-BITS_PER_WEIGHT: dict[WeightDtype, float] = {"float32": 32, "bfloat16": 16, "float8": 8, "int4": 4.25}
-"""Storage of one weight; int4 with the scales of its groups."""
+WeightDtype = Literal["float32", "bfloat16", "float8", "int8", "nf4"]
+BITS_PER_WEIGHT: dict[WeightDtype, float] = {"float32": 32, "bfloat16": 16, "float8": 8, "int8": 8, "nf4": 4.25}
+"""Storage of one weight; nf4 with the scales of its blocks (`normal_float.py`)."""
+Products = Literal["none", "float8", "int8"]
+"""Arithmetic of the linear layers of the transformers' blocks (`models/quantized_products.py`)."""
 
 
 @dataclass(frozen=True)
@@ -49,8 +51,8 @@ class PipelineDimensions:
         window_frames: longest clip that Stage I makes at once, in pixel frames.
         overlap_frames: pixel frames that a later window of Stage I shares with the one before it.
         light_decoder: decodes in the place of Stage II's codec; None: that codec does.
-        float8_products: the linear layers of the transformers' blocks hold and multiply float8, however the other
-            weights are stored.
+        products: the linear layers of the transformers' blocks hold and multiply these, however the other weights are
+            stored; `none`: they are stored like them, and multiplied in bfloat16.
         stages: whose weights are held: a memory plan is made for these alone.
     """
 
@@ -66,7 +68,7 @@ class PipelineDimensions:
     window_frames: int = 81
     overlap_frames: int = 5
     light_decoder: LightDecoderDimensions | None = None
-    float8_products: bool = False
+    products: Products = "none"
     stages: tuple[Literal["stage_one", "stage_two"], ...] = ("stage_one", "stage_two")
 
     def reference_size(self, size: Size) -> Size:
@@ -76,7 +78,7 @@ class PipelineDimensions:
 
     def transformer_dtype(self, dtype: WeightDtype) -> WeightDtype:
         """Return how the transformers are stored where the other weights are stored as `dtype`."""
-        return "float8" if self.float8_products else dtype
+        return dtype if self.products == "none" else self.products
 
     @property
     def transformer_parameters(self) -> int:
@@ -172,8 +174,15 @@ def stored_bytes(network: TransformerDimensions | TextEncoderDimensions, dtype: 
     """Bytes of a network's weights as `dtype`; of narrow ones, some of the weights stay in bfloat16."""
     if BITS_PER_WEIGHT[dtype] >= BITS_PER_WEIGHT["bfloat16"]:
         return weight_bytes(network.num_parameters, dtype)
-    narrow = network.num_parameters - network.exact_parameters
-    return weight_bytes(narrow, dtype) + weight_bytes(network.exact_parameters, "bfloat16")
+    exact = network.exact_parameters
+    if dtype == "nf4":  # nothing but the matrices of the blocks
+        exact = network.num_parameters - network.num_layers * network.matrix_parameters
+    return weight_bytes(network.num_parameters - exact, dtype) + weight_bytes(exact, "bfloat16")
+
+
+def unpacking_bytes(network: TransformerDimensions | TextEncoderDimensions, dtype: WeightDtype) -> int:
+    """Bytes beside the weights while the largest matrix is unpacked: in bfloat16, and an index of four bytes a pair."""
+    return (2 + 4 // 2) * network.largest_matrix if dtype == "nf4" else 0
 
 
 def guided_passes(guidance_scale: float) -> int:
@@ -221,8 +230,8 @@ def plan_run(
     Args:
         dimensions: the networks.
         settings: size, length, steps and segments.
-        weight_dtype: how the weights are stored, but for transformers with float8 products; activations are counted
-            as bf16.
+        weight_dtype: how the weights are stored, but for transformers with products of their own; activations are
+            counted as bf16.
 
     Raises:
         InvalidInputError: a size, a length or a number of the plan cannot be used.

@@ -18,6 +18,7 @@ from diffusers import ModelMixin
 from diffusers.hooks import HookRegistry, apply_group_offloading, apply_layerwise_casting
 
 from swifti2v.errors import MemoryBudgetError
+from swifti2v.memory.normal_float import NormalFloatLinear, pack_blocks
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -138,24 +139,40 @@ def store_weights(network: nn.Module, dtype: WeightDtype, *, compute_dtype: torc
     """Store the large weights of a transformer or text encoder as `dtype`, and compute in `compute_dtype` as before.
 
     What is not exact any more stays so: weights cannot be taken back to a wider dtype. To be called before `place`.
-    A network with float8 products holds float8 already, and is left as it is.
+    Layers with float8 or int8 products hold a byte a weight already, and are left as they are.
+
+    Args:
+        network: on any device; on the meta device it is arranged for weights that come later.
+        dtype: `float8`, through diffusers' hooks; `nf4` (`normal_float.py`), also where it was `float8` before; wider
+            ones change nothing.
+        compute_dtype: of the work.
 
     Raises:
-        MemoryBudgetError: `dtype` needs a quantizer that is not part of this project yet.
+        MemoryBudgetError: weights cannot be stored in `dtype`.
+        AdapterError: a LoRA is attached to a network that is to be stored in `nf4`.
     """
     if dtype in {"bfloat16", "float32"}:
         return
-    if dtype != "float8":
-        msg = f"weights cannot be stored in {dtype} without a quantizer; allow more host memory, for float8 or bfloat16"
+    if dtype not in {"float8", "nf4"}:
+        msg = f"weights cannot be stored in {dtype}; allow more host memory, or store them in float8 or nf4"
         raise MemoryBudgetError(msg)
-    if is_stored_narrow(network):
-        return
-    if isinstance(network, ModelMixin):
-        network.enable_layerwise_casting(storage_dtype=NARROW, compute_dtype=compute_dtype)
-    else:
-        apply_layerwise_casting(network, NARROW, compute_dtype, skip_modules_pattern=TEXT_ENCODER_EXACT)
+    if dtype == "nf4":
+        pack_blocks(network, dtype=compute_dtype)
+    elif stored_narrow(network) is None:
+        if isinstance(network, ModelMixin):
+            network.enable_layerwise_casting(storage_dtype=NARROW, compute_dtype=compute_dtype)
+        else:
+            apply_layerwise_casting(network, NARROW, compute_dtype, skip_modules_pattern=TEXT_ENCODER_EXACT)
 
 
-def is_stored_narrow(network: nn.Module) -> bool:
-    """Return whether a network holds float8: stored by `store_weights`, or for float8 products, whose are buffers."""
-    return any(tensor.dtype == NARROW for tensor in chain(network.parameters(), network.buffers()))
+def stored_narrow(network: nn.Module) -> WeightDtype | None:
+    """Return how a network holds its large weights, where they are narrower than the work is.
+
+    Either `store_weights` has stored them, or they are the buffers of layers with float8 or int8 products.
+    """
+    if any(isinstance(module, NormalFloatLinear) for module in network.modules()):
+        return "nf4"
+    held = {tensor.dtype for tensor in chain(network.parameters(), network.buffers())}
+    if NARROW in held:
+        return "float8"
+    return "int8" if torch.int8 in held else None

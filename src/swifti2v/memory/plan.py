@@ -27,7 +27,7 @@ Placement = Literal["resident", "loaded", "streamed"]
 CONTEXT_BYTES = int(0.8 * GIB)
 """Held by the driver and its libraries on every card."""
 
-STORED_DTYPES: tuple[WeightDtype, ...] = ("bfloat16", "float8")
+STORED_DTYPES: tuple[WeightDtype, ...] = ("bfloat16", "float8", "nf4")
 """How weights can be stored without another package, the most exact first."""
 
 

@@ -128,8 +128,18 @@ class TransformerDimensions:
         return self.num_layers * block + time + text + ends
 
     @property
+    def matrix_parameters(self) -> int:
+        """Weights of the linear layers of one block, without their biases."""
+        return 8 * self.dim**2 + 2 * self.dim * self.ffn_dim
+
+    @property
+    def largest_matrix(self) -> int:
+        """Weights of the largest linear layer of a block."""
+        return self.dim * max(self.dim, self.ffn_dim)
+
+    @property
     def exact_parameters(self) -> int:
-        """Those that are never stored smaller: embeddings of patches, time and text (diffusers' list for Wan)."""
+        """Those that are never stored in float8: embeddings of patches, time and text (diffusers' list for Wan)."""
         dim, patch = self.dim, prod(self.patch_size)
         time = (self.freq_dim + 1) * dim + (dim + 1) * dim + (dim + 1) * 6 * dim
         return (self.in_channels * patch + 1) * dim + time + (self.text_dim + 1) * dim + (dim + 1) * dim
@@ -176,24 +186,30 @@ class TextEncoderDimensions:
         return cls(**{name: config_value(config, name) for name in names}, relative_attention_num_buckets=buckets)
 
     @property
-    def _layer_weights(self) -> int:
+    def matrix_parameters(self) -> int:
+        """Weights of the linear layers of one block."""
         return 4 * self.d_model * self.d_kv * self.num_heads + 3 * self.d_model * self.d_ff
 
     def forward_cost(self, num_tokens: int) -> ForwardCost:
         """Cost of encoding one prompt padded to `num_tokens`."""
-        linear = 2 * num_tokens * self.num_layers * self._layer_weights
+        linear = 2 * num_tokens * self.num_layers * self.matrix_parameters
         attention = 4 * self.num_layers * num_tokens**2 * self.d_kv * self.num_heads
         return ForwardCost(linear / TERA, attention / TERA)
 
     @property
     def num_parameters(self) -> int:
         """Weights of the encoder with its embedding table."""
-        layer = self._layer_weights + self.relative_attention_num_buckets * self.num_heads + 2 * self.d_model
+        layer = self.matrix_parameters + self.relative_attention_num_buckets * self.num_heads + 2 * self.d_model
         return self.vocab_size * self.d_model + self.num_layers * layer + self.d_model
 
     @property
+    def largest_matrix(self) -> int:
+        """Weights of the largest linear layer of a block."""
+        return self.d_model * max(self.d_ff, self.d_kv * self.num_heads)
+
+    @property
     def exact_parameters(self) -> int:
-        """Those that are never stored smaller: the table of words, and the layers whose dtype transformers looks at."""
+        """Those never stored in float8: the table of words, and the layers whose dtype transformers looks at."""
         return self.vocab_size * self.d_model + self.num_layers * self.d_ff * self.d_model
 
     def activation_bytes(self, num_tokens: int) -> int:

@@ -10,7 +10,14 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
 from swifti2v.geometry import CodecGeometry, Size
-from swifti2v.memory.budget import guided_passes, plan_run, refinement_cost, stored_bytes, weight_bytes
+from swifti2v.memory.budget import (
+    guided_passes,
+    plan_run,
+    refinement_cost,
+    stored_bytes,
+    unpacking_bytes,
+    weight_bytes,
+)
 from swifti2v.memory.codec_cost import WanCodecDimensions
 from swifti2v.memory.lean_cost import lean_decode_bytes, lean_encode_bytes
 from swifti2v.segments import plan_windows
@@ -18,7 +25,7 @@ from swifti2v.segments import plan_windows
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from swifti2v.memory.budget import PhaseCost, PipelineDimensions, RunSettings, WeightDtype
+    from swifti2v.memory.budget import PhaseCost, PipelineDimensions, Products, RunSettings, WeightDtype
     from swifti2v.memory.devices import DeviceRates
     from swifti2v.memory.transformer_cost import ForwardCost, TransformerDimensions
 
@@ -125,9 +132,10 @@ def _text_ways(
     seconds = phase.tflop / rates.matmul_tflop_per_second + weights / rates.host_bytes_per_second
     table = weight_bytes(encoder.vocab_size * encoder.d_model, "bfloat16" if dtype != "float32" else dtype)
     block = (weights - table) // encoder.num_layers
-    yield Way(phase.name, "loaded", weights, phase.activation_bytes, weights, seconds)
+    working = phase.activation_bytes + unpacking_bytes(encoder, dtype)
+    yield Way(phase.name, "loaded", weights, working, weights, seconds)
     flight = table + BLOCKS_IN_FLIGHT * block
-    yield Way(phase.name, "streamed", flight, phase.activation_bytes, weights, seconds)
+    yield Way(phase.name, "streamed", flight, working, weights, seconds)
 
 
 def _stage_one_ways(
@@ -143,7 +151,7 @@ def _stage_one_ways(
         network.forward_cost(phase.num_tokens, text_tokens=dimensions.text_tokens)
         for network in (expert, _without_blocks(expert))
     )
-    forward = _seconds(cost, ends, rates, float8=dimensions.float8_products)
+    forward = _seconds(cost, ends, rates, products=dimensions.products)
     windows = plan_windows(
         settings.num_frames,
         window_frames=dimensions.window_frames,
@@ -155,11 +163,12 @@ def _stage_one_ways(
     coding = tflop / rates.convolution_tflop_per_second
     visits = len(windows) * dimensions.num_experts
     loads = visits * weights
+    working = phase.activation_bytes + unpacking_bytes(expert, dtype)
     yield Way(
         phase.name,
         "loaded",
         weights,
-        phase.activation_bytes,
+        working,
         loads,
         coding + phase.num_forwards * forward + loads / rates.host_bytes_per_second,
     )
@@ -167,8 +176,8 @@ def _stage_one_ways(
     yield Way(
         phase.name,
         "streamed",
-        _flight_bytes(weights, expert.num_layers),
-        phase.activation_bytes,
+        _flight_bytes(expert, dtype),
+        working,
         phase.num_forwards * weights,
         coding + phase.num_forwards * passing,
     )
@@ -187,12 +196,12 @@ def _refinement_ways(
     compute, num_forwards = stage_two_seconds(dimensions, settings, rates)
     transfer_seconds = weights / rates.host_bytes_per_second
     text = _text_bytes(dimensions, settings)
-    activation = phases["stage two"].activation_bytes + text
+    activation = phases["stage two"].activation_bytes + text + unpacking_bytes(transformer, dtype)
     placements: tuple[tuple[Literal["loaded", "streamed"], int, int, float], ...] = (
         ("loaded", weights, weights, compute + transfer_seconds),
         (
             "streamed",
-            _flight_bytes(weights, transformer.num_layers),
+            _flight_bytes(transformer, dtype),
             num_forwards * weights,
             max(compute, num_forwards * transfer_seconds),
         ),
@@ -222,19 +231,17 @@ def stage_two_seconds(dimensions: PipelineDimensions, settings: RunSettings, rat
     """Return the predicted seconds of Stage II's forward passes, and how many they are."""
     cost, num_forwards = refinement_cost(dimensions, settings)
     ends, _ = refinement_cost(replace(dimensions, stage_two=_without_blocks(dimensions.stage_two)), settings)
-    return _seconds(cost, ends, rates, float8=dimensions.float8_products), num_forwards
+    return _seconds(cost, ends, rates, products=dimensions.products), num_forwards
 
 
 def _without_blocks(transformer: TransformerDimensions) -> TransformerDimensions:
-    """Return what is never multiplied in float8: the embeddings and the last projection."""
+    """Return what is never multiplied in eight bits: the embeddings and the last projection."""
     return replace(transformer, num_layers=0)
 
 
-def _seconds(cost: ForwardCost, ends: ForwardCost, rates: DeviceRates, *, float8: bool) -> float:
+def _seconds(cost: ForwardCost, ends: ForwardCost, rates: DeviceRates, *, products: Products) -> float:
     """Return the predicted seconds of `cost`, of which `ends` is outside the blocks; kernels fused, rounding too."""
-    blocks = (cost.linear_tflop - ends.linear_tflop) / (
-        rates.float8_tflop_per_second if float8 else rates.matmul_tflop_per_second
-    )
+    blocks = (cost.linear_tflop - ends.linear_tflop) / rates.products_tflop_per_second(products)
     attention = (cost.self_attention_tflop + cost.cross_attention_tflop) / rates.attention_tflop_per_second
     return ends.linear_tflop / rates.matmul_tflop_per_second + blocks + attention
 
@@ -296,6 +303,8 @@ def tile_size(size: Size, columns: int, rows: int, *, multiple: int, overlap: in
     return Size(side(size.width, columns), side(size.height, rows))
 
 
-def _flight_bytes(weights: int, num_layers: int) -> int:
-    """Bytes of a streamed transformer on the device; what is not in a block is under a block's size."""
-    return (BLOCKS_IN_FLIGHT + 1) * weights // num_layers
+def _flight_bytes(transformer: TransformerDimensions, dtype: WeightDtype) -> int:
+    """Bytes of a streamed transformer on the device: blocks, and what is not in a block, which comes as a whole."""
+    weights = stored_bytes(transformer, dtype)
+    block = weights // transformer.num_layers
+    return BLOCKS_IN_FLIGHT * block + max(block, stored_bytes(_without_blocks(transformer), dtype))

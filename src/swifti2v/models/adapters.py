@@ -50,6 +50,7 @@ __all__ = [
     "adapters_of_experts",
     "attach",
     "fuse",
+    "fused_weight",
     "load_adapter",
     "normalise",
     "read_adapter_file",
@@ -81,6 +82,18 @@ def fuse(model: nn.Module, adapter: AdapterWeights, *, strength: float = 1.0) ->
         _change(model, f"{name}.weight", delta.dense(weight.shape, weight.device).mul_(strength))
     for name, diff in adapter.diffs.items():
         _change(model, name, diff.to(changed[name].device, torch.float32) * strength)
+
+
+@torch.no_grad()
+def fused_weight(weight: Tensor, name: str, adapter: AdapterWeights, *, strength: float = 1.0) -> Tensor:
+    """Return `weight`, which a model calls `name`, as `fuse` leaves it; for weights that are not in their model yet."""
+    module, _, leaf = name.rpartition(".")
+    if leaf == "weight" and module in adapter.deltas:
+        change = adapter.deltas[module].dense(weight.shape, weight.device).mul_(strength)
+        weight = change.add_(weight).to(weight.dtype)
+    if name in adapter.diffs:
+        weight = (adapter.diffs[name].to(weight.device, torch.float32) * strength).add_(weight).to(weight.dtype)
+    return weight
 
 
 def attach(model: Any, adapter: AdapterWeights, *, name: str, strength: float = 1.0) -> AttachedAdapter:

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 STAGE_ONE_FOLDERS = ("transformer", "transformer_2", "vae", "text_encoder", "image_encoder")
 # The HTTP library beneath differs between versions of the hub's client (httpx, httpx2); this is its base error.
 _HTTP_ERROR: type[Exception] = HfHubHTTPError.__mro__[1]
+_LOADING_ERRORS = (OSError, ValueError, TypeError, KeyError, AttributeError, ImportError, RuntimeError, SwiftI2VError)
 _SHARD_INDEX = ".safetensors.index.json"
 _LOADING_ERRORS = (OSError, ValueError, TypeError, KeyError, AttributeError, ImportError, RuntimeError, SwiftI2VError)
 
@@ -106,7 +107,7 @@ def stored_names(folder: Path) -> frozenset[str]:
         CheckpointError: no weights, a shard missing, a file damaged or truncated.
     """
     names: set[str] = set()
-    for file in _weight_files(folder):
+    for file in weight_files(folder):
         try:
             with safe_open(file, framework="pt") as reader:
                 names.update(reader.keys())
@@ -210,7 +211,8 @@ def verify_checksums(root: Path, sha256: Mapping[str, str], patterns: Collection
             raise CheckpointError(msg)
 
 
-def _weight_files(folder: Path) -> list[Path]:
+def weight_files(folder: Path) -> list[Path]:
+    """Return the safetensors files of a model's folder; raise `CheckpointError` if there are none."""
     if not folder.is_dir():
         msg = f"there is no folder {folder}; get the whole checkpoint again"
         raise CheckpointError(msg)

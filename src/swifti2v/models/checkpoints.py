@@ -13,8 +13,9 @@ is loaded can run code of its own.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
+from functools import partial
 from importlib import import_module, resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
@@ -233,7 +234,11 @@ def _adapter_file(root: Path, entry: AdapterEntry, hub: Hub) -> Path:
 
 
 def load_stage_two_transformer(
-    resolved: ResolvedCheckpoint, *, dtype: torch.dtype = torch.bfloat16, refiner: Refiner | None = None
+    resolved: ResolvedCheckpoint,
+    *,
+    dtype: torch.dtype = torch.bfloat16,
+    refiner: Refiner | None = None,
+    read: Callable[[Any, Path, torch.dtype], Any] | None = None,
 ) -> StageTwoTransformer:
     """Load Stage II's network; stock Wan weights (TI2V-5B) load too, without reference channels.
 
@@ -241,6 +246,7 @@ def load_stage_two_transformer(
         resolved: with the part "stage_two".
         dtype: of the weights; what diffusers keeps in float32 stays so.
         refiner: "concat" needs reference channels, "training-free" must have none; None: the index's default.
+        read: reads a network of a class from a folder (`piecewise_reader.py`); None: as diffusers does.
 
     Raises:
         CheckpointError: missing or damaged files, another class, a network that cannot be run as `refiner`.
@@ -254,7 +260,8 @@ def load_stage_two_transformer(
     if name not in _TRANSFORMERS:
         msg = f"{folder / 'config.json'} is of a {name}; Stage II takes {' or '.join(_TRANSFORMERS)}"
         raise CheckpointError(msg)
-    transformer: StageTwoTransformer = _load_model(StageTwoTransformer, folder, dtype, own_table=True)
+    read = read or partial(_load_model, own_table=True)
+    transformer: StageTwoTransformer = read(StageTwoTransformer, folder, dtype)
     channels = transformer.config.reference_channels
     if (channels > 0) != (refiner == "concat"):
         other = "concat" if channels else "training-free"

@@ -30,12 +30,12 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-Settle = Callable[[str, "nn.Module"], None]
+Settle = Callable[[str, "nn.Module"], object]
 """``(name in the pipeline, network)``: called with each network once it is as it will be run, and alone."""
 
 _PIPELINE = "WanImageToVideoPipeline"
 _WITHOUT_WEIGHTS = ("scheduler", "tokenizer", "image_processor")
-_EXPERT_OF: dict[str, Expert] = {"transformer": "high", "transformer_2": "low"}
+EXPERT_OF: dict[str, Expert] = {"transformer": "high", "transformer_2": "low"}
 
 
 def _leave(_name: str, _network: nn.Module) -> None:
@@ -48,6 +48,7 @@ def load_stage_one_pipeline(
     dtype: torch.dtype = torch.bfloat16,
     vae_dtype: torch.dtype = torch.float32,
     roles: Collection[str] | None = None,
+    networks: Mapping[str, nn.Module] | None = None,
     settle: Settle = _leave,
 ) -> WanImageToVideoPipeline:
     """Load Stage I with its adapters fused.
@@ -57,7 +58,8 @@ def load_stage_one_pipeline(
         dtype: of transformers and text encoder.
         vae_dtype: of the codec; Wan's own code runs it in float32.
         roles: adapters of these roles are applied; None: all. Without "few_step" it is a many-step model.
-        settle: stores a network narrower or moves it, before the next one is loaded.
+        networks: components that are loaded already (`read_stage_one_networks`), the adapters in them.
+        settle: moves a network that is loaded here, or changes how it is stored, before the next one is loaded.
 
     Raises:
         CheckpointError: missing or damaged files, another pipeline class, weights that do not belong.
@@ -68,25 +70,27 @@ def load_stage_one_pipeline(
     folder = resolved.folder_of("stage_one")
     classes = network_classes(folder)
     stored = {name: stored_names(folder / name) for name in classes}
+    loaded: dict[str, Any] = dict(networks or {})
+    missing = {name: network_class for name, network_class in classes.items() if name not in loaded}
     # Adapters are read before any network is: of the experts they need names and shapes.
-    planned = _planned_adapters(_empty_experts(folder, classes), resolved, roles)
-    networks: dict[str, Any] = {}
+    experts = _empty_experts(folder, missing)
+    planned = planned_adapters(experts, resolved, roles) if experts else []
     # The largest first, while the rest of the host is free: what they are loaded as may be twice what is kept of them.
-    for name, network_class in sorted(classes.items(), key=lambda item: (item[0] not in _EXPERT_OF, item[0])):
+    for name, network_class in sorted(missing.items(), key=lambda item: (item[0] not in EXPERT_OF, item[0])):
         with as_checkpoint_error(folder / name):
-            networks[name] = network = network_class.from_pretrained(
+            loaded[name] = network = network_class.from_pretrained(
                 str(folder / name),
                 dtype=vae_dtype if name == "vae" else dtype,
                 local_files_only=True,
                 use_safetensors=True,
             )
         check_weights_loaded(network, stored[name], folder / name)
-        if name in _EXPERT_OF:
-            for note in _fused(network, _EXPERT_OF[name], planned):
+        if name in EXPERT_OF:
+            for note in _fused(network, EXPERT_OF[name], planned):
                 logger.info(note)
         settle(name, network)
     with as_checkpoint_error(folder):
-        return WanImageToVideoPipeline.from_pretrained(str(folder), local_files_only=True, **networks)
+        return WanImageToVideoPipeline.from_pretrained(str(folder), local_files_only=True, **loaded)
 
 
 def apply_adapters(
@@ -103,12 +107,12 @@ def apply_adapters(
     experts: dict[Expert, nn.Module] = {"high": pipeline.transformer}
     if pipeline.transformer_2 is not None:
         experts["low"] = pipeline.transformer_2
-    planned = _planned_adapters(experts, resolved, roles)
+    planned = planned_adapters(experts, resolved, roles)
     return tuple(note for expert, network in experts.items() for note in _fused(network, expert, planned))
 
 
 @dataclass(frozen=True, eq=False)
-class _PlannedAdapter:
+class PlannedAdapter:
     """A file that matches wholly, and what it changes of each expert."""
 
     file: str
@@ -116,11 +120,16 @@ class _PlannedAdapter:
     changes: Mapping[Expert, AdapterWeights]
 
 
-def _planned_adapters(
-    experts: Mapping[Expert, nn.Module], resolved: ResolvedCheckpoint, roles: Collection[str] | None
-) -> list[_PlannedAdapter]:
+def planned_adapters(
+    experts: Mapping[Expert, nn.Module], resolved: ResolvedCheckpoint, roles: Collection[str] | None = None
+) -> list[PlannedAdapter]:
+    """Read the checkpoint's adapters of `roles` (None: all) for the experts, in order; nothing is changed.
+
+    Raises:
+        AdapterError: a file does not match wholly.
+    """
     return [
-        _PlannedAdapter(
+        PlannedAdapter(
             path.name, entry.scale, adapters_of_experts(read_adapter_file(path), experts, expert=entry.expert)
         )
         for entry, path in zip(resolved.index.stage_one.adapters, resolved.adapters, strict=True)
@@ -128,7 +137,7 @@ def _planned_adapters(
     ]
 
 
-def _fused(network: nn.Module, expert: Expert, planned: list[_PlannedAdapter]) -> Iterator[str]:
+def _fused(network: nn.Module, expert: Expert, planned: list[PlannedAdapter]) -> Iterator[str]:
     """Fuse what is planned for an expert; yield a sentence for all that was left out on purpose."""
     for each in planned:
         if expert in each.changes:
@@ -139,7 +148,7 @@ def _fused(network: nn.Module, expert: Expert, planned: list[_PlannedAdapter]) -
 def _empty_experts(folder: Path, classes: Mapping[str, Any]) -> dict[Expert, nn.Module]:
     """Make the experts without their weights."""
     experts: dict[Expert, nn.Module] = {}
-    for name, expert in _EXPERT_OF.items():
+    for name, expert in EXPERT_OF.items():
         if name in classes:
             with as_checkpoint_error(folder / name), init_empty_weights():
                 experts[expert] = classes[name].from_config(classes[name].load_config(str(folder / name)))

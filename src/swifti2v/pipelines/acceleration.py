@@ -5,13 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from functools import partial
 from math import prod
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 
 from swifti2v.errors import InvalidInputError
 from swifti2v.models.attention_choice import check_attention_name, set_attention
-from swifti2v.models.float8_products import use_float8_products
+from swifti2v.models.quantized_products import Quantization, use_quantized_products
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -34,8 +34,8 @@ class Acceleration:
         compile_blocks: compile the block of each transformer once (`torch.compile`, regional). Shapes are static: every
             length of window is a graph of its own. With M targets and one neighbour before, those are the first window
             (1 + M), the ones in the middle (1 + 1 + M) and, where M does not divide the clip, a shorter last one.
-        quantization: `float8`: the linear layers of the transformers' blocks hold and multiply float8
-            (`models/float8_products.py`), inexactly; with `compile_blocks` rounding costs less. `none`: as they are.
+        quantization: `float8`, `int8`: the linear layers of the transformers' blocks hold and multiply these
+            (`models/quantized_products.py`), inexactly; with `compile_blocks` rounding costs less. `none`: as they are.
         overlap: decode and hand out frames beside the denoising of the next segment.
         num_processes: that share the sequence of every forward (Ulysses), one a card, as torchrun starts them.
         decoder: `exact` is Stage II's codec; `light` a small network of lower fidelity (`models/light_decoder.py`).
@@ -49,7 +49,7 @@ class Acceleration:
 
     attention: str = "auto"
     compile_blocks: bool = False
-    quantization: Literal["none", "float8"] = "none"
+    quantization: Quantization = "none"
     overlap: bool = True
     num_processes: int = 1
     decoder: Literal["exact", "light"] = "exact"
@@ -58,8 +58,8 @@ class Acceleration:
 
     def __post_init__(self) -> None:
         check_attention_name(self.attention)
-        if self.quantization not in {"none", "float8"}:
-            msg = f"quantization {self.quantization!r} is not known; use none or float8"
+        if self.quantization not in get_args(Quantization):
+            msg = f"quantization {self.quantization!r} is not known; use none, float8 or int8"
             raise InvalidInputError(msg)
         if self.decoder not in {"exact", "light"}:
             msg = f"decoder {self.decoder!r} is not known; use exact or light"
@@ -76,12 +76,11 @@ def accelerated(parts: Parts, acceleration: Acceleration) -> Parts:
     """Set the networks of `parts` up, in place, and return the parts to run with.
 
     Raises:
-        InvalidInputError: an attention that is not installed, processes that are not there, or float8 products on a
-            device or of weights that do not have them.
+        InvalidInputError: an attention that is not installed, processes that are not there, or products in eight
+            bits on a device or of weights that do not have them.
     """
     networks = transformers_of(parts)
-    if acceleration.quantization == "float8":
-        use_float8_products(networks, device=parts.device)
+    use_quantized_products(networks, acceleration.quantization, device=parts.device)
     set_attention(networks, acceleration.attention, device=parts.device)
     if acceleration.num_processes > 1:
         share_sequence(networks, acceleration.num_processes)

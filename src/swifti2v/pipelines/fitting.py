@@ -15,11 +15,11 @@ from swifti2v.memory.budget import PipelineDimensions, RunSettings
 from swifti2v.memory.checkpoint_dimensions import codec_from_config
 from swifti2v.memory.devices import DEVICES, DeviceRates
 from swifti2v.memory.light_cost import LightDecoderDimensions
-from swifti2v.memory.placement import PlacedNetworks, is_stored_narrow, store_weights
-from swifti2v.memory.plan import CONTEXT_BYTES, MemoryPlan, parse_bytes, plan_memory, tighter_budget
+from swifti2v.memory.placement import PlacedNetworks, store_weights, stored_narrow
+from swifti2v.memory.plan import CONTEXT_BYTES, STORED_DTYPES, MemoryPlan, parse_bytes, plan_memory, tighter_budget
 from swifti2v.memory.transformer_cost import TextEncoderDimensions, TransformerDimensions
-from swifti2v.models.float8_products import has_float8_products
 from swifti2v.models.light_decoder import LightDecoder
+from swifti2v.models.quantized_products import quantization_of
 from swifti2v.models.tiling import Tiling
 from swifti2v.models.vae import CodecSettings, WanStreamingCodec
 from swifti2v.pipelines.acceleration import transformers_of
@@ -117,9 +117,9 @@ def frames_within_limits(
 def plan_for(parts: Parts, settings: GenerationSettings, limits: MemoryLimits) -> MemoryPlan:
     """Return the plan of a run; raise `MemoryBudgetError` if none fits.
 
-    Weights stay as they were loaded where there is a plan with them; else they are stored in float8. Once they are,
-    every later plan has them so. Transformers with float8 products hold float8 in any plan, and only the text encoder
-    is left to store.
+    Weights stay as they were loaded where there is a plan with them; else they are stored in float8, or in nf4. Once
+    they are, no later plan has them wider. Transformers with products of their own keep them in any plan, and only the
+    text encoder is left to store.
     """
     run = RunSettings(
         size=settings.size,
@@ -134,16 +134,18 @@ def plan_for(parts: Parts, settings: GenerationSettings, limits: MemoryLimits) -
         keep_context=parts.stage_two.keeps_context(settings),
     )
     transformer = parts.stage_two.transformer
-    # Where there is a text encoder, it is stored whenever the transformers are, and has no float8 products.
+    # Where there is a text encoder, it is stored whenever the transformers are, and has no products of its own.
     stored = parts.stage_one.pipeline.text_encoder if "stage_one" in parts.stages else transformer
     loaded: WeightDtype = "float32" if transformer.dtype == torch.float32 else "bfloat16"
+    dtypes = (loaded, *STORED_DTYPES[1:])
+    held = stored_narrow(stored)
     return plan_memory(
         dimensions_of(parts),
         run,
         ASSUMED_RATES,
         budget_bytes=limits.device_bytes,
         host_bytes=limits.host_bytes,
-        dtypes=("float8",) if is_stored_narrow(stored) else (loaded, "float8"),
+        dtypes=dtypes if held is None else dtypes[dtypes.index(held) :],
     )
 
 
@@ -164,7 +166,7 @@ def dimensions_of(parts: Parts) -> PipelineDimensions:
         window_frames=parts.stage_one.window_frames,
         overlap_frames=parts.stage_one.overlap_frames,
         light_decoder=_light_dimensions(parts.decoder) if isinstance(parts.decoder, LightDecoder) else None,
-        float8_products=has_float8_products(transformers_of(parts)[0]),
+        products=quantization_of(transformers_of(parts)[0]),
         stages=parts.stages,
     )
 

@@ -6,6 +6,7 @@ import hashlib
 import json
 import re
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import TYPE_CHECKING, Literal
 
 import torch
@@ -14,6 +15,7 @@ from swifti2v.errors import InvalidInputError
 from swifti2v.geometry import Size, motion_size
 from swifti2v.memory.checkpoint_dimensions import read_pipeline_dimensions
 from swifti2v.memory.placement import store_weights
+from swifti2v.memory.plan import STORED_DTYPES
 from swifti2v.models.checkpoint_files import read_json
 from swifti2v.models.checkpoints import (
     PARTS,
@@ -23,6 +25,8 @@ from swifti2v.models.checkpoints import (
     resolve,
 )
 from swifti2v.models.described import described_stage_one, described_stage_two
+from swifti2v.models.piecewise_reader import PiecewiseReader, read_stage_one_networks
+from swifti2v.models.quantized_products import Quantization, stored_already
 from swifti2v.models.scheduler import FixedSigmaScheduler
 from swifti2v.models.vae import open_codec
 from swifti2v.pipelines.acceleration import Acceleration, accelerated
@@ -46,9 +50,6 @@ if TYPE_CHECKING:
 
 
 Overlap = Literal["decode", "write", "none"]
-
-NARROWED = ("text_encoder", "transformer", "transformer_2")
-"""Networks of Stage I that are stored in float8 where the host has no room for more."""
 
 
 @dataclass(frozen=True)
@@ -126,7 +127,7 @@ def load_parts(
 
     Raises:
         CheckpointError: the checkpoint cannot be found, downloaded or read.
-        InvalidInputError: there is no such device, or it cannot be accelerated so.
+        InvalidInputError: there is no such device, it cannot be accelerated so, or the host has no room for that.
     """
     way = _Way.on(device, dtype, memory, few_step=few_step, local_files_only=local_files_only)
     checkpoint = resolve(name_or_path, revision=revision, local_files_only=local_files_only)
@@ -183,13 +184,24 @@ class _Way:
         limits = memory.on(place) if memory is not None else None
         return cls(place, home, dtype, limits, few_step, local_files_only)
 
+    @property
+    def loaded_dtype(self) -> WeightDtype:
+        """How weights are stored where nothing is short."""
+        return "float32" if self.dtype == torch.float32 else "bfloat16"
+
+    def reader(self, stored: WeightDtype) -> PiecewiseReader | None:
+        """Return what reads networks tensor by tensor into `stored`; None where they stay as they are loaded."""
+        if stored == self.loaded_dtype:
+            return None
+        return PiecewiseReader(partial(store_weights, dtype=stored, compute_dtype=self.dtype), self.place)
+
 
 def _assembled(
     checkpoint: ResolvedCheckpoint, way: _Way, acceleration: Acceleration, *, stages: tuple[Part, ...]
 ) -> Parts:
     one, two = checkpoint.index.stage_one, checkpoint.index.stage_two
     light = _light_decoder(checkpoint, acceleration, way) if "stage_two" in stages else None
-    stored = _stored_dtype(checkpoint, way, stages, float8_products=acceleration.quantization == "float8")
+    stored = _stored_dtype(checkpoint, way, stages, quantization=acceleration.quantization)
     refiner, codec = _stage_two_networks(checkpoint, way, stored, is_held="stage_two" in stages)
     pipeline = _stage_one_pipeline(checkpoint, way, stored, is_held="stage_one" in stages)
     parts = Parts(
@@ -216,8 +228,10 @@ def _stage_two_networks(
     if not is_held:
         described, vae = described_stage_two(checkpoint, dtype=way.dtype)
         return described, open_codec(vae)
-    transformer = load_stage_two_transformer(checkpoint, dtype=way.dtype, refiner=trained_refiner(checkpoint))
-    store_weights(transformer, stored, compute_dtype=way.dtype)
+    reader = way.reader(stored)
+    transformer = load_stage_two_transformer(
+        checkpoint, dtype=way.dtype, refiner=trained_refiner(checkpoint), read=reader.read if reader else None
+    )
     codec = open_codec(load_stage_two_vae(checkpoint, dtype=way.dtype).to(way.home).eval())
     return transformer.to(way.home).eval(), codec
 
@@ -228,15 +242,14 @@ def _stage_one_pipeline(
     entry = checkpoint.index.stage_one
     if not is_held:
         return described_stage_one(checkpoint, dtype=way.dtype)
-    roles = _roles(entry)
-
-    def settle(name: str, network: torch.nn.Module) -> None:
-        if name in NARROWED:
-            store_weights(network, stored, compute_dtype=way.dtype)
-        network.to(way.home)
-
+    roles = _roles(entry) - (set() if way.few_step else {FEW_STEP_ADAPTER})
+    reader = way.reader(stored)
     pipeline = load_stage_one_pipeline(
-        checkpoint, dtype=way.dtype, roles=roles if way.few_step else roles - {FEW_STEP_ADAPTER}, settle=settle
+        checkpoint,
+        dtype=way.dtype,
+        roles=roles,
+        networks=read_stage_one_networks(checkpoint, reader, dtype=way.dtype, roles=roles) if reader else None,
+        settle=lambda _name, network: network.to(way.home),
     )
     pipeline.scheduler = _few_step_scheduler(pipeline.scheduler, entry)
     return pipeline
@@ -266,11 +279,14 @@ def _exact_elsewhere(codec: StreamingCodec, acceleration: Acceleration) -> Video
 
 
 def _stored_dtype(
-    checkpoint: ResolvedCheckpoint, way: _Way, stages: tuple[Part, ...], *, float8_products: bool
+    checkpoint: ResolvedCheckpoint, way: _Way, stages: tuple[Part, ...], *, quantization: Quantization
 ) -> WeightDtype:
-    """Return `float8` where the host has no room for the weights as they will be; else they stay as they are."""
-    loaded: WeightDtype = "float32" if way.dtype == torch.float32 else "bfloat16"
-    memory = way.memory
+    """Return the widest dtype with which the host has room for the weights, or the narrowest there is.
+
+    Raises:
+        InvalidInputError: transformers with products of their own leave no room for the text encoder as it is.
+    """
+    loaded, memory = way.loaded_dtype, way.memory
     if memory is None or memory.host_bytes is None:
         return loaded
     one, two = checkpoint.index.stage_one, checkpoint.index.stage_two
@@ -280,8 +296,13 @@ def _stored_dtype(
         checkpoint.folder_of("stage_two") / two.vae_subfolder,
         text_tokens=one.max_sequence_length,
     )
-    dimensions = replace(dimensions, float8_products=float8_products, stages=stages)
-    return loaded if dimensions.stored_bytes(loaded) <= memory.host_bytes else "float8"
+    dimensions = replace(dimensions, products=quantization, stages=stages)
+    dtypes = (loaded, *STORED_DTYPES[1:])
+    fitting = (dtype for dtype in dtypes if dimensions.stored_bytes(dtype) <= memory.host_bytes)
+    stored = next(fitting, dtypes[-1])
+    if quantization != "none" and stored != loaded:
+        raise stored_already(stored)
+    return stored
 
 
 def open_device(device: str | torch.device | None) -> torch.device:

@@ -1,4 +1,4 @@
-"""Float8 products: the arithmetic against independent ones, which layers get them, and all that runs such a network."""
+"""Products in eight bits: the arithmetic against others, which layers get them, and what runs such networks."""
 
 from __future__ import annotations
 
@@ -9,16 +9,19 @@ import torch
 from torch import nn
 
 from swifti2v.errors import AdapterError, InvalidInputError
-from swifti2v.memory.placement import PlacedNetworks, is_stored_narrow, store_weights
+from swifti2v.memory.placement import PlacedNetworks, store_weights, stored_narrow
 from swifti2v.models.adapters import AdapterWeights, LoraDelta, attach, fuse
 from swifti2v.models.context_attention import ContextMemory
-from swifti2v.models.float8_products import (
-    LEAST_CAPABILITY,
+from swifti2v.models.quantized_products import (
+    LAYERS,
     Float8Linear,
+    Int8Linear,
+    Quantization,
+    QuantizedLinear,
     block_linears,
-    check_float8_device,
-    has_float8_products,
-    use_float8_products,
+    check_quantized_device,
+    quantization_of,
+    use_quantized_products,
 )
 from swifti2v.models.transformer import StageTwoTransformer
 from swifti2v.pipelines.acceleration import compile_blocks
@@ -30,10 +33,13 @@ if TYPE_CHECKING:
     from diffusers import WanTransformer3DModel
     from torch import Tensor
 
+    from swifti2v.memory.budget import WeightDtype
     from swifti2v.memory.plan import Placement
     from swifti2v.models.transformer_configuration import ContextAttention
 
 CPU = torch.device("cpu")
+KINDS: tuple[Quantization, ...] = ("float8", "int8")
+each_kind = pytest.mark.parametrize("kind", KINDS)
 WIDE = {"attention_head_dim": 16}  # two heads of it: 32, where the tiny networks have 24
 
 
@@ -110,41 +116,91 @@ def test_the_product_is_that_of_torchao(dtype: torch.dtype) -> None:
     assert relative_error(found, exact(given)) == pytest.approx(error, rel=0.05)
 
 
+def integers(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Return each row over its largest times 127 in whole numbers, halves to the even one, and the scales."""
+    scale = rows.float().abs().amax(-1, keepdim=True) / 127
+    return (rows.float() / scale).double().round().long(), scale.double()
+
+
 @torch.no_grad()
-def test_rows_of_zeros_stay_zeros() -> None:
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_product_is_that_of_whole_numbers(bias: bool, dtype: torch.dtype) -> None:
+    exact, given = linear(bias=bias, dtype=dtype), tokens(dtype)
+    (rows, scale), (weight, weight_scale) = integers(given), integers(exact.weight)
+    assert rows.abs().amax() == weight.abs().amax() == 127
+    expected = (rows @ weight.t()).double() * scale * weight_scale.t()
+    if bias:
+        expected += exact.bias.double()
+    found = Int8Linear(exact, device=CPU)(given)
+    assert (found.shape, found.dtype) == (torch.Size([2, 10, 96]), dtype)
+    assert relative_error(found, expected) < (1e-6 if dtype == torch.float32 else 3e-3)
+    assert 0.003 < relative_error(found, exact(given)) < 0.02
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("num_rows", [1, 16, 17, 31, 32, 33, 64, 65, 97])
+def test_any_number_of_tokens(monkeypatch: pytest.MonkeyPatch, num_rows: int) -> None:
+    """Few are padded, as the kernel wants it on a card; many are multiplied a part at a time. No token is changed."""
+    layer = Int8Linear(linear(), device=CPU)
+    given = torch.randn(97, 64)
+    expected = torch.cat([layer(row[None]) for row in given])[:num_rows]
+    monkeypatch.setattr("swifti2v.models.quantized_products.ROWS_AT_ONCE", 32)
+    asked, multiply = [], torch._int_mm
+    monkeypatch.setattr(torch, "_int_mm", lambda one, other: asked.append(one.shape) or multiply(one, other))
+    assert torch.equal(layer(given[:num_rows]), expected)
+    assert {shape[0] for shape in asked} == {32}
+    assert len(asked) == -(-num_rows // 32)
+
+
+@torch.no_grad()
+def test_a_product_of_int8_errs_less_than_one_of_float8() -> None:
+    """On Gaussian numbers: seven bits of a number's own row against three of its mantissa."""
+    exact, given = linear(), tokens()
+    int8, float8 = (relative_error(LAYERS[kind](exact, device=CPU)(given), exact(given)) for kind in ("int8", "float8"))
+    assert int8 < 0.4 * float8
+
+
+@torch.no_grad()
+@each_kind
+def test_rows_of_zeros_stay_zeros(kind: Quantization) -> None:
     exact, given = linear(), tokens()
     exact.weight[3] = 0
     given[0, 2] = 0
-    found = Float8Linear(exact, device=CPU)(given)
+    found = LAYERS[kind](exact, device=CPU)(given)
     assert torch.equal(found[0, 2], exact.bias)
     assert torch.equal(found[..., 3], exact.bias[3].expand(2, 10))
     assert found.isfinite().all()
 
 
 @torch.no_grad()
-def test_tokens_do_not_depend_on_each_other() -> None:
+@each_kind
+def test_tokens_do_not_depend_on_each_other(kind: Quantization) -> None:
     """So parts of a window, and the shares of several cards (Ulysses), are what they are in the whole."""
-    layer, given = Float8Linear(linear(), device=CPU), tokens()
+    layer, given = LAYERS[kind](linear(), device=CPU), tokens()
     parts = [layer(given[:, :3]), layer(given[:, 3:])]
     assert torch.equal(torch.cat(parts, dim=1), layer(given))
 
 
+@each_kind
 def test_the_linear_layers_of_the_blocks_and_no_others_are_replaced(
-    tiny_wan_dit: Callable[..., WanTransformer3DModel],
+    tiny_wan_dit: Callable[..., WanTransformer3DModel], kind: Quantization
 ) -> None:
     network = tiny_wan_dit(**WIDE)
     before = {name for name, module in network.named_modules() if isinstance(module, nn.Linear)}
-    assert not has_float8_products(network)
-    use_float8_products([network], device=CPU)
-    assert has_float8_products(network)
+    assert quantization_of(network) == "none"
+    use_quantized_products([network], "none", device=CPU)
+    assert quantization_of(network) == "none"
+    use_quantized_products([network], kind, device=CPU)
+    assert quantization_of(network) == kind
     projections = [f"attn{i}.{leaf}" for i in (1, 2) for leaf in ("to_q", "to_k", "to_v", "to_out.0")]
     expected = {f"blocks.{b}.{leaf}" for b in range(2) for leaf in (*projections, "ffn.net.0.proj", "ffn.net.2")}
-    assert {name for name, module in network.named_modules() if isinstance(module, Float8Linear)} == expected
+    assert {name for name, module in network.named_modules() if isinstance(module, QuantizedLinear)} == expected
     after = {name for name, module in network.named_modules() if isinstance(module, nn.Linear)}
     assert after == before - expected
     assert "proj_out" in after
     assert network.dtype == torch.float32
-    assert network.blocks[0].attn1.to_q.weight.dtype == torch.float8_e4m3fn
+    assert network.blocks[0].attn1.to_q.weight.dtype == LAYERS[kind].dtype
     assert not list(block_linears(network))  # a second time changes nothing
 
 
@@ -166,10 +222,11 @@ def output(network: Any, frames: slice = slice(0, 4), **more: Any) -> Tensor:
     return sample
 
 
-def test_the_relative_error_of_a_forward(tiny_wan_dit: Callable[..., Any]) -> None:
+@each_kind
+def test_the_relative_error_of_a_forward(tiny_wan_dit: Callable[..., Any], kind: Quantization) -> None:
     for network, run in ((tiny_wan_dit(**WIDE, num_layers=4), plain_output), (stage_two(), output)):
         expected = run(network)
-        use_float8_products([network], device=CPU)
+        use_quantized_products([network], kind, device=CPU)
         assert 1e-4 < relative_error(run(network), expected) < 0.05
 
 
@@ -180,9 +237,10 @@ def plain_output(network: Any) -> Tensor:
 
 
 @pytest.mark.parametrize("context_attention", ["bidirectional", "frozen"])
-def test_text_that_is_kept_and_frames_that_are_wanted(context_attention: ContextAttention) -> None:
+@each_kind
+def test_text_that_is_kept_and_frames_that_are_wanted(context_attention: ContextAttention, kind: Quantization) -> None:
     network = stage_two(context_attention)
-    use_float8_products([network], device=CPU)
+    use_quantized_products([network], kind, device=CPU)
     kinds = torch.tensor([FrameKind.ANCHOR, *[FrameKind.TARGET] * 3])
     expected = output(network, frame_kinds=kinds)
     with network.text_kept():
@@ -192,9 +250,10 @@ def test_text_that_is_kept_and_frames_that_are_wanted(context_attention: Context
         torch.testing.assert_close(wanted, expected[:, :, 1:], rtol=0, atol=1e-5)
 
 
-def test_frozen_context_that_is_kept() -> None:
+@each_kind
+def test_frozen_context_that_is_kept(kind: Quantization) -> None:
     network = stage_two("frozen")
-    use_float8_products([network], device=CPU)
+    use_quantized_products([network], kind, device=CPU)
     kinds = torch.tensor([FrameKind.ANCHOR, *[FrameKind.TARGET] * 3])
     memory = ContextMemory(len(network.blocks))
     expected = output(network, frame_kinds=kinds, context_memory=memory)
@@ -206,9 +265,10 @@ def test_frozen_context_that_is_kept() -> None:
 
 
 @pytest.mark.slow
-def test_compiled_blocks_give_the_same_output() -> None:
+@each_kind
+def test_compiled_blocks_give_the_same_output(kind: Quantization) -> None:
     network = stage_two()
-    use_float8_products([network], device=CPU)
+    use_quantized_products([network], kind, device=CPU)
     expected = output(network)
     torch._dynamo.reset()
     compile_blocks([network], backend="eager")
@@ -221,9 +281,12 @@ def test_compiled_blocks_give_the_same_output() -> None:
 
 
 @pytest.mark.parametrize("placement", ["resident", "loaded", "streamed"])
-def test_placed_networks_give_the_same_output(tiny_wan_dit: Callable[..., Any], placement: Placement) -> None:
+@each_kind
+def test_placed_networks_give_the_same_output(
+    tiny_wan_dit: Callable[..., Any], placement: Placement, kind: Quantization
+) -> None:
     network = tiny_wan_dit(**WIDE, num_layers=3)
-    use_float8_products([network], device=CPU)
+    use_quantized_products([network], kind, device=CPU)
     expected = plain_output(network)
     networks = PlacedNetworks(CPU)
     networks.place(network, placement, group="one")
@@ -232,12 +295,15 @@ def test_placed_networks_give_the_same_output(tiny_wan_dit: Callable[..., Any], 
     assert torch.equal(plain_output(network), expected)
 
 
-def test_streaming_takes_the_weights_along_on_a_stream_of_its_own(tiny_wan_dit: Callable[..., Any]) -> None:
+@each_kind
+def test_streaming_takes_the_weights_along_on_a_stream_of_its_own(
+    tiny_wan_dit: Callable[..., Any], kind: Quantization
+) -> None:
     """What diffusers keeps of a block on the host for a CUDA stream are other tensors than the block works with."""
     from diffusers.hooks.group_offloading import ModuleGroup
 
     network = tiny_wan_dit(**WIDE)
-    use_float8_products([network], device=CPU)
+    use_quantized_products([network], kind, device=CPU)
     layer = network.blocks[0].attn1.to_q
     kept = {name: ModuleGroup._to_cpu(buffer, low_cpu_mem_usage=True) for name, buffer in layer.named_buffers()}
     assert set(kept) == {"weight", "scale"}
@@ -247,21 +313,29 @@ def test_streaming_takes_the_weights_along_on_a_stream_of_its_own(tiny_wan_dit: 
     assert all(torch.equal(kept[name].float(), values[name]) for name in kept)
 
 
-def test_what_holds_float8_is_not_stored_in_float8_again(tiny_wan_dit: Callable[..., Any]) -> None:
+@each_kind
+@pytest.mark.parametrize("dtype", ["float8", "nf4"])
+def test_what_holds_eight_bits_is_not_stored_again(
+    tiny_wan_dit: Callable[..., Any], kind: Quantization, dtype: WeightDtype
+) -> None:
     network = tiny_wan_dit(**WIDE)
-    use_float8_products([network], device=CPU)
+    use_quantized_products([network], kind, device=CPU)
     expected = plain_output(network)
-    assert is_stored_narrow(network)
-    store_weights(network, "float8", compute_dtype=torch.float32)
+    assert stored_narrow(network) == kind
+    store_weights(network, dtype, compute_dtype=torch.float32)
     assert network.proj_out.weight.dtype == torch.float32
     assert torch.equal(plain_output(network), expected)
 
 
-def test_what_is_stored_in_float8_gets_no_float8_products(tiny_wan_dit: Callable[..., Any]) -> None:
+@each_kind
+@pytest.mark.parametrize(("dtype", "named"), [("float8", "float8"), ("nf4", "4 bits")])
+def test_what_is_stored_narrow_gets_no_products(
+    tiny_wan_dit: Callable[..., Any], kind: Quantization, dtype: WeightDtype, named: str
+) -> None:
     network = tiny_wan_dit(**WIDE)
-    store_weights(network, "float8", compute_dtype=torch.float32)
-    with pytest.raises(InvalidInputError, match=r"stored in float8 already, .* or use quantization none"):
-        use_float8_products([network], device=CPU)
+    store_weights(network, dtype, compute_dtype=torch.float32)
+    with pytest.raises(InvalidInputError, match=rf"stored in {named} already, .* or use quantization none"):
+        use_quantized_products([network], kind, device=CPU)
 
 
 def lora(name: str) -> AdapterWeights:
@@ -269,19 +343,22 @@ def lora(name: str) -> AdapterWeights:
     return AdapterWeights(deltas={name: delta}, diffs={}, notes=())
 
 
-def test_loras_go_into_the_weights_before_they_are_rounded(tiny_wan_dit: Callable[..., Any]) -> None:
+@each_kind
+def test_loras_go_into_the_weights_before_they_are_rounded(
+    tiny_wan_dit: Callable[..., Any], kind: Quantization
+) -> None:
     name = "blocks.0.attn1.to_q"
     network, fused = tiny_wan_dit(**WIDE), tiny_wan_dit(**WIDE)
     attached = attach(network, lora(name), name="one")
     with pytest.raises(AdapterError, match=rf"a LoRA is attached to {name}; fuse it before"):
-        use_float8_products([fused, network], device=CPU)
-    assert not has_float8_products(fused)  # all or nothing
+        use_quantized_products([fused, network], kind, device=CPU)
+    assert quantization_of(fused) == "none"  # all or nothing
     attached.remove()
-    use_float8_products([network], device=CPU)
+    use_quantized_products([network], kind, device=CPU)
     with pytest.raises(AdapterError, match="fuse it before quantising"):
         fuse(network, lora(name))
     fuse(fused, lora(name))
-    use_float8_products([fused], device=CPU)
+    use_quantized_products([fused], kind, device=CPU)
     assert not torch.equal(plain_output(fused), plain_output(network))
 
 
@@ -291,30 +368,72 @@ def test_devices_without_float8_products_are_refused(
     card, capabilities = torch.device("cuda", 0), [(8, 6), (8, 9), (9, 0), (12, 0), (9, 0)]
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capabilities.pop(0))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "RTX 3090")
-    with pytest.raises(InvalidInputError, match=r"^RTX 3090 has no float8 products \(capability 8\.6, .*none$"):
-        use_float8_products([tiny_wan_dit(**WIDE)], device=card)
-    with pytest.raises(InvalidInputError, match="are for CUDA cards, and not for mps; use quantization none"):
-        check_float8_device(torch.device("mps"))
+    with pytest.raises(InvalidInputError, match=r"^RTX 3090 has no float8 products \(capability 8\.6, .*int8 or none$"):
+        use_quantized_products([tiny_wan_dit(**WIDE)], "float8", device=card)
     for _ in range(3):
-        check_float8_device(card)
+        check_quantized_device("float8", card)
     with pytest.raises(InvalidInputError, match=r"blocks\.0\.attn1\.to_q has torch\.float32; load it as bfloat16"):
-        use_float8_products([tiny_wan_dit(**WIDE)], device=card)
+        use_quantized_products([tiny_wan_dit(**WIDE)], "float8", device=card)
 
 
-def test_sides_that_the_kernels_do_not_take_are_refused(tiny_wan_dit: Callable[..., Any]) -> None:
-    network = tiny_wan_dit()
-    with pytest.raises(InvalidInputError, match=r"blocks\.0\.attn1\.to_q is 24 by 24, .* multiples of 16; use"):
-        use_float8_products([network], device=CPU)
-    assert not has_float8_products(network)
+def test_devices_without_int8_products_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    card, capabilities = torch.device("cuda", 0), [(7, 5), (8, 0), (8, 6), (9, 0)]
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capabilities.pop(0))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "RTX 2080")
+    with pytest.raises(
+        InvalidInputError, match=r"^RTX 2080 has no int8 products \(capability 7\.5, .*quantization none$"
+    ):
+        check_quantized_device("int8", card)
+    for _ in range(3):
+        check_quantized_device("int8", card)
+
+
+@each_kind
+def test_other_devices_are_refused(kind: Quantization) -> None:
+    with pytest.raises(InvalidInputError, match=f"{kind} products are for CUDA cards, and not for mps; use quantiz"):
+        check_quantized_device(kind, torch.device("mps"))
+    check_quantized_device("none", torch.device("mps"))
+
+
+@each_kind
+def test_sides_that_the_kernels_do_not_take_are_refused(tiny_wan_dit: Callable[..., Any], kind: Quantization) -> None:
+    network = tiny_wan_dit(attention_head_dim=10)  # two heads of it
+    multiple = LAYERS[kind].side_multiple
+    with pytest.raises(
+        InvalidInputError, match=rf"blocks\.0\.attn1\.to_q is 20 by 20, .* multiples of {multiple}; use"
+    ):
+        use_quantized_products([network], kind, device=CPU)
+    assert quantization_of(network) == "none"
 
 
 @pytest.mark.gpu
 @torch.no_grad()
-def test_a_card_gives_the_numbers_of_the_cpu() -> None:
-    card = torch.device("cuda")
-    if torch.cuda.get_device_capability(card) < LEAST_CAPABILITY:
-        pytest.skip("no card with float8 products")
-    exact, given = linear(dtype=torch.bfloat16), tokens(torch.bfloat16)
-    expected = Float8Linear(exact, device=CPU)(given)
-    found = Float8Linear(exact, device=card).to(card)(given.to(card))
+@each_kind
+@pytest.mark.parametrize("num_tokens", [1, 17, 40, 5000])
+def test_a_card_gives_the_numbers_of_the_cpu(kind: Quantization, num_tokens: int) -> None:
+    card, layer = torch.device("cuda"), LAYERS[kind]
+    if torch.cuda.get_device_capability(card) < layer.least_capability:
+        pytest.skip(f"no card with {kind} products")
+    exact = linear(dtype=torch.bfloat16)
+    given = torch.randn(num_tokens, 64, generator=torch.Generator().manual_seed(2)).bfloat16()
+    expected = layer(exact, device=CPU)(given)
+    found = layer(exact, device=card).to(card)(given.to(card))
     assert relative_error(found.cpu(), expected) < 0.01
+
+
+@pytest.mark.gpu
+@torch.no_grad()
+@each_kind
+def test_compiled_on_a_card(kind: Quantization, tiny_wan_dit: Callable[..., Any]) -> None:
+    card = torch.device("cuda")
+    if torch.cuda.get_device_capability(card) < LAYERS[kind].least_capability:
+        pytest.skip(f"no card with {kind} products")
+    network = tiny_wan_dit(**WIDE).to(card, torch.bfloat16)
+    use_quantized_products([network], kind, device=card)
+    latents = torch.randn(1, 48, 4, 8, 8, device=card, dtype=torch.bfloat16)
+    text = torch.randn(1, 16, 32, device=card, dtype=torch.bfloat16)
+    times = torch.tensor([500.0], device=card)
+    expected = network(latents, times, text).sample
+    torch._dynamo.reset()
+    compile_blocks([network])
+    assert relative_error(network(latents, times, text).sample, expected) < 0.05

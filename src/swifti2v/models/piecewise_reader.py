@@ -1,7 +1,7 @@
 """Networks read tensor by tensor, each into the form in which it is stored: the whole is never there as it was saved.
 
-diffusers and transformers load a network in the dtype of the work first. Of Wan2.2's Stage I that is 64 GiB, which a
-host that is to hold it in four bits does not have.
+diffusers and transformers load a network in the dtype of the work first. A file of another dtype, or LoRAs that go
+into the weights, make that a copy in memory: of Wan2.2's Stage I 64 GiB, which a host that needs four bits has not.
 """
 
 from __future__ import annotations

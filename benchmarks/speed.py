@@ -1,7 +1,8 @@
 """Speed as ratios within one run, on any machine: Stage II against diffusers, segments against the full sequence, ...
 
-Command: ``python -m benchmarks.speed``. Seconds are processor time of one thread, the best of a few runs, so that other
-work on the machine disturbs little; ratios are what counts.
+Command: ``python -m benchmarks.speed``. Seconds are processor time of one thread, the least of a few rounds in which
+the compared ways take turns, so that other work on the machine disturbs little; ratios are what counts. Compiled blocks
+(`compile_blocks`, for diffusers' class as for ours) need a C++ compiler.
 """
 
 from __future__ import annotations
@@ -11,10 +12,11 @@ import resource
 import subprocess
 import sys
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 from unittest import mock
 
+from benchmarks.ratios import COLUMNS, ROWS, TINY, TOKENS_PER_FRAME, Ratio, best_seconds, least_seconds, num_graphs
 from benchmarks.results import (
     Check,
     add_result_arguments,
@@ -28,44 +30,9 @@ from benchmarks.results import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Sequence
 
-TINY: dict[str, Any] = {
-    "num_attention_heads": 2,
-    "attention_head_dim": 64,
-    "ffn_dim": 600,  # 4.67 times the width, as in the 5B
-    "num_layers": 4,
-    "text_dim": 64,
-    "freq_dim": 256,
-}
-"""With 132 tokens a frame attention and linear layers share the work of a window as in the 5B at 2560x1408."""
-ROWS, COLUMNS = 11 * 2, 12 * 2
-TOKENS_PER_FRAME = (ROWS // 2) * (COLUMNS // 2)
-
-
-@dataclass(frozen=True)
-class Ratio:
-    """Seconds of the way that is compared with, and of ours."""
-
-    name: str
-    other_seconds: float
-    seconds: float
-    goal: float
-
-    @property
-    def ratio(self) -> float:
-        """How many times faster ours is."""
-        return self.other_seconds / self.seconds
-
-
-def best_seconds(run: Callable[[], object], *, repeats: int) -> float:
-    """Return the least processor time of a few runs."""
-    found = []
-    for _ in range(repeats):
-        started = time.thread_time()
-        run()
-        found.append(time.thread_time() - started)
-    return min(found)
+    import torch
 
 
 def stage_two_forward(repeats: int, *, targets_only: bool) -> Ratio:
@@ -93,12 +60,49 @@ def stage_two_forward(repeats: int, *, targets_only: bool) -> Ratio:
     with torch.no_grad():
         theirs = stock(latents, per_token, text).sample[:, :, frames]
         torch.testing.assert_close(forward(), theirs, rtol=1e-4, atol=1e-5)
-        return Ratio(
-            f"Stage II forward, 5 frames{', 3 of them targets' * targets_only}, against diffusers per token",
-            best_seconds(lambda: stock(latents, per_token, text), repeats=repeats),
-            best_seconds(forward, repeats=repeats),
-            goal=1.3,
-        )
+        ways = {"theirs": lambda: stock(latents, per_token, text), "ours": forward}
+        seconds = least_seconds(ways, rounds=4 * repeats)
+    name = f"Stage II forward, 5 frames{', 3 of them targets' * targets_only}, against diffusers per token"
+    return Ratio(name, seconds["theirs"], seconds["ours"], goal=1.3)
+
+
+def compiled_forwards(repeats: int) -> list[Ratio]:
+    """Compare the five-frame forward with compiled blocks with diffusers' class, as it is and compiled in the same way.
+
+    Equal output of all three, to 1e-4 and 1e-5.
+    """
+    import torch
+    from diffusers import WanTransformer3DModel
+
+    from swifti2v.models.transformer import StageTwoTransformer
+    from swifti2v.pipelines.acceleration import compile_blocks
+
+    def theirs() -> WanTransformer3DModel:
+        torch.manual_seed(0)
+        return WanTransformer3DModel(in_channels=48, out_channels=48, **TINY).eval()
+
+    eager, compiled, ours = theirs(), theirs(), StageTwoTransformer.from_wan(theirs())
+    compile_blocks([compiled, ours])
+    latents, text = torch.randn(1, 48, 5, ROWS, COLUMNS), torch.randn(1, 16, 64)
+    per_frame = torch.tensor([[0.0, 0.0, 500.0, 500.0, 500.0]])
+    per_token = per_frame.repeat_interleave(TOKENS_PER_FRAME, dim=1)
+    ways = {
+        "theirs": lambda: eager(latents, per_token, text),
+        "theirs compiled": lambda: compiled(latents, per_token, text),
+        "ours": lambda: ours(latents, per_frame, text),
+    }
+    with torch.no_grad():
+        expected = ways["theirs"]().sample
+        torch.testing.assert_close(ways["theirs compiled"]().sample, expected, rtol=1e-4, atol=1e-5)
+        before = num_graphs()
+        torch.testing.assert_close(ways["ours"]().sample, expected, rtol=1e-4, atol=1e-5)
+        graphs = num_graphs() - before
+        seconds = least_seconds(ways, rounds=4 * repeats)
+    name = "Stage II forward, 5 frames, blocks compiled, against diffusers per token"
+    return [
+        Ratio(name, seconds["theirs"], seconds["ours"], goal=1.3, graphs=graphs),
+        Ratio(f"{name}, compiled", seconds["theirs compiled"], seconds["ours"], goal=1.0, graphs=graphs),
+    ]
 
 
 def kept_text(repeats: int) -> Ratio:
@@ -116,30 +120,40 @@ def kept_text(repeats: int) -> Ratio:
         sample: torch.Tensor = network(latents, timestep, text).sample
         return sample
 
+    def reading() -> None:
+        with network.text_kept():  # a new one: nothing is known in it yet
+            forward()
+
     with torch.no_grad():
         expected = forward()
-        other = best_seconds(forward, repeats=repeats)
         with network.text_kept():
             forward()
             if not torch.equal(forward(), expected):
                 msg = "a kept text changes the output"
                 raise AssertionError(msg)
-            ours = best_seconds(forward, repeats=repeats)
-    return Ratio("Stage II forward with its text kept, 512 tokens, against reading it", other, ours, goal=1.0)
+            seconds = least_seconds({"reading": reading, "knowing": forward}, rounds=repeats)
+    name = "Stage II forward with its text kept, 512 tokens, against reading it"
+    return Ratio(name, seconds["reading"], seconds["knowing"], goal=1.0)
 
 
-def segments_against_full_sequence(num_latent_frames: int, goal: float, *, repeats: int) -> Ratio:
+def segments_against_full_sequence(
+    num_latent_frames: int, goal: float, *, repeats: int, is_compiled: bool = False
+) -> Ratio:
     """Compare one step over all segments, as the sampler runs them, with one step over the whole clip.
 
-    One tiny transformer; a segment asks for its targets, and the text is read once a clip.
+    One tiny transformer, its blocks compiled for both or for neither; a segment asks for its targets, and the text is
+    read once a clip.
     """
     import torch
 
     from swifti2v.models.transformer import StageTwoTransformer
+    from swifti2v.pipelines.acceleration import compile_blocks
     from swifti2v.segments import plan_segments
 
     torch.manual_seed(0)
     network = StageTwoTransformer(in_channels=96, reference_channels=48, out_channels=48, **TINY).eval()
+    if is_compiled:
+        compile_blocks([network])
     clip, text = torch.randn(1, 96, num_latent_frames, ROWS, COLUMNS), torch.randn(1, 16, 64)
 
     def forward(frames: torch.Tensor, targets: slice) -> None:
@@ -149,11 +163,20 @@ def segments_against_full_sequence(num_latent_frames: int, goal: float, *, repea
         for segment in plan_segments(num_latent_frames):
             forward(clip[:, :, list(segment.window)], segment.target_slice)
 
+    def whole() -> None:
+        forward(clip, slice(1, num_latent_frames))
+
+    graphs = None
     with torch.no_grad(), network.text_kept():
         forward(clip[:, :, :5], slice(2, 5))
-        ours = best_seconds(by_segment, repeats=repeats)
-        full = best_seconds(lambda: forward(clip, slice(1, num_latent_frames)), repeats=repeats)
-    return Ratio(f"segments against the full sequence, {num_latent_frames} latent frames", full, ours, goal)
+        if is_compiled:
+            before = num_graphs()
+            by_segment()
+            graphs = num_graphs() - before
+            whole()
+        seconds = least_seconds({"ours": by_segment, "whole": whole}, rounds=repeats)
+    name = f"segments against the full sequence, {num_latent_frames} latent frames{', blocks compiled' * is_compiled}"
+    return Ratio(name, seconds["whole"], seconds["ours"], goal, graphs)
 
 
 def kept_context(num_latent_frames: int, goal: float, *, repeats: int) -> Ratio:
@@ -193,10 +216,9 @@ def kept_context(num_latent_frames: int, goal: float, *, repeats: int) -> Ratio:
 
     with torch.no_grad(), network.text_kept():
         steps(plan_segments(5)[0])
-        ours = best_seconds(by_segment, repeats=repeats)
-        full = 4 * best_seconds(whole, repeats=repeats)
+        seconds = least_seconds({"ours": by_segment, "whole": whole}, rounds=repeats)
     name = f"segments with context kept over 4 steps against the full sequence, {num_latent_frames} latent frames"
-    return Ratio(name, full, ours, goal)
+    return Ratio(name, 4 * seconds["whole"], seconds["ours"], goal)
 
 
 def streaming_decode(repeats: int) -> Ratio:
@@ -214,12 +236,9 @@ def streaming_decode(repeats: int) -> Ratio:
     with torch.no_grad():
         ours = torch.cat(list(codec.decode_pixel_stream([latents])), dim=2)
         torch.testing.assert_close(ours, vae.decode(latents).sample, rtol=1e-3, atol=1e-4)
-        return Ratio(
-            "streaming decode against vae.decode",
-            best_seconds(lambda: vae.decode(latents), repeats=repeats),
-            best_seconds(lambda: list(codec.decode_pixel_stream([latents])), repeats=repeats),
-            goal=1.0,
-        )
+        ways = {"ours": lambda: list(codec.decode_pixel_stream([latents])), "theirs": lambda: vae.decode(latents)}
+        seconds = least_seconds(ways, rounds=repeats)
+    return Ratio("streaming decode against vae.decode", seconds["theirs"], seconds["ours"], goal=1.0)
 
 
 def sampler_overhead() -> float:
@@ -308,19 +327,24 @@ def main() -> None:
     import torch
 
     torch.set_num_threads(1)
-    ratios = []
+    ratios: list[Ratio] = []
     for measure in (
         lambda: stage_two_forward(arguments.repeats, targets_only=True),
         lambda: stage_two_forward(arguments.repeats, targets_only=False),
         lambda: kept_text(arguments.repeats),
         lambda: segments_against_full_sequence(41, 2.0, repeats=max(2, arguments.repeats // 2)),
-        lambda: segments_against_full_sequence(arguments.longest, 6.0, repeats=1),
+        lambda: segments_against_full_sequence(arguments.longest, 6.0, repeats=2),
         lambda: kept_context(41, 2.0, repeats=max(2, arguments.repeats // 2)),
-        lambda: kept_context(arguments.longest, 6.0, repeats=1),
+        lambda: kept_context(arguments.longest, 6.0, repeats=2),
         lambda: streaming_decode(arguments.repeats),
+        lambda: compiled_forwards(arguments.repeats),
+        lambda: segments_against_full_sequence(41, 2.0, repeats=max(2, arguments.repeats // 2), is_compiled=True),
+        lambda: segments_against_full_sequence(arguments.longest, 6.0, repeats=2, is_compiled=True),
     ):
-        ratios.append(measure())
-        say(f"{ratios[-1].name}: {ratios[-1].ratio:.2f}x")
+        measured = measure()
+        for ratio in measured if isinstance(measured, list) else [measured]:
+            ratios.append(ratio)
+            say(f"{ratio.name}: {ratio.ratio:.2f}x")
     judgements = checks(ratios, sampler_overhead(), help_seconds(arguments.repeats))
     rows = [(r.name, number(r.other_seconds, 3), number(r.seconds, 3), f"{r.ratio:.2f}") for r in ratios]
     print(markdown_table(("what", "other s", "ours s", "ratio"), rows), checks_table(judgements), sep="\n\n")

@@ -7,8 +7,16 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from benchmarks import speed
-from benchmarks.speed import Ratio, best_seconds, checks, kept_context, kept_text, segments_against_full_sequence
+from benchmarks import ratios as timing
+from benchmarks.ratios import Ratio, best_seconds, least_seconds
+from benchmarks.speed import (
+    checks,
+    compiled_forwards,
+    kept_context,
+    kept_text,
+    segments_against_full_sequence,
+    stage_two_forward,
+)
 from swifti2v.models.text_attention import TextKeysValues
 
 if TYPE_CHECKING:
@@ -21,10 +29,45 @@ def test_a_ratio_says_how_many_times_faster_ours_is() -> None:
 
 def test_the_best_of_a_few_runs_counts(monkeypatch: pytest.MonkeyPatch) -> None:
     ticks = iter([0.0, 5.0, 10.0, 12.0, 20.0, 29.0])
-    monkeypatch.setattr(speed.time, "thread_time", lambda: next(ticks))
+    monkeypatch.setattr(timing.time, "thread_time", lambda: next(ticks))
     runs = count()
     assert best_seconds(lambda: next(runs), repeats=3) == 2.0
     assert next(runs) == 3
+
+
+def test_ways_take_turns_and_turn_round(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = count()
+    monkeypatch.setattr(timing.time, "thread_time", lambda: float(next(clock)))
+    order: list[str] = []
+    ways = {name: lambda name=name: order.append(name) for name in ("a", "b", "c")}  # type: ignore[misc]
+    assert least_seconds(ways, rounds=3) == {"a": 1.0, "b": 1.0, "c": 1.0}
+    assert "".join(order) == "abccbaabc"
+
+
+def test_a_forward_that_differed_from_diffusers_would_be_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    from swifti2v.models.transformer import StageTwoTransformer
+
+    assert stage_two_forward(1, targets_only=True).seconds > 0
+    head = StageTwoTransformer._head
+    monkeypatch.setattr(StageTwoTransformer, "_head", lambda *arguments: head(*arguments) + 1e-2)
+    with pytest.raises(AssertionError, match="not close"):
+        stage_two_forward(1, targets_only=False)
+
+
+@pytest.mark.slow
+def test_compiled_blocks_are_compared_with_both_forms_of_diffusers_class(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One graph for the one length of window; traced only, for the code is the compiler's."""
+    import torch
+
+    from swifti2v.pipelines import acceleration
+
+    torch._dynamo.reset()
+    compile_blocks = acceleration.compile_blocks
+    monkeypatch.setattr(acceleration, "compile_blocks", lambda networks: compile_blocks(networks, backend="eager"))
+    eager, compiled = compiled_forwards(1)
+    assert (eager.graphs, compiled.graphs) == (1, 1)
+    assert eager.seconds == compiled.seconds
+    assert eager.other_seconds != compiled.other_seconds
 
 
 def test_misses_are_told_from_goals_that_are_met() -> None:

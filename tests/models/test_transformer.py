@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -15,7 +16,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from swifti2v.errors import CheckpointError, ConfigurationError, InvalidInputError
+from swifti2v.models import transformer as transformer_module
+from swifti2v.models import transformer_block
 from swifti2v.models.transformer import StageTwoTransformer
+from swifti2v.models.transformer_block import StageTwoBlock, gelu_tanh
 from swifti2v.segments import FrameKind
 
 if TYPE_CHECKING:
@@ -101,6 +105,45 @@ def test_gradients_of_the_wanted_frames(transformer: StageTwoTransformer, is_che
     assert whole.keys() == wanted.keys()
     for name, gradient in whole.items():
         torch.testing.assert_close(wanted[name], gradient, rtol=1e-4, atol=1e-6, msg=name)
+
+
+@pytest.mark.parametrize("wanted", [None, slice(1, 3)])
+def test_long_windows_run_in_parts_with_the_same_result(
+    transformer: StageTwoTransformer, monkeypatch: pytest.MonkeyPatch, wanted: slice | None
+) -> None:
+    """Parts of two frames of four, one timestep a frame or a sample; short windows, as here otherwise, run whole."""
+    inputs = make_inputs(frames=4)
+    each = (inputs, inputs | {"timestep": inputs["timestep"][:, 1]})
+    whole = [run(transformer, some, output_frames=wanted) for some in each]
+    in_parts = 0
+
+    def watched(*arguments: Any) -> torch.Tensor:
+        nonlocal in_parts
+        in_parts += 1
+        return by_frames(*arguments)
+
+    by_frames = StageTwoBlock._forward_by_frames
+    monkeypatch.setattr(StageTwoBlock, "_forward_by_frames", watched)
+    for module in (transformer_block, transformer_module):
+        monkeypatch.setattr(module, "PART_TOKENS", 2 * TOKENS_PER_FRAME)
+    for some, expected in zip(each, whole, strict=True):
+        torch.testing.assert_close(run(transformer, some, output_frames=wanted), expected, **TOLERANCE)
+    assert in_parts == 2 * len(transformer.blocks)
+
+
+def test_gelu_through_the_logistic_function(transformer: StageTwoTransformer) -> None:
+    gate = torch.linspace(-30, 30, 10_001)
+    exact = torch.nn.functional.gelu(gate.double(), approximate="tanh")
+    with torch.no_grad():
+        made = gelu_tanh(gate)
+        half = gelu_tanh(gate.bfloat16())
+    torch.testing.assert_close(made.double(), exact, rtol=1e-5, atol=1e-6)
+    assert torch.equal(half, torch.nn.functional.gelu(gate.bfloat16(), approximate="tanh"))
+    asking = gate.clone().requires_grad_()
+    gelu_tanh(asking).sum().backward()
+    assert asking.grad is not None
+    # The block's own feed-forward net goes through it, and its copies' do.
+    assert transformer.blocks[0].ffn.net[0].gelu is deepcopy(transformer).blocks[1].ffn.net[0].gelu is gelu_tanh
 
 
 def per_token(inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -81,10 +81,13 @@ class WindowAttention:
             ``[B, L, D]``, L those that are wanted.
         """
         query, key, value = self._projections(attention, tokens_BLD)
-        query, key = attention.norm_q(query), attention.norm_k(key)
+        # One after the other: assigned as a pair, both would wait beside what was made of them.
+        query = attention.norm_q(query)
+        key = attention.norm_k(key)
         query, key, value = (each.unflatten(2, (attention.heads, -1)) for each in (query, key, value))
         asking = rotary if self.wanted is None else (rotary[0][:, self.wanted], rotary[1][:, self.wanted])
-        query, key = _turned(query, *asking), _turned(key, *rotary)
+        query = _turned(query, *asking)
+        key = _turned(key, *rotary)
         attended = self._attended(query, key, value, attention.processor._attention_backend)
         result: Tensor = attention.to_out[1](attention.to_out[0](attended.flatten(2, 3).type_as(query)))
         return result

@@ -33,7 +33,7 @@ from swifti2v.models.context_attention import (
 )
 from swifti2v.models.local_detail import LocalDetail
 from swifti2v.models.text_attention import KeptText, TextMemory, keeps_text
-from swifti2v.models.transformer_block import FramePositionRope, StageTwoBlock, modulate
+from swifti2v.models.transformer_block import PART_TOKENS, FramePositionRope, StageTwoBlock, modulate
 from swifti2v.models.transformer_configuration import (
     ContextAttention,
     PredictionType,
@@ -309,9 +309,11 @@ class StageTwoTransformer(WanTransformer3DModel):
 
     def _embed(self, hidden_states: Tensor, frame_kinds: Tensor | None) -> Tensor:
         """Patches to tokens ``[B, L, D]``, plus the embedding of the kind of their frame."""
-        # Frame by frame: what a convolution copies of its input is then a frame's, not a window's.
-        frames = torch.split(hidden_states, 1, dim=2)
-        patches_BDFHW = torch.cat([self.patch_embedding(frame) for frame in frames], dim=2)
+        # A few frames at a time: what a convolution copies of its input is then theirs, not a window's.
+        _, patch_height, patch_width = self.config.patch_size
+        per_frame = hidden_states[0, 0, 0].numel() // (patch_height * patch_width)
+        parts = torch.split(hidden_states, max(1, PART_TOKENS // per_frame), dim=2)
+        patches_BDFHW = torch.cat([self.patch_embedding(part) for part in parts], dim=2)
         table = self.frame_kind_table.to(patches_BDFHW)
         if frame_kinds is None:
             kinds_FD = table[FrameKind.TARGET].unsqueeze(0)

@@ -14,7 +14,7 @@ import torch
 from typer.testing import CliRunner
 
 from swifti2v.cli.main import EXIT_ERROR, EXIT_INTERRUPTED, app
-from swifti2v.errors import GenerationCancelled
+from swifti2v.errors import GenerationCancelled, InvalidInputError
 from swifti2v.geometry import Size
 from swifti2v.media.video_reader import VideoReader
 from swifti2v.pipelines.two_stage import TwoStagePipeline
@@ -158,6 +158,21 @@ def test_float8_products_that_a_card_has_not_are_refused_before_anything_is_load
     result = run(*SHORT, "--quantization", "float8", "--device", "cpu")  # loaded; these networks are too narrow
     assert result.exit_code == EXIT_ERROR
     assert "24 by 24, and float8 products take multiples of 16; use quantization none" in result.stderr
+
+
+@pytest.mark.parametrize(("model", "notes"), [(None, 1), ("wan2.2", 1), ("mini", 0)])
+def test_whoever_starts_the_full_size_on_a_cpu_is_told(
+    photo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model: str | None, notes: int
+) -> None:
+    def load(*_arguments: object, **_options: object) -> None:
+        raise InvalidInputError("far enough")
+
+    monkeypatch.setattr("swifti2v.pipelines.two_stage.load_parts", load)
+    chosen = () if model is None else ("--model", model)
+    arguments = ["generate", str(photo), "--device", "cpu", "--output", str(tmp_path / "out.mp4"), *chosen]
+    result = CliRunner().invoke(app, arguments)
+    assert result.stderr.count("try --model mini") == notes
+    assert result.stderr.splitlines()[-1] == "error: far enough"
 
 
 def test_the_light_decoder_writes_another_video_of_the_same_clip(run: Run, tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ import torch
 from typer.testing import CliRunner
 
 from swifti2v.cli.main import EXIT_ERROR, EXIT_INTERRUPTED, app
-from swifti2v.errors import GenerationCancelled
+from swifti2v.errors import GenerationCancelled, InvalidInputError
 from swifti2v.geometry import Size
 from swifti2v.media.video_reader import VideoReader
 from swifti2v.pipelines.two_stage import TwoStagePipeline
@@ -156,6 +156,21 @@ def test_int8_products_write_a_video(run: Run, tmp_path: Path) -> None:
         assert result.exit_code == 0, result.stderr
         videos.append(output.read_bytes())
     assert videos[0] != videos[1]
+
+
+@pytest.mark.parametrize(("model", "notes"), [(None, 1), ("wan2.2", 1), ("mini", 0)])
+def test_whoever_starts_the_full_size_on_a_cpu_is_told(
+    photo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model: str | None, notes: int
+) -> None:
+    def load(*_arguments: object, **_options: object) -> None:
+        raise InvalidInputError("far enough")
+
+    monkeypatch.setattr("swifti2v.pipelines.two_stage.load_parts", load)
+    chosen = () if model is None else ("--model", model)
+    arguments = ["generate", str(photo), "--device", "cpu", "--output", str(tmp_path / "out.mp4"), *chosen]
+    result = CliRunner().invoke(app, arguments)
+    assert result.stderr.count("try --model mini") == notes
+    assert result.stderr.splitlines()[-1] == "error: far enough"
 
 
 def test_the_light_decoder_writes_another_video_of_the_same_clip(run: Run, tmp_path: Path) -> None:

@@ -254,6 +254,9 @@ class _Job:
             check_quantized_device(quantization, open_device(device or self.processes.device))
         if self.work_dir is not None:
             RunStore(self.work_dir)
+        # It is the default: whoever tries the command on a laptop is to know before the download.
+        if model == "wan2.2" and open_device(device or self.processes.device).type == "cpu":
+            self._say("wan2.2 is 75 GiB and made for a GPU; on a CPU it is far too slow: try --model mini")
 
     def _write(
         self, pipeline: TwoStagePipeline, request: GenerationRequest, work_dir: Path | None, *, stage_one_only: bool

@@ -18,6 +18,7 @@ from swifti2v.errors import GenerationCancelled, InvalidInputError, OutputError,
 from swifti2v.geometry import Size
 from swifti2v.media.images import fit_image, image_to_tensor
 from swifti2v.media.video_reader import VideoReader
+from swifti2v.pipelines.acceleration import Acceleration
 from swifti2v.pipelines.ahead import THREAD_NAME
 from swifti2v.pipelines.options import GenerationOptions
 from swifti2v.pipelines.two_stage import TwoStagePipeline
@@ -451,6 +452,22 @@ def test_a_preview_is_continued(
     assert segments(tmp_path) == uninterrupted[1]
     with pytest.raises(WorkDirectoryError, match="another segment_size"):
         next(pipe.stream(request_of(segment_size=3), work_dir=tmp_path))
+
+
+def test_segments_of_exact_products_are_not_continued_by_rounded_ones(
+    tiny_checkpoint: Path,
+    image: PIL.Image.Image,
+    uninterrupted: tuple[torch.Tensor, dict[str, bytes], Path],
+    tmp_path: Path,
+) -> None:
+    folder = tmp_path / "begun"
+    shutil.copytree(uninterrupted[2], folder)
+    rounded = TwoStagePipeline.from_pretrained(
+        tiny_checkpoint, device="cpu", acceleration=Acceleration(quantization="int8")
+    )
+    with pytest.raises(WorkDirectoryError, match="another quantization"):
+        rounded(image, "pan left", options=OPTIONS, work_dir=folder)
+    assert segments(folder) == uninterrupted[1]
 
 
 def test_damage_in_the_work_directory(

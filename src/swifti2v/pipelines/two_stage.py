@@ -15,6 +15,7 @@ from torch import Tensor
 
 from swifti2v.errors import InvalidInputError, WorkDirectoryError
 from swifti2v.media.images import as_loaded_image, fit_image, fit_notes, image_to_tensor
+from swifti2v.models.quantized_products import quantization_of
 from swifti2v.pipelines.ahead import made_ahead
 from swifti2v.pipelines.fitting import frames_within_limits
 from swifti2v.pipelines.loading import load_parts, load_parts_of_stage
@@ -344,7 +345,10 @@ def _refined(
     """Run Stage II and decode, side by side; yield uint8 [f,H,W,3], a latent frame at a time."""
     settings = request.settings
     stage_two = parts.stage_two
-    store.claim_segments(settings.stage_two_identity())
+    products = quantization_of(stage_two.transformer)
+    # Named only where it is inexact: work directories of exact runs stay what they were.
+    inexact = {} if products == "none" else {"quantization": products}
+    store.claim_segments(settings.stage_two_identity() | inexact)
     num_segments = len(stage_two.plan(settings))
     num_steps = settings.num_inference_steps
 

@@ -34,6 +34,7 @@ from swifti2v.training.engine.loop import LoopOptions
 from swifti2v.training.refiner import run as refiner_run
 from swifti2v.training.refiner import validation
 from swifti2v.training.refiner.distillation import DistillationOptions
+from swifti2v.training.refiner.distribution_matching import DistributionMatchingOptions
 from swifti2v.training.refiner.encoding import EncodingOptions, read_empty_prompt
 from swifti2v.training.refiner.network import NetworkOptions, load_network, plain_state, save_network
 from swifti2v.training.refiner.run import (
@@ -193,10 +194,19 @@ def test_validation_has_the_time_shift_of_training(run: RefinerRun) -> None:
         DistillationRun(LOOP, validation=other)
 
 
-def test_distilled_checkpoint_says_how_many_steps(run: RefinerRun, cache: Path, tmp_path: Path) -> None:
-    distillation = DistillationOptions(num_student_steps=2, teacher_steps_per_step=2, guidance_scale=2.0)
-    distilled = DistillationRun(LOOP, run.checkpoint, 1, NETWORK, distillation, run.validation)
+@pytest.mark.parametrize(
+    "distillation",
+    [
+        DistillationOptions(2, guidance_scale=2.0, teacher_steps_per_step=2),
+        DistributionMatchingOptions(2, guidance_scale=2.0, critic_steps_per_step=2, critic_learning_rate=1e-3),
+    ],
+)
+def test_distilled_checkpoint_says_how_many_steps(
+    run: RefinerRun, cache: Path, tmp_path: Path, distillation: DistillationOptions | DistributionMatchingOptions
+) -> None:
+    distilled = DistillationRun(LOOP, run.checkpoint, 1, NETWORK, distillation, run.validation, student=run.checkpoint)
     checkpoint = distill_refiner(distilled, cache=cache, output=tmp_path)
+    assert ("critic" in torch.load(tmp_path / "checkpoint.pt")) is isinstance(distillation, DistributionMatchingOptions)
     pipe = TwoStagePipeline.from_pretrained(checkpoint, device="cpu")
     assert (pipe.defaults.num_inference_steps, pipe.defaults.guidance_scale) == (2, 1.0)
     assert pipe.defaults.refiner == "concat"

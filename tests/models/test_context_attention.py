@@ -11,8 +11,9 @@ from diffusers.models.transformers import transformer_wan
 from diffusers.models.transformers.transformer_wan import WanAttnProcessor
 
 from swifti2v.errors import ConfigurationError, InvalidInputError
+from swifti2v.memory.live_bytes import accounted
 from swifti2v.models.condition import predict_targets
-from swifti2v.models.context_attention import ContextMemory
+from swifti2v.models.context_attention import ContextMemory, WindowAttention
 from swifti2v.models.transformer import StageTwoTransformer
 from swifti2v.segments import Segment
 
@@ -208,3 +209,21 @@ def test_scattered_targets_are_refused(network: StageTwoTransformer) -> None:
             frame_kinds=torch.tensor([0, 1, 0]),
             context_memory=memory,
         )
+
+
+def test_no_more_is_alive_than_in_diffusers_own_processor() -> None:
+    """In bfloat16, where queries and keys are turned in float32: normed and turned as a pair, it was a tensor more."""
+    num_tokens, width = 2048, 256
+    with torch.device("meta"):
+        attention = transformer_wan.WanAttention(width, 2, width // 2, processor=WanAttnProcessor()).bfloat16()
+        tokens = torch.empty(1, num_tokens, width, dtype=torch.bfloat16)
+        rotary = (torch.empty(1, num_tokens, 1, width // 2),) * 2
+    peaks = []
+    for run in (
+        lambda: WindowAttention(slice(0, num_tokens)).attend(attention, tokens, rotary),
+        lambda: attention(tokens, None, None, rotary),
+    ):
+        with torch.no_grad(), accounted() as account:
+            run()
+        peaks.append(account.peak_bytes / tokens.nbytes)
+    assert peaks[0] <= peaks[1] + 0.1

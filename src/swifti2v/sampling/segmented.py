@@ -156,7 +156,9 @@ def _denoise(
         return torch.cat([frame_noise(seed, j, shape, step=step, device=device) for j in segment.targets], dim=2)
 
     with torch.no_grad():
-        start = torch.lerp(window.reference[:, :, segment.target_slice], noise(0), sigmas[0])
+        start = noise(0).to(window.reference)
+        if sigmas[0] < 1:
+            start = torch.lerp(window.reference[:, :, segment.target_slice], start, sigmas[0])
         return solver(
             partial(denoise, window),
             start,

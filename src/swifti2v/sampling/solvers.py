@@ -45,8 +45,8 @@ def euler(
 ) -> Tensor:
     """Integrate the flow with Euler steps (deterministic; what the Wan2.2 distillations expect).
 
-    The step ``x + (s' - s) * v`` with ``v = (x - x0) / s`` is written as ``lerp(x0, x, s' / s)``, so that the last step
-    returns the prediction itself.
+    The step ``x + (s' - s) * v`` with ``v = (x - x0) / s`` is written as ``lerp(x0, x, s' / s)``; the last step returns
+    the prediction itself.
 
     Args:
         denoise: clean prediction at a noise level.
@@ -66,7 +66,7 @@ def euler(
     num_steps = len(values) - 1
     for step, (sigma, sigma_next) in enumerate(itertools.pairwise(values)):
         clean = _checked(denoise(x, sigma), x)
-        x = torch.lerp(clean, x, sigma_next / sigma)
+        x = torch.lerp(clean, x, sigma_next / sigma) if sigma_next > 0 else clean
         if on_step is not None:
             on_step(step, num_steps)
     return x

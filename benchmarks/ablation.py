@@ -76,7 +76,7 @@ VARIANTS = (
     Variant("both_sides", "neighbours on both sides", {"neighbors_after": 1}),
     Variant("two_before", "two neighbours before", {"neighbors_before": 2}),
     Variant("compact", "compact positions", {"positions": "compact"}),
-    *(Variant(f"m{size}", f"M = {size}", {"segment_size": size}) for size in (1, 2, 4, 6)),
+    *(Variant(f"m{size}", f"M = {size}", {"segment_size": size}) for size in (1, 2, 4, 5, 6)),
     Variant("whole", "full sequence", {"segment_size": WHOLE}),
     *(Variant(f"steps{steps}", f"{steps} steps", {"num_inference_steps": steps}) for steps in (2, 4, 8, 20)),
     Variant("bicubic", "bicubic reference (the paper's)", uses_reference=False),

@@ -47,7 +47,7 @@ def test_every_row_is_a_way_that_the_settings_allow() -> None:
         changed = replace(settings, **variant.settings)
         assert changed != settings or not variant.uses_reference, variant.name
     sizes = {variant.settings["segment_size"] for variant in VARIANTS if "segment_size" in variant.settings}
-    assert {1, 2, 4, 6} <= sizes
+    assert {1, 2, 4, 5, 6} <= sizes
 
 
 def test_table_has_differences_and_their_spread() -> None:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 from types import SimpleNamespace
+from unittest import mock
 
 import torch
 from diffusers import WanTransformer3DModel
 
 from swifti2v.models.transformer import StageTwoTransformer
 from swifti2v.training.engine.distributed import Processes, joined_processes, whole
+from swifti2v.training.engine.learner import Learner
 from swifti2v.training.engine.loop import LoopOptions, TrainingLoop
 from swifti2v.training.low_res.lora import LoraOptions, LowResLoraObjective, add_lora
 from swifti2v.training.refiner.segment_flow import SegmentFlowObjective, SegmentFlowOptions
@@ -94,12 +96,15 @@ def train(kind: str, folder: Path, processes: Processes) -> None:
     loop = TrainingLoop(objective, folder, options, processes=processes)
     loop._autocast = kind == "bfloat16"  # which the option leaves off on CPUs that are slow at it
     gradients = []
+    step = Learner.step
 
-    def keep(_report: object) -> None:
+    def kept(learner: Learner, learning_rate: float) -> tuple[float, bool]:
         trained = {name: each.grad for name, each in objective.module.named_parameters() if each.grad is not None}
         gradients.append(whole(trained))
+        return step(learner, learning_rate)
 
-    loop.run(on_step=keep)
+    with mock.patch.object(Learner, "step", kept):
+        loop.run()
     if processes.is_main:
         torch.save(gradients, folder / "gradients.pt")
 

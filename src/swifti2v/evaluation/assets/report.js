@@ -32,7 +32,7 @@
   function seek(frame) {
     const time = (Math.min(Math.max(frame, 0), lastFrame()) + 0.5) / fps;
     for (const video of videos) video.currentTime = Math.min(time, Math.max(0, length(video) - farthestApart));
-    slider.value = frame;
+    show();
   }
 
   function pause() {

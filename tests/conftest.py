@@ -11,7 +11,7 @@ import torch
 from hypothesis import HealthCheck, settings
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
     from pathlib import Path
 
     from diffusers import AutoencoderKLWan, WanTransformer3DModel
@@ -64,6 +64,20 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if "gpu" in item.keywords:
             item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+
+
+@pytest.fixture
+def loud_libraries() -> Iterator[None]:
+    """Give the libraries back the voice that the commands take from them."""
+    import diffusers
+    import transformers
+
+    libraries = (diffusers.utils.logging, transformers.utils.logging)
+    kept = [library.get_verbosity() for library in libraries]
+    yield
+    for library, verbosity in zip(libraries, kept, strict=True):
+        library.set_verbosity(verbosity)
+        library.enable_progress_bar()
 
 
 @pytest.fixture(scope="session")

@@ -1,8 +1,9 @@
 """Stage II's network: diffusers' Wan transformer, subclassed at its seams (`docs/design.md` 3, 4).
 
 What differs from `diffusers.WanTransformer3DModel` (0.42): a wider input for the reference, RoPE positions in time that
-the caller names, modulation per latent frame, and an embedding that tells the kinds of frames apart. The parameters
-keep their names, so weights interchange with the parent class.
+the caller names, modulation per latent frame, an embedding that tells the kinds of frames apart, and tokens that stay
+in float32 between the layers where no gradients are asked for. The parameters keep their names, so weights interchange
+with the parent class.
 
 Shape suffixes: B batch, C channels, F latent frames, H W latent height and width, L tokens (frame-major), D width,
 T text tokens, M modulations: F, or 1 when all frames share a timestep.
@@ -38,7 +39,7 @@ from swifti2v.models.transformer_configuration import (
     ContextAttention,
     PredictionType,
     check_configuration,
-    check_frame_numbers,
+    checked_grid,
 )
 from swifti2v.segments import FrameKind
 
@@ -269,10 +270,14 @@ class StageTwoTransformer(WanTransformer3DModel):
             InvalidInputError: a shape or a position does not fit; or, under context parallelism, the context is frozen
                 or kept.
         """
-        frames, rows, columns = self._checked_grid(hidden_states, timestep, frame_positions, frame_kinds)
+        frames, rows, columns = checked_grid(self.config, hidden_states, timestep, frame_positions, frame_kinds)
 
         rotary_cos, rotary_sin, token_frames_1L = self.rope(hidden_states, frame_positions)
         tokens_BLD = self._embed(hidden_states, frame_kinds)
+        if not torch.is_grad_enabled():
+            # As under Wan's autocast: sixty sums in bfloat16 would cost four times as much as its products do. With
+            # gradients they stay narrow, for each block keeps its input.
+            tokens_BLD = tokens_BLD.float()
         kept = None if attention_kwargs else self._kept_text(encoder_hidden_states)
         temb_BMD, table_BM6D, text_BTD = self._condition(
             timestep, encoder_hidden_states, encoder_hidden_states_image, kept
@@ -367,34 +372,10 @@ class StageTwoTransformer(WanTransformer3DModel):
         table = self.scale_shift_table.to(tokens_BLD.device)
         shift, scale = (table + temb_BMD.to(tokens_BLD.device).unsqueeze(2)).unbind(2)
         normed = modulate(self.norm_out(tokens_BLD.float()), scale, shift, token_frames_L)
-        return self.proj_out(normed.type_as(tokens_BLD))
+        return self.proj_out(normed.to(temb_BMD.dtype))
 
     def _unpatchify(self, patches: Tensor) -> Tensor:
         _, patch_height, patch_width = self.config.patch_size
         cells = torch.unflatten(patches, -1, (patch_height, patch_width, -1))
         # B F rows columns ph pw C -> B C F (rows ph) (columns pw)
         return cells.permute(0, 6, 1, 2, 4, 3, 5).flatten(5, 6).flatten(3, 4)
-
-    def _checked_grid(
-        self, hidden_states: Tensor, timestep: Tensor, positions: Tensor | None, kinds: Tensor | None
-    ) -> tuple[int, int, int]:
-        """Return how many tokens lie along each axis; raise `InvalidInputError` unless the inputs fit together."""
-        if hidden_states.ndim != 5 or hidden_states.shape[1] != self.config.in_channels:
-            msg = f"hidden_states is {tuple(hidden_states.shape)}; give [B, {self.config.in_channels}, F, H, W]"
-            raise InvalidInputError(msg)
-        batch, _, frames, height, width = hidden_states.shape
-        limit = self.config.rope_max_seq_len
-        _, patch_height, patch_width = self.config.patch_size
-        if height % patch_height or width % patch_width:
-            msg = f"latents of {height}x{width} do not divide into patches of {patch_height}x{patch_width}; crop them"
-            raise InvalidInputError(msg)
-        grid = (frames, height // patch_height, width // patch_width)
-        if max(grid) > limit:
-            msg = f"a window of {frames} frames of {height}x{width} exceeds the RoPE table of {limit}; make it smaller"
-            raise InvalidInputError(msg)
-        if tuple(timestep.shape) not in {(batch,), (batch, frames)}:
-            msg = f"timestep is {tuple(timestep.shape)}; give [{batch}] or one a frame, [{batch}, {frames}]"
-            raise InvalidInputError(msg)
-        check_frame_numbers("frame_positions", positions, frames, limit)
-        check_frame_numbers("frame_kinds", kinds, frames, len(FrameKind))
-        return grid

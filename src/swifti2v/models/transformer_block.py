@@ -155,8 +155,8 @@ class StageTwoBlock(WanTransformerBlock):
         """Run the block.
 
         Args:
-            hidden_states: tokens ``[B, L, D]``.
-            encoder_hidden_states: text ``[B, T, D]``.
+            hidden_states: tokens ``[B, L, D]``, float32 or the dtype of the text.
+            encoder_hidden_states: text ``[B, T, D]``; its dtype is that of the matrix products.
             temb: ``[B, M, 6, D]``; tokens fall into M equal runs unless `token_frames` says otherwise.
             rotary_emb: cosines and sines ``[1, L, 1, head]``.
             token_frames: ``[L]``, the row of `temb` of each token, where the tokens are a part of the sequence.
@@ -164,26 +164,26 @@ class StageTwoBlock(WanTransformerBlock):
             window: who attends to whom; None: all tokens to all.
 
         Returns:
-            ``[B, L, D]``, L the tokens that `window` wants.
+            ``[B, L, D]`` of the dtype of `hidden_states`, L the tokens that `window` wants.
         """
         modulation = (self.scale_shift_table + temb.float()).unbind(2)
         wanted = window.wanted if window is not None else None
         attend = partial(self._attend, rotary=rotary_emb, window=window)
         read_text = partial(self._read_text, text_BTD=encoder_hidden_states, kept=kept_text)
+        working_dtype = encoder_hidden_states.dtype
         if token_frames is None and _is_run_in_parts(hidden_states):
-            return self._forward_by_frames(hidden_states, modulation, wanted, attend, read_text)
+            return self._forward_by_frames(hidden_states, modulation, wanted, attend, read_text, working_dtype)
         shift, scale = modulation[:2]
         gate, ffn_shift, ffn_scale, ffn_gate = _rows_of(wanted, hidden_states.shape[1], modulation[2:])
 
-        normed = modulate(self.norm1(hidden_states.float()), scale, shift, token_frames).type_as(hidden_states)
-        attended = attend(normed)
+        normed = modulate(self.norm1(hidden_states.float()), scale, shift, token_frames)
+        attended = attend(normed.to(working_dtype))
         hidden_states = _add_gated(_tokens_of(wanted, hidden_states), attended, gate, token_frames)
 
-        # norm2 computes in float32 and returns its input's dtype by itself.
         hidden_states = hidden_states + read_text(hidden_states)
 
         normed = modulate(self.norm3(hidden_states.float()), ffn_scale, ffn_shift, token_frames)
-        return _add_gated(hidden_states, self.ffn(normed.type_as(hidden_states)), ffn_gate, token_frames)
+        return _add_gated(hidden_states, self.ffn(normed.to(working_dtype)), ffn_gate, token_frames)
 
     def _forward_by_frames(
         self,
@@ -192,6 +192,7 @@ class StageTwoBlock(WanTransformerBlock):
         wanted: slice | None,
         attend: Callable[[Tensor], Tensor],
         read_text: Callable[[Tensor], Tensor],
+        working_dtype: torch.dtype,
     ) -> Tensor:
         """Do the same without gradients, all but attention a few frames at a time.
 
@@ -200,13 +201,15 @@ class StageTwoBlock(WanTransformerBlock):
         """
         shift, scale = modulation[:2]
         gate, ffn_shift, ffn_scale, ffn_gate = _rows_of(wanted, hidden_states.shape[1], modulation[2:])
-        normed = torch.empty_like(hidden_states)
+        normed = torch.empty_like(hidden_states, dtype=working_dtype)
         for tokens, rows in _token_parts(hidden_states.shape[1], shift.shape[1]):
             part = self.norm1(hidden_states[:, tokens].float())
             modulate(part, scale[:, rows], shift[:, rows], None, out=normed[:, tokens])
         attended = attend(normed)
         # Not in place: a cache of diffusers may still compare the input with the output.
-        entering, result = _tokens_of(wanted, hidden_states), _tokens_of(wanted, normed)
+        entering = _tokens_of(wanted, hidden_states)
+        result = _tokens_of(wanted, normed) if entering.dtype == working_dtype else torch.empty_like(entering)
+        del normed
         parts = _token_parts(result.shape[1], gate.shape[1])
         for tokens, rows in parts:
             _add_gated(entering[:, tokens], attended[:, tokens], gate[:, rows], None, out=result[:, tokens])
@@ -214,8 +217,8 @@ class StageTwoBlock(WanTransformerBlock):
         result += read_text(result)
         for tokens, rows in parts:
             part = result[:, tokens]
-            inner = modulate(self.norm3(part.float()), ffn_scale[:, rows], ffn_shift[:, rows], None).type_as(part)
-            _add_gated(part, self.ffn(inner), ffn_gate[:, rows], None, out=part)
+            inner = modulate(self.norm3(part.float()), ffn_scale[:, rows], ffn_shift[:, rows], None)
+            _add_gated(part, self.ffn(inner.to(working_dtype)), ffn_gate[:, rows], None, out=part)
             del inner
         return result
 
@@ -228,5 +231,5 @@ class StageTwoBlock(WanTransformerBlock):
         return attended
 
     def _read_text(self, tokens_BLD: Tensor, *, text_BTD: Tensor, kept: TextKeysValues | None) -> Tensor:
-        normed = self.norm2(tokens_BLD)
+        normed = self.norm2(tokens_BLD).to(text_BTD.dtype)
         return self.attn2(normed, text_BTD, None, None) if kept is None else kept.attend(self.attn2, normed, text_BTD)

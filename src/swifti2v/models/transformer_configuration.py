@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 
 from swifti2v.errors import ConfigurationError, InvalidInputError
+from swifti2v.segments import FrameKind
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -44,7 +45,43 @@ def check_configuration(
             raise ConfigurationError(msg)
 
 
-def check_frame_numbers(name: str, numbers: Tensor | None, frames: int, stop: int) -> None:
+def checked_grid(
+    config: Any, hidden_states: Tensor, timestep: Tensor, positions: Tensor | None, kinds: Tensor | None
+) -> tuple[int, int, int]:
+    """Return how many tokens lie along each axis: frames, rows, columns.
+
+    Args:
+        config: that of a `StageTwoTransformer`.
+        hidden_states: see `StageTwoTransformer.forward`, as for the others.
+        timestep: ``[B]`` or ``[B, F]``.
+        positions: ``[F]``, if given.
+        kinds: ``[F]``, if given.
+
+    Raises:
+        InvalidInputError: they do not fit together or the configuration.
+    """
+    if hidden_states.ndim != 5 or hidden_states.shape[1] != config.in_channels:
+        msg = f"hidden_states is {tuple(hidden_states.shape)}; give [B, {config.in_channels}, F, H, W]"
+        raise InvalidInputError(msg)
+    batch, _, frames, height, width = hidden_states.shape
+    limit = config.rope_max_seq_len
+    _, patch_height, patch_width = config.patch_size
+    if height % patch_height or width % patch_width:
+        msg = f"latents of {height}x{width} do not divide into patches of {patch_height}x{patch_width}; crop them"
+        raise InvalidInputError(msg)
+    grid = (frames, height // patch_height, width // patch_width)
+    if max(grid) > limit:
+        msg = f"a window of {frames} frames of {height}x{width} exceeds the RoPE table of {limit}; make it smaller"
+        raise InvalidInputError(msg)
+    if tuple(timestep.shape) not in {(batch,), (batch, frames)}:
+        msg = f"timestep is {tuple(timestep.shape)}; give [{batch}] or one a frame, [{batch}, {frames}]"
+        raise InvalidInputError(msg)
+    _check_frame_numbers("frame_positions", positions, frames, limit)
+    _check_frame_numbers("frame_kinds", kinds, frames, len(FrameKind))
+    return grid
+
+
+def _check_frame_numbers(name: str, numbers: Tensor | None, frames: int, stop: int) -> None:
     """Raise `InvalidInputError` unless `numbers`, if given, is a whole number in [0, stop) for each of `frames`."""
     if numbers is None:
         return

@@ -13,13 +13,12 @@ from typing import TYPE_CHECKING, Any, Self
 
 import PIL.Image
 import torch
-from diffusers import UniPCMultistepScheduler
 from diffusers.pipelines.wan.pipeline_wan_i2v import prompt_clean
 from peft.tuners.tuners_utils import BaseTunerLayer
 
 from swifti2v.errors import AdapterError, InvalidInputError
 from swifti2v.geometry import CodecGeometry, Size
-from swifti2v.models.scheduler import FixedSigmaScheduler
+from swifti2v.models.scheduler import FixedSigmaScheduler, WanUniPCScheduler
 from swifti2v.pipelines.windows import cross_fade, match_color
 from swifti2v.sampling.segmented import derived_seed
 from swifti2v.segments import plan_windows
@@ -42,7 +41,7 @@ class StageOneOptions:
     Args:
         num_inference_steps: steps, >= 1. Few-step mode uses the fixed schedule of the distillation when the number is
             its own (4), and the same curve in other steps otherwise.
-        few_step: True: `FixedSigmaScheduler` with the few-step adapters on. False: UniPC with those adapters off.
+        few_step: True: `FixedSigmaScheduler` with the few-step adapters on. False: `WanUniPCScheduler` with those off.
         guidance_scale: classifier-free guidance, >= 1; 1 turns it off, and halves the time.
         guidance_scale_2: the same for the low-noise expert; None: `guidance_scale`.
         negative_prompt: what to steer away from; only with guidance.
@@ -366,7 +365,7 @@ def _few_step_names(layer: Any) -> list[str]:
 def _scheduler(current: Any, options: StageOneOptions) -> Any:
     """Return a fresh scheduler: a run leaves its state in the one it used."""
     if not options.few_step:
-        return UniPCMultistepScheduler(
+        return WanUniPCScheduler(
             prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=options.flow_shift
         )
     if isinstance(current, FixedSigmaScheduler):

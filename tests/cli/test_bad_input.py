@@ -185,6 +185,11 @@ def test_refiner_that_the_checkpoint_has_not(run: Run) -> None:
     refused(run("--refiner", "training-free", *SHORT), "use the refiner concat")
 
 
+def test_memory_that_is_too_little_is_named_as_it_was_given(run: Run) -> None:
+    result = run("--memory", "10MiB", "--prompt", "left", *SHORT)
+    refused(result, "no plan fits into 10.0 MiB: ", "MiB at the least; allow that", notes=1)  # of the picture's aspect
+
+
 def test_device_that_there_is_not(run: Run) -> None:
     refused(run("--device", "cuda:99", *SHORT), "cuda:99", "use cpu")
 

@@ -140,6 +140,7 @@ def test_a_small_model_needs_little() -> None:
     ("arguments", "words"),
     [
         (("--memory", "2GiB"), "no plan fits into 2.0 GiB"),
+        (("--memory", "10MiB"), "no plan fits into 10.0 MiB"),
         (("--memory", "much"), "write for instance 24GiB"),
         (("--memory", "24GiB", "--host-memory", "4GiB"), "host memory"),
         (("--memory", "24GiB", "--gpu", "abacus"), "rtx4090"),

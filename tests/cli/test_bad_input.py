@@ -173,6 +173,10 @@ def test_images_that_are_handled_and_said(
         (("--segment-size", "0"), "segment_size is 0; it must be at least 1"),
         (("--neighbors-before", "-1"), "neighbors_before is -1"),
         (("--flow-scale", "0"), "flow_scale is 0"),
+        (("--stage-one-flow-shift", "3"), "stage_one_flow_shift has no effect with few steps; ask for many"),
+        (("--stage-one-flow-shift", "0", "--many-step"), "stage_one_flow_shift is 0"),
+        (("--stage-one-guidance-2", "3"), "no effect without guidance in Stage I; set stage_one_guidance_scale"),
+        (("--stage-one-guidance-2", "0", "--many-step"), "stage_one_guidance_scale_2 is 0"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
 )

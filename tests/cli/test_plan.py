@@ -56,6 +56,14 @@ def test_segment_options_reach_the_plan() -> None:
     assert stage_two("--neighbors-before", "2")["num_tokens"] == 6 * 220
 
 
+def test_guidance_of_stage_one_doubles_its_passes() -> None:
+    def passes(*arguments: str) -> int:
+        plan = json.loads(run("--json", "--size", "640x352", "--stage-one-steps", "40", *arguments).stdout)
+        return next(phase["num_forwards"] for phase in plan["phases"] if phase["name"] == "stage one")
+
+    assert passes("--stage-one-guidance", "3.5") == 2 * passes() == 80
+
+
 def test_steps_are_the_checkpoints_unless_given() -> None:
     def steps(*arguments: str) -> int:
         return json.loads(run("--json", *arguments).stdout)["num_inference_steps"]

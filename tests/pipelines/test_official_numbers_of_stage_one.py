@@ -132,7 +132,9 @@ def test_many_steps_give_the_latents_of_wans_own_code(pipeline: WanImageToVideoP
             lambda _module, _arguments, keywords, number=number: seen.append((number, keywords["timestep"])),
             with_kwargs=True,
         )
-    latents = final_latents(pipeline, StageOneOptions.many_step(guidance_scale=4.0, guidance_scale_2=3.0, flow_shift=5.0))
+    latents = final_latents(
+        pipeline, StageOneOptions.many_step(guidance_scale=4.0, guidance_scale_2=3.0, flow_shift=5.0)
+    )
     with_prompt = seen[::2]  # every other one is the negative prompt's
     assert [int(timestep) for _, timestep in with_prompt] == OFFICIAL_TIMESTEPS
     assert {timestep.dtype for _, timestep in seen} == {torch.int64}

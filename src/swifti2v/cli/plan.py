@@ -34,6 +34,9 @@ def plan(  # noqa: PLR0913 - typer makes an option of each parameter
     frames: Annotated[int, typer.Option(help="Pixel frames, 4k+1.")] = 81,
     steps: Annotated[int | None, typer.Option(help="Steps of Stage II; default: the checkpoint's.")] = None,
     stage_one_steps: Annotated[int, typer.Option(help="Steps of Stage I.")] = RunSettings.stage_one_steps,
+    stage_one_guidance: Annotated[
+        float, typer.Option(help="Guidance scale of Stage I; above 1 every step takes two passes.")
+    ] = RunSettings.stage_one_guidance_scale,
     guidance: Annotated[
         float, typer.Option(help="Guidance scale of Stage II; above 1 every step takes two passes.")
     ] = RunSettings.guidance_scale,
@@ -82,6 +85,7 @@ def plan(  # noqa: PLR0913 - typer makes an option of each parameter
         size=Size.parse(size),
         num_frames=frames,
         stage_one_steps=stage_one_steps,
+        stage_one_guidance_scale=stage_one_guidance,
         num_inference_steps=planned.num_inference_steps if steps is None else steps,
         guidance_scale=guidance,
         segment_size=segment_size,

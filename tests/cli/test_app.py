@@ -63,8 +63,8 @@ def test_the_worker_runs_as_it_was_told(tmp_path: Path, monkeypatch: pytest.Monk
     pytest.importorskip("gradio", reason="the app is an extra: pip install 'swifti2v[app]'")
     given = []
 
-    def stop(*arguments: Any) -> Any:
-        given.append(arguments)
+    def stop(*arguments: Any, few_step: bool) -> Any:
+        given.append((*arguments, few_step))
         raise InvalidInputError("far enough")
 
     monkeypatch.setattr(app_module, "pipeline_runner", stop)
@@ -74,7 +74,8 @@ def test_the_worker_runs_as_it_was_told(tmp_path: Path, monkeypatch: pytest.Monk
     result = CliRunner().invoke(program, [*options, "--decode-device", "cpu", "--data-dir", str(tmp_path)])
     assert str(result.exception) == "far enough"
     expected = Acceleration("native", compile_blocks=True, decoder="light", decoder_weights="w", decode_device="cpu")
-    assert given == [(None, "2GB", expected)]
+    assert CliRunner().invoke(program, ["--many-step", "--data-dir", str(tmp_path)]).exit_code == 1
+    assert given == [(None, "2GB", expected, True), (None, None, Acceleration(), False)]
 
 
 def test_the_worker_stops_with_the_app(tmp_path: Path) -> None:

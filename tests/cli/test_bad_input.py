@@ -173,6 +173,10 @@ def test_images_that_are_handled_and_said(
         (("--segment-size", "0"), "segment_size is 0; it must be at least 1"),
         (("--neighbors-before", "-1"), "neighbors_before is -1"),
         (("--flow-scale", "0"), "flow_scale is 0"),
+        (("--stage-one-flow-shift", "3"), "stage_one_flow_shift has no effect with few steps; ask for many"),
+        (("--stage-one-flow-shift", "0", "--many-step"), "stage_one_flow_shift is 0"),
+        (("--stage-one-guidance-2", "3"), "no effect without guidance in Stage I; set stage_one_guidance_scale"),
+        (("--stage-one-guidance-2", "0", "--many-step"), "stage_one_guidance_scale_2 is 0"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
 )
@@ -183,6 +187,11 @@ def test_options_out_of_range(run: Run, tmp_path: Path, arguments: tuple[str, ..
 
 def test_refiner_that_the_checkpoint_has_not(run: Run) -> None:
     refused(run("--refiner", "training-free", *SHORT), "use the refiner concat")
+
+
+def test_memory_that_is_too_little_is_named_as_it_was_given(run: Run) -> None:
+    result = run("--memory", "10MiB", "--prompt", "left", *SHORT)
+    refused(result, "no plan fits into 10.0 MiB: ", "MiB at the least; allow that", notes=1)  # of the picture's aspect
 
 
 def test_device_that_there_is_not(run: Run) -> None:

@@ -117,6 +117,8 @@ def test_options_reach_the_pipeline(run: Run, monkeypatch: pytest.MonkeyPatch) -
         "--positions": "compact",
         "--stage-one-steps": "3",
         "--stage-one-guidance": "1.25",
+        "--stage-one-guidance-2": "1.5",
+        "--stage-one-flow-shift": "3",
     }
     result = run("--prompt", "tilt", "--many-step", *(word for pair in given.items() for word in pair))
     assert result.exit_code == 0, result.stderr
@@ -129,6 +131,7 @@ def test_options_reach_the_pipeline(run: Run, monkeypatch: pytest.MonkeyPatch) -
     assert (settings.segment_size, settings.neighbors_before, settings.neighbors_after) == (2, 0, 1)
     assert (settings.positions, settings.negative_prompt) == ("compact", "blurry")
     assert (settings.few_step, settings.stage_one_steps, settings.stage_one_guidance_scale) == (False, 3, 1.25)
+    assert (settings.stage_one_guidance_scale_2, settings.stage_one_flow_shift) == (1.5, 3)
 
 
 def test_float8_products_that_a_card_has_not_are_refused_before_anything_is_loaded(
@@ -211,6 +214,22 @@ def test_preview_then_generate(run: Run, tmp_path: Path) -> None:
     assert motion == {path: path.stat().st_mtime_ns for path in (work / "motion_reference").iterdir()}
     reader = VideoReader(tmp_path / "out.mp4")
     assert reader.info.size == Size(64, 64)
+
+
+def test_preview_of_many_steps_then_generate(run: Run, tmp_path: Path) -> None:
+    work = tmp_path / "work"
+    many = ("--prompt", "pan", "--frames", "9", "--many-step", "--stage-one-steps", "2", "--work-dir", str(work))
+    result = run(*many, "--negative-prompt", "blurry", command="preview")
+    assert result.exit_code == 0, result.stderr
+    asked = json.loads((work / "run.json").read_text())["stage_one"]
+    assert (asked["few_step"], asked["stage_one_flow_shift"], asked["negative_prompt"]) == ("False", "5.0", "blurry")
+    motion = {path: path.stat().st_mtime_ns for path in (work / "motion_reference").iterdir()}
+    result = run(*many, "--steps", "1")
+    assert result.exit_code == EXIT_ERROR
+    assert "another negative_prompt" in result.stderr
+    result = run(*many, "--negative-prompt", "blurry", "--steps", "1")
+    assert result.exit_code == 0, result.stderr
+    assert motion == {path: path.stat().st_mtime_ns for path in (work / "motion_reference").iterdir()}
 
 
 @pytest.mark.parametrize("json_option", [(), ("--json",)], ids=["text", "json"])

@@ -127,6 +127,37 @@ def test_a_worker_decodes_as_it_was_told(
         jobs(*work, "--decoder-weights", str(weights))
 
 
+def test_a_job_of_many_steps(jobs: Callable[..., str], photo: Path, tiny_checkpoint: Path) -> None:
+    """It runs where Stage I was loaded so; elsewhere it fails, and says what the worker is to be given."""
+    model = ("--model", str(tiny_checkpoint))
+    asked = {"--stage-one-guidance": 3.0, "--stage-one-guidance-2": 2.0, "--stage-one-flow-shift": 3.0, "--guidance": 2}
+    words = [word for pair in asked.items() for word in map(str, pair)]
+    submit = ("submit", str(photo), *model, *SHORT, "--many-step", *words, "--negative-prompt", "blurry")
+    job_id = jobs(*submit).strip()
+    options = json.loads(jobs("show", job_id))["request"]["options"]
+    names = ("stage_one_guidance_scale", "stage_one_guidance_scale_2", "stage_one_flow_shift", "guidance_scale")
+    assert [options[name] for name in names] == list(asked.values())
+    assert (options["few_step"], options["negative_prompt"]) == (False, "blurry")
+    work = ("work", "--until-idle", "--device", "cpu", *model)
+    jobs(*work, "--many-step")
+    assert json.loads(jobs("show", job_id))["state"] == "completed"
+    other = jobs(*submit).strip()
+    jobs(*work)
+    failure = json.loads(jobs("show", other))["failure"]
+    assert failure["code"] == "invalid_input"
+    assert "load with few_step=False for many steps" in failure["message"]
+
+
+def test_two_workers_of_one_stage_each_in_many_steps(
+    jobs: Callable[..., str], photo: Path, tiny_checkpoint: Path
+) -> None:
+    model = ("--model", str(tiny_checkpoint))
+    job_id = jobs("submit", str(photo), *model, *SHORT).strip()
+    for stage in ("one", "two"):
+        jobs("work", "--until-idle", "--device", "cpu", "--stage", stage, "--many-step", *model)
+    assert json.loads(jobs("show", job_id))["state"] == "completed"
+
+
 def test_cancelling(jobs: Callable[..., str], photo: Path, tiny_checkpoint: Path) -> None:
     first, second = (jobs("submit", str(photo), "--model", str(tiny_checkpoint)).strip() for _ in range(2))
     assert jobs("cancel", first) == f"{first}: cancelled\n"

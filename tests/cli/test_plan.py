@@ -56,6 +56,14 @@ def test_segment_options_reach_the_plan() -> None:
     assert stage_two("--neighbors-before", "2")["num_tokens"] == 6 * 220
 
 
+def test_guidance_of_stage_one_doubles_its_passes() -> None:
+    def passes(*arguments: str) -> int:
+        plan = json.loads(run("--json", "--size", "640x352", "--stage-one-steps", "40", *arguments).stdout)
+        return next(phase["num_forwards"] for phase in plan["phases"] if phase["name"] == "stage one")
+
+    assert passes("--stage-one-guidance", "3.5") == 2 * passes() == 80
+
+
 def test_steps_are_the_checkpoints_unless_given() -> None:
     def steps(*arguments: str) -> int:
         return json.loads(run("--json", *arguments).stdout)["num_inference_steps"]
@@ -140,6 +148,7 @@ def test_a_small_model_needs_little() -> None:
     ("arguments", "words"),
     [
         (("--memory", "2GiB"), "no plan fits into 2.0 GiB"),
+        (("--memory", "10MiB"), "no plan fits into 10.0 MiB"),
         (("--memory", "much"), "write for instance 24GiB"),
         (("--memory", "24GiB", "--host-memory", "4GiB"), "host memory"),
         (("--memory", "24GiB", "--gpu", "abacus"), "rtx4090"),

@@ -12,7 +12,7 @@ from swifti2v.errors import InvalidInputError, SwiftI2VError
 from swifti2v.jobs.state import ALL_STAGES, JobStage
 from swifti2v.pipelines.acceleration import Acceleration
 from swifti2v.serving.keys import KeyFile
-from swifti2v.serving.settings import ClusterSettings
+from swifti2v.serving.settings import ClusterSettings, ServiceSettings
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -67,13 +67,14 @@ def test_options_of_a_cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     started = []
     monkeypatch.setattr(serve, "_run_on_ray", lambda _settings, _address, cluster: started.append(cluster))
     scale = ("--workers", "4", "--min-workers", "0", "--idle", "5", "--gpus-per-worker", "0.5", "--memory", "24GB")
-    run("--ray", "--open", "--model", "mini", *scale, *FAST, "--lease", "7", "--data", str(tmp_path))
+    run("--ray", "--open", "--model", "mini", *scale, *FAST, "--lease", "7", "--many-step", "--data", str(tmp_path))
     expected = ClusterSettings(
         min_workers=0,
         max_workers=4,
         gpus_per_worker=0.5,
         memory="24GB",
         acceleration=FAST_ACCELERATION,
+        few_step=False,
         lease_seconds=7.0,
         idle_seconds=5.0,
     )
@@ -116,23 +117,29 @@ def test_workers_are_told_how_to_work(tmp_path: Path, monkeypatch: pytest.Monkey
     """The command line that `serve` makes is read by `jobs work` itself."""
     commands: list[list[str]] = []
     runners: list[tuple[object, ...]] = []
+    served: list[bool] = []
 
-    def stop(*arguments: object) -> None:
-        runners.append(arguments)
+    def stop(*arguments: object, few_step: bool) -> None:
+        runners.append((*arguments, few_step))
         raise InvalidInputError("far enough")
 
-    monkeypatch.setattr(serve, "_run", lambda *_arguments, command, **_options: commands.append(command))
+    def start(settings: ServiceSettings, _address: object, *, command: list[str], **_options: object) -> None:
+        served.append(settings.models[0].defaults.few_step)
+        commands.append(command)
+
+    monkeypatch.setattr(serve, "_run", start)
     monkeypatch.setattr(jobs, "pipeline_runner", stop)
     data = ("--data", str(tmp_path / "x y"))
     run("--open", "--model", "mini", "--model", "mini", "--memory", "24GB", *FAST, *data)
-    run("--open", "--model", "mini", "--device", "cpu", "--stage", "two", *data)
+    run("--open", "--model", "mini", "--device", "cpu", "--stage", "two", "--many-step", *data)
     for command in commands:
         result = CliRunner().invoke(jobs.app, command[command.index("work") :])
         assert str(result.exception) == "far enough", result.output
     assert runners == [
-        (None, "24GB", FAST_ACCELERATION, ALL_STAGES),
-        ("cpu", None, Acceleration(), (JobStage.TWO,)),
+        (None, "24GB", FAST_ACCELERATION, ALL_STAGES, True),
+        ("cpu", None, Acceleration(), (JobStage.TWO,), False),
     ]
+    assert served == [True, False]
     assert [command.count("--model") for command in commands] == [2, 1]
     with pytest.raises(InvalidInputError, match="attention 'fast' is not known"):
         run("--open", "--model", "mini", "--attention", "fast", *data)

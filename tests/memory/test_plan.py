@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from benchmarks import full_size_networks
 from swifti2v.errors import InvalidInputError, MemoryBudgetError
 from swifti2v.geometry import Size
+from swifti2v.memory.amounts import GIB
 from swifti2v.memory.budget import WAN22, RunSettings, plan_run, stored_bytes, unpacking_bytes, weight_bytes
 from swifti2v.memory.codec_cost import WAN22_VAE
 from swifti2v.memory.devices import DEVICES, device_rates
@@ -26,11 +27,10 @@ from swifti2v.memory.plan import (
     CONTEXT_BYTES,
     STORED_DTYPES,
     MemoryPlan,
-    parse_bytes,
     plan_memory,
     tighter_budget,
 )
-from swifti2v.memory.ways import GIB, GRIDS, phase_ways, stage_two_seconds, tile_size
+from swifti2v.memory.ways import GRIDS, phase_ways, stage_two_seconds, tile_size
 from swifti2v.models.quantized_products import use_quantized_products
 from swifti2v.models.transformer import StageTwoTransformer
 
@@ -344,18 +344,15 @@ def test_lean_codec_bytes(size: Size, decode_gib: float, encode_gib: float) -> N
     assert lean_encode_bytes(WAN22_VAE, size) / GIB == pytest.approx(encode_gib, rel=0.10)
 
 
-@pytest.mark.parametrize(
-    ("text", "expected"),
-    [("24GiB", 24 * GIB), ("24GB", 24 * 10**9), ("1.5 gib", 3 * GIB // 2), ("500MiB", 500 * 2**20)],
-)
-def test_amounts(text: str, expected: int) -> None:
-    assert parse_bytes(text) == expected
+def test_a_small_budget_is_named_as_it_was_given() -> None:
+    for num_bytes, words in ((10 * 2**20, "no plan fits into 10.0 MiB:"), (GIB, "no plan fits into 1.0 GiB:")):
+        with pytest.raises(MemoryBudgetError, match=words):
+            planned(num_bytes / GIB)
+    with pytest.raises(MemoryBudgetError, match=r"host memory in nf4, and 300\.0 MiB are allowed"):
+        planned(24, host_gib=300 / 1024)
 
 
-def test_what_is_no_amount_or_card_is_refused() -> None:
-    for text in ("24", "lots", "-1GiB"):
-        with pytest.raises(InvalidInputError, match="write for instance 24GiB"):
-            parse_bytes(text)
+def test_a_card_that_is_not_known_is_refused() -> None:
     with pytest.raises(InvalidInputError, match="rtx4090"):
         device_rates("abacus")
     assert CONTEXT_BYTES < GIB

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from swifti2v.models.checkpoint_index import CheckpointIndex
-from swifti2v.pipelines.loading import default_settings
+from swifti2v.pipelines.recommended import default_settings
 from swifti2v.sampling.schedules import shifted_sigmas
 
 GUIDE = (Path(__file__).parents[2] / "docs" / "guides" / "few_steps.md").read_text(encoding="utf-8")

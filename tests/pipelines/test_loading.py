@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import shutil
@@ -18,6 +19,7 @@ from swifti2v.data.procedural import MOTION_WORDS, PHRASES
 from swifti2v.errors import CheckpointError, InvalidInputError
 from swifti2v.geometry import Size
 from swifti2v.models.checkpoint_files import write_checksums
+from swifti2v.models.checkpoint_index import WAN_NEGATIVE_PROMPT
 from swifti2v.models.checkpoints import resolve
 from swifti2v.models.scheduler import FixedSigmaScheduler
 from swifti2v.pipelines import loading
@@ -118,7 +120,40 @@ def test_few_step_schedule_is_that_of_the_index(edited: Callable[..., Path], own
     scheduler.set_timesteps(parts.defaults.stage_one_steps)
     assert scheduler.sigmas.tolist() == [1.0, 0.75, 0.5, 0.0]
     assert scheduler.config.shift == (3.0 if own else 5.0)
-    assert parts.many_step_flow_shift == 7.0
+    assert parts.defaults_of(False).stage_one_flow_shift == 7.0
+
+
+def test_negative_prompt_is_that_of_the_index(edited: Callable[..., Path]) -> None:
+    assert settings_of("wan2.2", few_step=False).negative_prompt == WAN_NEGATIVE_PROMPT
+    assert settings_of("mini", few_step=False).negative_prompt == ""  # as its training
+    assert settings_of(edited(), few_step=False).negative_prompt == WAN_NEGATIVE_PROMPT
+    assert settings_of(edited(stage_one={"negative_prompt": "blurry"})).negative_prompt == "blurry"
+
+
+def test_wans_negative_prompt_is_wans() -> None:
+    """Digest of `sample_neg_prompt` in `wan/configs/shared_config.py` of Wan-Video/Wan2.2 at 42bf4cf, in UTF-8."""
+    digest = hashlib.sha256(WAN_NEGATIVE_PROMPT.encode()).hexdigest()
+    assert digest == "ce96e0324e4b54ce4b6e867f669ca520952e1a34cc116543516b1897f0d3c47e"
+
+
+def test_who_asks_for_the_other_way_is_given_its_defaults(edited: Callable[..., Path]) -> None:
+    root = edited(stage_one={"adapters": []})
+    few, many = (load_parts(root, device="cpu", few_step=way) for way in (True, False))
+    assert few.defaults_of(None) == few.defaults_of(True) == many.defaults_of(True) == few.defaults
+    assert many.defaults_of(None) == many.defaults_of(False) == few.defaults_of(False) == many.defaults
+    image = PIL.Image.new("RGB", (64, 64))
+    settings = TwoStagePipeline(few).request(image, few_step=False, stage_one_steps=6).settings
+    assert settings == replace(many.defaults, stage_one_steps=6)
+    assert settings_of(root, GenerationOptions(few_step=False)) == many.defaults
+
+
+def test_an_option_for_an_expert_that_there_is_not_is_refused_before_work(edited: Callable[..., Path]) -> None:
+    parts = load_parts(edited(), device="cpu", few_step=False)
+    pipe, image = TwoStagePipeline(parts), PIL.Image.new("RGB", (64, 64))
+    assert pipe.request(image, stage_one_guidance_scale_2=2.0).settings.stage_one_guidance_scale_2 == 2.0
+    parts.stage_one.pipeline.register_to_config(boundary_ratio=None)
+    with pytest.raises(InvalidInputError, match="for the second expert, and this checkpoint has one expert"):
+        pipe.request(image, stage_one_guidance_scale_2=2.0)
 
 
 def test_prompts_without_a_known_motion_are_said(tiny_checkpoint: Path) -> None:

@@ -36,8 +36,22 @@ OTHERS = {
     "few_step": False,
     "stage_one_steps": 8,
     "stage_one_guidance_scale": 3.5,
+    "stage_one_guidance_scale_2": 2.0,
+    "stage_one_flow_shift": 3.0,
 }
-OF_STAGE_ONE = {"size", "num_frames", "seed", "few_step", "stage_one_steps", "stage_one_guidance_scale"}
+OF_STAGE_ONE = {
+    "size",
+    "num_frames",
+    "seed",
+    "few_step",
+    "stage_one_steps",
+    "stage_one_guidance_scale",
+    "stage_one_guidance_scale_2",
+    "stage_one_flow_shift",
+}
+# With which the others have an effect.
+MANY_STEPS = {"few_step": False, "stage_one_guidance_scale": 5.0}
+OF_MANY_STEPS = {"stage_one_guidance_scale_2", "stage_one_flow_shift"}
 
 
 def test_every_setting_is_tried() -> None:
@@ -47,9 +61,10 @@ def test_every_setting_is_tried() -> None:
 def test_none_leaves_a_choice_to_the_checkpoint() -> None:
     assert SETTINGS.settled(None) == SETTINGS.settled(GenerationOptions()) == SETTINGS
     for field in fields(GenerationOptions):
-        settled = SETTINGS.settled(GenerationOptions(**{field.name: OTHERS[field.name]}))
-        assert settled == replace(SETTINGS, **{field.name: OTHERS[field.name]})
-        assert settled != SETTINGS
+        base = replace(SETTINGS, **MANY_STEPS) if field.name in OF_MANY_STEPS else SETTINGS
+        settled = base.settled(GenerationOptions(**{field.name: OTHERS[field.name]}))
+        assert settled == replace(base, **{field.name: OTHERS[field.name]})
+        assert settled != base
 
 
 def test_zero_and_empty_are_choices() -> None:
@@ -73,7 +88,7 @@ def test_single_choices_stand_over_options() -> None:
 @pytest.mark.parametrize("name", sorted(OTHERS))
 def test_a_setting_decides_the_stage_that_it_belongs_to(name: str) -> None:
     """A work directory is continued where these are equal, so a setting that is left out of both mixes two runs."""
-    guided = replace(SETTINGS, guidance_scale=3.0)
+    guided = replace(SETTINGS, guidance_scale=3.0, **(MANY_STEPS if name in OF_MANY_STEPS else {}))
     changed = replace(guided, **{name: OTHERS[name]})
     first = changed.stage_one_identity() != guided.stage_one_identity()
     second = changed.stage_two_identity() != guided.stage_two_identity()
@@ -87,8 +102,48 @@ def test_what_has_no_effect_decides_nothing() -> None:
     assert blurry.stage_two_identity() == SETTINGS.stage_two_identity()
     guided = replace(SETTINGS, stage_one_guidance_scale=3.5)
     assert replace(guided, negative_prompt="blurry").stage_one_identity() != guided.stage_one_identity()
+    assert replace(SETTINGS, stage_one_flow_shift=3.0).stage_one_identity() == SETTINGS.stage_one_identity()
     replaced = replace(SETTINGS, reference="replace")
     assert replace(replaced, flow_scale=0.25).stage_two_identity() == replaced.stage_two_identity()
+
+
+def test_work_directories_of_few_steps_stay_what_they_were() -> None:
+    """A run that was begun before Stage I had more options goes on: they are named where they have an effect."""
+    names = {"size", "num_frames", "seed", "few_step", "stage_one_steps", "stage_one_guidance_scale"}
+    assert SETTINGS.stage_one_identity().keys() == names | {"negative_prompt"}
+    many = replace(SETTINGS, **MANY_STEPS, stage_one_guidance_scale_2=2.0)
+    assert many.stage_one_identity().keys() == OF_STAGE_ONE | {"negative_prompt"}
+
+
+def test_a_negative_prompt_without_guidance_is_said_with_its_fix() -> None:
+    asked = GenerationOptions(negative_prompt="blurry")
+    recommended = replace(SETTINGS, negative_prompt="recommended")
+    (note,) = recommended.settled(asked).notes(asked)
+    assert note.startswith(
+        "the negative prompt has no effect: neither stage has guidance; set stage_one_guidance_scale"
+    )
+    assert "--stage-one-guidance" in note
+    assert recommended.notes(GenerationOptions()) == ()  # nobody asked for it
+    for guided in ({"guidance_scale": 2.0}, {"stage_one_guidance_scale": 2.0}):
+        assert replace(recommended, **guided).notes(asked) == ()
+    assert replace(recommended, guidance_scale=2.0, refiner="none").notes(asked) == (note,)
+
+
+@pytest.mark.parametrize(
+    ("choices", "words"),
+    [
+        ({"stage_one_flow_shift": 3.0}, "has no effect with few steps; ask for many: few_step=False, --many-step"),
+        (
+            {"stage_one_guidance_scale_2": 2.0},
+            r"no effect without guidance in Stage I; set stage_one_guidance_scale above 1 \(--stage-one-guidance\)",
+        ),
+    ],
+)
+def test_choices_of_many_steps_without_them_are_refused(choices: dict[str, float], words: str) -> None:
+    with pytest.raises(InvalidInputError, match=words):
+        SETTINGS.settled(GenerationOptions(**choices))
+    many = replace(SETTINGS, **MANY_STEPS)
+    assert many.settled(GenerationOptions(**choices)) == replace(many, **choices)
 
 
 @pytest.mark.parametrize(
@@ -120,6 +175,8 @@ def test_what_has_no_effect_decides_nothing() -> None:
         ({"neighbors_after": -1}, "neighbors_after is -1"),
         ({"stage_one_steps": 0}, "stage_one_steps is 0"),
         ({"stage_one_guidance_scale": 0.0}, "stage_one_guidance_scale"),
+        ({"stage_one_guidance_scale_2": 0.5}, "stage_one_guidance_scale_2 is 0.5"),
+        ({"stage_one_flow_shift": 0.0}, "stage_one_flow_shift is 0"),
     ],
 )
 def test_values_out_of_range_are_refused(change: dict[str, object], words: str) -> None:

@@ -15,6 +15,7 @@ from peft import LoraConfig
 
 from swifti2v.errors import GenerationCancelled, InvalidInputError
 from swifti2v.geometry import Size
+from swifti2v.models.checkpoint_index import WAN_NEGATIVE_PROMPT
 from swifti2v.models.scheduler import FixedSigmaScheduler
 from swifti2v.pipelines.stage_one import PromptEmbeds, StageOne, StageOneOptions
 
@@ -107,6 +108,15 @@ def watched(*modules):
             handle.remove()
 
 
+class WanLevels(UniPCMultistepScheduler):
+    """Diffusers' own scheduler given Wan's levels, worked out anew."""
+
+    def set_timesteps(self, num_inference_steps=None, device=None, **_):
+        highest = float(np.float32(0.999))
+        levels = [highest * (num_inference_steps - step) / num_inference_steps for step in range(num_inference_steps)]
+        super().set_timesteps(sigmas=np.array(levels), device=device)
+
+
 class ListScheduler(FlowMatchEulerDiscreteScheduler):
     """Diffusers' own scheduler with the published list written out: an oracle that shares no code with ours."""
 
@@ -126,7 +136,7 @@ def test_few_steps_equal_the_pipeline_driven_by_hand(stage_one, pipeline, image)
 
 def test_many_steps_with_guidance_equal_the_pipeline_driven_by_hand(stage_one, pipeline, image):
     options = StageOneOptions.many_step(5, negative_prompt="blurry", guidance_scale_2=2.0, flow_shift=5.0)
-    scheduler = UniPCMultistepScheduler(
+    scheduler = WanLevels(
         prediction_type="flow_prediction", use_flow_sigmas=True, num_train_timesteps=1000, flow_shift=5.0
     )
     theirs = by_hand(
@@ -154,6 +164,29 @@ def test_guidance_doubles_the_calls(stage_one, pipeline, image, guidance_scale, 
     with watched(pipeline.transformer, pipeline.transformer_2) as (high, low):
         make(stage_one, image, options=StageOneOptions(guidance_scale=guidance_scale))
     assert (len(high), len(low)) == (2 * calls, 2 * calls)
+
+
+@pytest.mark.parametrize(
+    ("options", "negatives"),
+    [
+        (StageOneOptions(), []),
+        (StageOneOptions.many_step(2, guidance_scale=1.0), []),
+        (StageOneOptions.many_step(2), [WAN_NEGATIVE_PROMPT]),
+        (StageOneOptions.many_step(2, negative_prompt=""), [""]),
+    ],
+    ids=["few steps", "many without guidance", "many", "many, led away from an empty prompt"],
+)
+def test_a_negative_prompt_is_encoded_where_guidance_is_on(stage_one, pipeline, image, monkeypatch, options, negatives):
+    encoded = []
+    embeddings = pipeline._get_t5_prompt_embeds
+
+    def watching(prompt, *arguments, **settings):
+        encoded.extend([prompt] if isinstance(prompt, str) else prompt)
+        return embeddings(prompt, *arguments, **settings)
+
+    monkeypatch.setattr(pipeline, "_get_t5_prompt_embeds", watching)
+    make(stage_one, image, options=options)
+    assert encoded == ["pan left", *negatives]
 
 
 def test_the_checkpoints_own_fixed_schedule_is_kept(stage_one, pipeline, image):
@@ -473,7 +506,10 @@ def test_defaults_are_the_published_ones():
     options = StageOneOptions()
     assert (options.num_inference_steps, options.few_step, options.uses_guidance) == (4, True, False)
     many = StageOneOptions.many_step()
-    assert (many.num_inference_steps, many.few_step, many.guidance_scale, many.flow_shift) == (40, False, 3.5, 3.0)
+    assert (many.num_inference_steps, many.few_step, many.guidance_scale, many.flow_shift) == (40, False, 3.5, 5.0)
+    assert (options.negative_prompt, many.negative_prompt) == ("", WAN_NEGATIVE_PROMPT)
+    assert StageOneOptions.many_step(negative_prompt="blurry").negative_prompt == "blurry"
+    assert StageOneOptions.many_step(guidance_scale=1.0).negative_prompt == ""
     defaults = inspect.signature(StageOne.__init__).parameters
     assert defaults["window_frames"].default == 81
     assert defaults["max_sequence_length"].default == 512

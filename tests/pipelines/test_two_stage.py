@@ -18,6 +18,7 @@ from swifti2v.errors import GenerationCancelled, InvalidInputError, OutputError,
 from swifti2v.geometry import Size
 from swifti2v.media.images import fit_image, image_to_tensor
 from swifti2v.media.video_reader import VideoReader
+from swifti2v.models.checkpoint_index import WAN_NEGATIVE_PROMPT
 from swifti2v.pipelines.acceleration import Acceleration
 from swifti2v.pipelines.ahead import THREAD_NAME
 from swifti2v.pipelines.options import GenerationOptions
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 
     from swifti2v.pipelines.loading import Overlap
     from swifti2v.pipelines.runs import FinishedFrames, GenerationRequest, Progress
+    from swifti2v.pipelines.stage_one import PromptEmbeds
 
 OPTIONS = GenerationOptions(
     num_frames=13, seed=3, stage_one_steps=1, num_inference_steps=2, segment_size=1, flow_scale=1.0
@@ -292,6 +294,40 @@ def test_a_negative_prompt_without_guidance_is_said(pipe: TwoStagePipeline, imag
     assert any("negative prompt has no effect" in note for note in pipe.request(image, options=asked).notes)
     guided = replace(asked, guidance_scale=2.0)
     assert not any("negative prompt" in note for note in pipe.request(image, options=guided).notes)
+
+
+@pytest.mark.parametrize(
+    ("few_step", "choices", "negative"),
+    [
+        (True, {}, None),
+        (True, {"negative_prompt": "blurry"}, None),
+        (True, {"guidance_scale": 2.0}, WAN_NEGATIVE_PROMPT),
+        (False, {}, WAN_NEGATIVE_PROMPT),
+        (False, {"negative_prompt": ""}, ""),
+        (False, {"negative_prompt": "blurry"}, "blurry"),
+        (False, {"stage_one_guidance_scale": 1.0}, None),
+    ],
+)
+def test_a_negative_prompt_is_encoded_where_there_is_guidance_alone(
+    tiny_checkpoint: Path,
+    image: PIL.Image.Image,
+    monkeypatch: pytest.MonkeyPatch,
+    few_step: bool,
+    choices: dict[str, Any],
+    negative: str | None,
+) -> None:
+    pipe = TwoStagePipeline.from_pretrained(tiny_checkpoint, device="cpu", few_step=few_step)
+    encoded: list[tuple[str, str | None]] = []
+    encode = pipe.parts.stage_one.encode_prompt
+
+    def watching(prompt: str, negative_prompt: str | None = None) -> PromptEmbeds:
+        encoded.append((prompt, negative_prompt))
+        return encode(prompt, negative_prompt)
+
+    monkeypatch.setattr(pipe.parts.stage_one, "encode_prompt", watching)
+    short = {"num_frames": 5, "stage_one_steps": 1, "num_inference_steps": 1}
+    pipe(image, "pan left", **(short | choices))
+    assert encoded == [("pan left", negative)]
 
 
 def test_choices_may_be_named_in_the_call(pipe: TwoStagePipeline, image: PIL.Image.Image) -> None:

@@ -60,6 +60,22 @@ def test_a_video_is_queued(client: TestClient) -> None:
     assert client.get(f"/v1/videos/{video.id}").json() == answer
 
 
+def test_how_stage_one_samples_reaches_the_job(client: TestClient) -> None:
+    asked = {
+        "negative_prompt": "",
+        "guidance_scale": 2.0,
+        "stage_one_steps": 20,
+        "stage_one_guidance_scale": 3.5,
+        "stage_one_guidance_scale_2": 3.0,
+    }
+    for given in (asked, {name: str(value) for name, value in asked.items()}):  # JSON, and a form
+        body = {"prompt": "pan", "input_reference": DATA_URL} | given
+        response = client.post("/v1/videos", json=body) if given is asked else create(client, **given)
+        assert response.status_code == 200, response.text
+        options = queue_of(client).store.get(response.json()["id"]).request.options
+        assert {name: options[name] for name in asked} == asked
+
+
 DATA_URL = "data:image/jpeg;base64," + base64.b64encode(picture_bytes(kind="JPEG")).decode()
 
 
@@ -107,6 +123,9 @@ def test_what_was_done_to_the_picture_is_said(client: TestClient) -> None:
         ({"seed": "9999999999999999999"}, "seed", "must be from 0"),
         ({"num_inference_steps": "0"}, "num_inference_steps", "must be from 1"),
         ({"quality": "best"}, "quality", "is no field"),
+        ({"stage_one_steps": "0"}, "stage_one_steps", "must be from 1"),
+        ({"stage_one_flow_shift": "3"}, "stage_one_flow_shift", "no effect with few steps; ask for many"),
+        ({"stage_one_guidance_scale_2": "3"}, "stage_one_guidance_scale_2", "set stage_one_guidance_scale above 1"),
     ],
 )
 def test_fields_that_cannot_be_used(client: TestClient, fields: Any, param: str | None, message: str) -> None:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable
 from dataclasses import dataclass
-from functools import wraps
+from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
+
+from swifti2v.cli.option_groups import with_option_group
 
 if TYPE_CHECKING:
     from swifti2v.pipelines.acceleration import Acceleration
@@ -58,26 +58,5 @@ class AccelerationOptions:
         )
 
 
-def with_acceleration_options(command: Callable[..., None]) -> Callable[..., None]:
-    """Return `command` with the options in place of its parameter `accelerated_by`, an `AccelerationOptions`.
-
-    Typer makes an option of each parameter of a signature, and knows no groups of them.
-    """
-    options = inspect.signature(AccelerationOptions, eval_str=True).parameters
-    signature = inspect.signature(command, eval_str=True)
-    parameters: list[inspect.Parameter] = []
-    for parameter in signature.parameters.values():
-        if parameter.name == "accelerated_by":
-            parameters += [each.replace(kind=inspect.Parameter.KEYWORD_ONLY) for each in options.values()]
-        else:
-            parameters.append(parameter)
-
-    @wraps(command)
-    def taking_options(**arguments: Any) -> None:
-        given = {name: arguments.pop(name) for name in options}
-        command(**arguments, accelerated_by=AccelerationOptions(**given))
-
-    # Typer reads the one for the parameters, the other for their types.
-    taking_options.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
-    taking_options.__annotations__ = {each.name: each.annotation for each in parameters}
-    return taking_options
+with_acceleration_options = partial(with_option_group, parameter="accelerated_by", group=AccelerationOptions)
+"""Decorator: the options stand in place of the parameter `accelerated_by`, an `AccelerationOptions`."""

@@ -14,6 +14,7 @@ import typer
 from swifti2v.cli.acceleration_options import AccelerationOptions, with_acceleration_options
 from swifti2v.cli.jobs import (
     DEFAULT_DATA,
+    ManyStepOption,
     MemoryOption,
     log_to_stderr,
     pipeline_runner,
@@ -33,13 +34,14 @@ _LOOPBACK_NAMES = ("localhost", "127.0.0.1")
 
 
 @with_acceleration_options
-def app(
+def app(  # noqa: PLR0913 - typer makes an option of each parameter
     *,
     model: Annotated[str, typer.Option(help="Checkpoint: a name (wan2.2, mini), a folder or a repository.")] = "wan2.2",
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=1, max=65535, help="Port.")] = 7860,
     device: Annotated[str | None, typer.Option(help="Of the worker: cpu, cuda, cuda:1, ...")] = None,
     memory: MemoryOption = None,
+    many_step: ManyStepOption = False,
     accelerated_by: AccelerationOptions,
     worker: Annotated[bool, typer.Option(help="Work on the queue here; without, `swifti2v jobs work` must.")] = True,
     data_dir: Annotated[
@@ -56,9 +58,9 @@ def app(
 
     acceleration = accelerated_by.acceleration()
     log_to_stderr()
-    runner = pipeline_runner(device, memory, acceleration) if worker else None
+    runner = pipeline_runner(device, memory, acceleration, few_step=not many_step) if worker else None
     queue = JobQueue.open(data_dir)
-    studio = Studio(queue, model, dimensions=_dimensions(model))
+    studio = Studio(queue, model, dimensions=_dimensions(model), few_step=not many_step)
     if not is_loopback(host):
         typer.echo(f"note: whoever reaches {host}:{port} may use the app and see everything in it", err=True)
     application = build_application(studio, hosts=_LOOPBACK_NAMES if is_loopback(host) else ())

@@ -14,6 +14,7 @@ import typer
 from swifti2v.cli.acceleration_options import AccelerationOptions, with_acceleration_options
 from swifti2v.cli.processes import ProcessGroup, launched_processes
 from swifti2v.cli.progress import progress_bars
+from swifti2v.cli.stage_one_options import StageOneSampling, with_stage_one_options
 from swifti2v.errors import InvalidInputError, MemoryBudgetError
 from swifti2v.geometry import Size
 
@@ -40,6 +41,7 @@ JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object 
 DeviceOption = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ...; default: a CUDA card if there is one.")]
 
 
+@with_stage_one_options
 @with_acceleration_options
 def generate(  # noqa: PLR0913 - typer makes an option of each parameter
     image: ImageArgument,
@@ -54,7 +56,6 @@ def generate(  # noqa: PLR0913 - typer makes an option of each parameter
     steps: Annotated[int | None, typer.Option(help="Steps of Stage II.")] = None,
     sigma_start: Annotated[float | None, typer.Option(help="Noise level that Stage II starts from, (0, 1].")] = None,
     guidance: Annotated[float | None, typer.Option(help="Guidance scale of Stage II.")] = None,
-    negative_prompt: Annotated[str | None, typer.Option(help="What to steer away from, where guidance is on.")] = None,
     refiner: Annotated[
         Literal["concat", "training-free", "none"] | None, typer.Option(help="How Stage II works.")
     ] = None,
@@ -71,9 +72,7 @@ def generate(  # noqa: PLR0913 - typer makes an option of each parameter
     positions: Annotated[
         Literal["absolute", "compact"] | None, typer.Option(help="Time positions of a segment's frames.")
     ] = None,
-    stage_one_steps: Annotated[int | None, typer.Option(help="Steps of Stage I.")] = None,
-    stage_one_guidance: Annotated[float | None, typer.Option(help="Guidance scale of Stage I.")] = None,
-    many_step: Annotated[bool, typer.Option(help="Stage I without its few-step adapters.")] = False,
+    stage_one: StageOneSampling,
     memory: Annotated[str | None, typer.Option(help="Device memory to plan for: auto, or 24GiB; see `plan`.")] = None,
     host_memory: Annotated[str | None, typer.Option(help="Host memory to plan for, with --memory.")] = None,
     accelerated_by: AccelerationOptions,
@@ -95,23 +94,22 @@ def generate(  # noqa: PLR0913 - typer makes an option of each parameter
         num_inference_steps=steps,
         sigma_start=sigma_start,
         guidance_scale=guidance,
-        negative_prompt=negative_prompt,
         segment_size=segment_size,
         neighbors_before=neighbors_before,
         neighbors_after=neighbors_after,
         keep_context=keep_context or None,
         positions=positions,
-        stage_one_steps=stage_one_steps,
-        stage_one_guidance_scale=stage_one_guidance,
+        **stage_one.choices(),
     )
     job = _Job(image, prompt, output, options, work_dir, as_json)
     if host_memory is not None and memory is None:
         msg = "--host-memory belongs to --memory; give both, --memory auto for instance"
         raise InvalidInputError(msg)
     speed = _Speed(None if memory is None else (memory, host_memory), accelerated_by)
-    job.run(model, device=device, few_step=not many_step, speed=speed)
+    job.run(model, device=device, few_step=not stage_one.many_step, speed=speed)
 
 
+@with_stage_one_options
 def preview(  # noqa: PLR0913 - typer makes an option of each parameter
     image: ImageArgument,
     *,
@@ -122,6 +120,7 @@ def preview(  # noqa: PLR0913 - typer makes an option of each parameter
     frames: FramesOption = None,
     fps: FpsOption = None,
     seed: SeedOption = None,
+    stage_one: StageOneSampling,
     work_dir: WorkDirOption = None,
     device: DeviceOption = None,
     as_json: JsonOption = False,
@@ -130,10 +129,14 @@ def preview(  # noqa: PLR0913 - typer makes an option of each parameter
     from swifti2v.pipelines.options import GenerationOptions
 
     options = GenerationOptions(
-        size=Size.parse(size) if size is not None else None, num_frames=frames, fps=fps, seed=seed
+        size=Size.parse(size) if size is not None else None,
+        num_frames=frames,
+        fps=fps,
+        seed=seed,
+        **stage_one.choices(),
     )
     job = _Job(image, prompt, output, options, work_dir, as_json)
-    job.run(model, device=device, few_step=True, stage_one_only=True, speed=_Speed())
+    job.run(model, device=device, few_step=not stage_one.many_step, stage_one_only=True, speed=_Speed())
 
 
 @dataclass(frozen=True)

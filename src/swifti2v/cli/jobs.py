@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from swifti2v.cli.acceleration_options import AccelerationOptions, with_acceleration_options
+from swifti2v.cli.stage_one_options import StageOneSampling, with_stage_one_options
 from swifti2v.errors import InvalidInputError
 from swifti2v.geometry import Size
 
@@ -39,12 +40,16 @@ MemoryOption = Annotated[str | None, typer.Option(help="Device memory that a run
 StageOption = Annotated[
     Literal["one", "two", "both"], typer.Option(help="Stage that a worker does, and whose networks alone it loads.")
 ]
+ManyStepOption = Annotated[
+    bool, typer.Option("--many-step", help="Load Stage I without its few-step adapters, for many steps with guidance.")
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 app = typer.Typer(help="Queue videos, watch them, cancel them; work on the queue.", no_args_is_help=True)
 
 
 @app.command()
+@with_stage_one_options
 def submit(  # noqa: PLR0913 - typer makes an option of each parameter
     image: ImageArgument,
     *,
@@ -55,8 +60,9 @@ def submit(  # noqa: PLR0913 - typer makes an option of each parameter
     fps: Annotated[float | None, typer.Option(help="Frames per second of the file.")] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of the noise.")] = None,
     steps: Annotated[int | None, typer.Option(help="Steps of Stage II.")] = None,
+    guidance: Annotated[float | None, typer.Option(help="Guidance scale of Stage II.")] = None,
     segment_size: Annotated[int | None, typer.Option(help="Latent frames that a segment makes.")] = None,
-    stage_one_steps: Annotated[int | None, typer.Option(help="Steps of Stage I.")] = None,
+    stage_one: StageOneSampling,
     preview: Annotated[bool, typer.Option("--preview", help="Stage I only; `jobs continue` makes the video.")] = False,
     max_attempts: Annotated[int, typer.Option(min=1, help="Workers that may die of it before it fails.")] = 3,
     data: DataOption = DEFAULT_DATA,
@@ -75,8 +81,9 @@ def submit(  # noqa: PLR0913 - typer makes an option of each parameter
         fps=fps,
         seed=seed,
         num_inference_steps=steps,
+        guidance_scale=guidance,
         segment_size=segment_size,
-        stage_one_steps=stage_one_steps,
+        **stage_one.choices(),
     )
     loaded = load_image(image)
     settings_of(model, options)  # what can be found wrong now should not be found by a worker
@@ -169,6 +176,7 @@ def work(  # noqa: PLR0913 - typer makes an option of each parameter
     stage: StageOption = "both",
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ...; default: CUDA if there is one.")] = None,
     memory: MemoryOption = None,
+    many_step: ManyStepOption = False,
     accelerated_by: AccelerationOptions,
     until_idle: Annotated[bool, typer.Option("--until-idle", help="Stop when the queue is empty.")] = False,
     lease: Annotated[float, typer.Option(min=0.5, help="Seconds after which a silent worker counts as dead.")] = 30.0,
@@ -187,7 +195,7 @@ def work(  # noqa: PLR0913 - typer makes an option of each parameter
 
     log_to_stderr()
     stages = {"one": (JobStage.ONE,), "two": (JobStage.TWO,), "both": ALL_STAGES}[stage]
-    runner = pipeline_runner(device, memory, accelerated_by.acceleration(), stages)
+    runner = pipeline_runner(device, memory, accelerated_by.acceleration(), stages, few_step=not many_step)
     if model and preload:
         runner.pipeline(model[0])
     options = WorkerOptions(models=model or None, stages=stages, lease_seconds=lease, grace_seconds=grace)
@@ -241,7 +249,12 @@ def _described(queue: JobQueue, job: Job) -> dict[str, Any]:
 
 
 def pipeline_runner(
-    device: str | None, memory: str | None, acceleration: Acceleration, stages: Collection[JobStage] | None = None
+    device: str | None,
+    memory: str | None,
+    acceleration: Acceleration,
+    stages: Collection[JobStage] | None = None,
+    *,
+    few_step: bool = True,
 ) -> PipelineRunner:
     """Return what does the work of jobs, or some stages of it, on a device, within limits of its memory if any."""
     from swifti2v.cli.generate import quiet_libraries
@@ -249,7 +262,9 @@ def pipeline_runner(
     from swifti2v.jobs.state import ALL_STAGES
 
     quiet_libraries()
-    return PipelineRunner.on_device(device, memory, acceleration=acceleration, stages=stages or ALL_STAGES)
+    return PipelineRunner.on_device(
+        device, memory, acceleration=acceleration, stages=stages or ALL_STAGES, few_step=few_step
+    )
 
 
 @contextmanager

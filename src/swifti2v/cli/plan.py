@@ -15,6 +15,7 @@ from rich.table import Table
 
 from swifti2v.errors import CheckpointError, InvalidInputError
 from swifti2v.geometry import Size
+from swifti2v.memory.amounts import format_bytes, parse_bytes
 from swifti2v.memory.devices import DEVICES, device_rates
 from swifti2v.memory.run_settings import RunSettings
 
@@ -33,6 +34,9 @@ def plan(  # noqa: PLR0913 - typer makes an option of each parameter
     frames: Annotated[int, typer.Option(help="Pixel frames, 4k+1.")] = 81,
     steps: Annotated[int | None, typer.Option(help="Steps of Stage II; default: the checkpoint's.")] = None,
     stage_one_steps: Annotated[int, typer.Option(help="Steps of Stage I.")] = RunSettings.stage_one_steps,
+    stage_one_guidance: Annotated[
+        float, typer.Option(help="Guidance scale of Stage I; above 1 every step takes two passes.")
+    ] = RunSettings.stage_one_guidance_scale,
     guidance: Annotated[
         float, typer.Option(help="Guidance scale of Stage II; above 1 every step takes two passes.")
     ] = RunSettings.guidance_scale,
@@ -81,6 +85,7 @@ def plan(  # noqa: PLR0913 - typer makes an option of each parameter
         size=Size.parse(size),
         num_frames=frames,
         stage_one_steps=stage_one_steps,
+        stage_one_guidance_scale=stage_one_guidance,
         num_inference_steps=planned.num_inference_steps if steps is None else steps,
         guidance_scale=guidance,
         segment_size=segment_size,
@@ -107,8 +112,8 @@ def plan(  # noqa: PLR0913 - typer makes an option of each parameter
     console = Console()
     console.print(plan_table(title, run))
     console.print(
-        f"memory: {gibibytes(run.peak_bytes)} GiB with one network at a time on the device, "
-        f"{gibibytes(run.resident_bytes)} GiB with all of them ({gibibytes(run.weight_bytes)} GiB of weights)",
+        f"memory: {_amount(run.peak_bytes)} with one network at a time on the device, "
+        f"{_amount(run.resident_bytes)} with all of them ({_amount(run.weight_bytes)} of weights)",
         highlight=False,
     )
     if fitted is not None:
@@ -118,7 +123,7 @@ def plan(  # noqa: PLR0913 - typer makes an option of each parameter
 def _fitted(
     dimensions: PipelineDimensions, settings: RunSettings, gpu: str, memory: str | None, host_memory: str | None
 ) -> MemoryPlan:
-    from swifti2v.memory.plan import parse_bytes, plan_memory
+    from swifti2v.memory.plan import plan_memory
 
     budget = None if memory in {None, "auto"} else parse_bytes(str(memory))
     host = None if host_memory is None else parse_bytes(host_memory)
@@ -126,7 +131,7 @@ def _fitted(
 
 
 def _print_memory(console: Console, gpu: str, fitted: MemoryPlan) -> None:
-    title = f"plan for {gibibytes(fitted.budget_bytes)} GiB" if fitted.budget_bytes is not None else "plan, no limit"
+    title = f"plan for {_amount(fitted.budget_bytes)}" if fitted.budget_bytes is not None else "plan, no limit"
     table = Table(
         title=title, caption=f"GiB; seconds are predicted for {gpu}, not measured", box=SIMPLE_HEAD, padding=0
     )
@@ -141,7 +146,7 @@ def _print_memory(console: Console, gpu: str, fitted: MemoryPlan) -> None:
     codec = [f"{way.codec}; " for way in fitted.ways if way.codec is not None]
     lines = (
         f"{''.join(codec)}{fitted.weight_dtype} weights",
-        f"peak {gibibytes(fitted.peak_bytes)} GiB on the device, {gibibytes(fitted.host_bytes)} GiB in host memory, "
+        f"peak {_amount(fitted.peak_bytes)} on the device, {_amount(fitted.host_bytes)} in host memory, "
         f"{fitted.seconds:,.0f} s predicted",
         *(f"given up - {note}" for note in fitted.given_up),
     )
@@ -260,5 +265,9 @@ def plan_table(title: str, run: RunPlan) -> Table:
 
 
 def gibibytes(num_bytes: int) -> str:
-    """Format bytes as GiB with two decimals."""
+    """Return what stands in a column of GiB, with two decimals."""
     return f"{num_bytes / 2**30:,.2f}"
+
+
+def _amount(num_bytes: int) -> str:
+    return format_bytes(num_bytes, decimals=2)

@@ -17,6 +17,7 @@ from swifti2v.cli.jobs import (
     DEFAULT_DATA,
     DatabaseOption,
     DataOption,
+    ManyStepOption,
     MemoryOption,
     StageOption,
 )
@@ -57,6 +58,7 @@ def serve(  # noqa: PLR0913 - typer makes an option of each parameter
     stage: StageOption = "both",
     device: Annotated[str | None, typer.Option(help="Of the workers: cpu, cuda, cuda:1, ...")] = None,
     memory: MemoryOption = None,
+    many_step: ManyStepOption = False,
     accelerated_by: AccelerationOptions,
     keys: KeysOption = None,
     without_keys: Annotated[bool, typer.Option("--open", help="Serve without keys, to everybody.")] = False,
@@ -96,7 +98,7 @@ def serve(  # noqa: PLR0913 - typer makes an option of each parameter
     models = model or ["wan2.2"]
     settings = ServiceSettings(
         data=data,
-        models=_served_models(models),
+        models=_served_models(models, few_step=not many_step),
         database_url=database,
         keys=_key_file(keys or data / KEY_FILE, host=host, without_keys=without_keys),
         limits=ServiceLimits(
@@ -117,6 +119,7 @@ def serve(  # noqa: PLR0913 - typer makes an option of each parameter
             device=device,
             memory=memory,
             acceleration=acceleration,
+            few_step=not many_step,
             lease_seconds=lease,
             grace_seconds=grace,
             idle_seconds=idle,
@@ -126,7 +129,7 @@ def serve(  # noqa: PLR0913 - typer makes an option of each parameter
     if workers:
         _check_worker(device, accelerated_by.decode_device, memory)
     options = {"data": data, "database": database, "lease": lease, "grace": grace, "device": device, "memory": memory}
-    command = _worker_command(models, options | {"stage": stage}, acceleration)
+    command = _worker_command(models, options | {"stage": stage}, acceleration, many_step=many_step)
     _run(settings, (host, port), command=command, num_workers=workers, stop_seconds=grace + 60)
 
 
@@ -216,11 +219,11 @@ def _check_worker(device: str | None, decode_device: str | None, memory: str | N
         MemoryLimits.parse(memory)
 
 
-def _served_models(names: list[str]) -> Any:
+def _served_models(names: list[str], *, few_step: bool) -> Any:
     from swifti2v.pipelines.loading import settings_of
     from swifti2v.serving.settings import ServedModel
 
-    return tuple(ServedModel(name, settings_of(name)) for name in names)
+    return tuple(ServedModel(name, settings_of(name, few_step=few_step)) for name in names)
 
 
 def _key_file(path: Path, *, host: str, without_keys: bool) -> Path | None:
@@ -243,7 +246,9 @@ def _is_loopback(host: str) -> bool:
         return host == "localhost"
 
 
-def _worker_command(models: list[str], options: Mapping[str, object], acceleration: Acceleration) -> list[str]:
+def _worker_command(
+    models: list[str], options: Mapping[str, object], acceleration: Acceleration, *, many_step: bool
+) -> list[str]:
     """Return the command line of a worker; options that are None are left to its defaults."""
     program = "from swifti2v.cli.main import main; main()"
     given = {
@@ -256,8 +261,9 @@ def _worker_command(models: list[str], options: Mapping[str, object], accelerati
     }
     pairs = [("model", name) for name in models] + [(name, value) for name, value in given.items() if value is not None]
     arguments = [argument for name, value in pairs for argument in (f"--{name}", str(value))]
-    compiled = ["--compile"] if acceleration.compile_blocks else []
-    return [sys.executable, "-c", program, "jobs", "work", "--stop-with-stdin", *arguments, *compiled]
+    flags = {"--compile": acceleration.compile_blocks, "--many-step": many_step}
+    given_flags = [name for name, is_given in flags.items() if is_given]
+    return [sys.executable, "-c", program, "jobs", "work", "--stop-with-stdin", *arguments, *given_flags]
 
 
 def _run(

@@ -54,6 +54,7 @@ class PipelineRunner:
         *,
         acceleration: Acceleration | None = None,
         stages: Collection[JobStage] = ALL_STAGES,
+        few_step: bool = True,
     ) -> Self:
         """Return a runner of checkpoints, and log how it runs them.
 
@@ -62,6 +63,7 @@ class PipelineRunner:
             memory: of the device that a run may take, as `MemoryLimits.parse` reads it.
             acceleration: as in `TwoStagePipeline.from_pretrained`.
             stages: whose networks are loaded.
+            few_step: as in `TwoStagePipeline.from_pretrained`; to be the same for the workers of a job's two stages.
         """
         from swifti2v.memory.heap import map_large_blocks
         from swifti2v.pipelines.fitting import MemoryLimits
@@ -70,8 +72,10 @@ class PipelineRunner:
         map_large_blocks()
         limits = None if memory is None else MemoryLimits.parse(memory)
         place, room = device or "the default device", memory or "not limited"
-        LOGGER.info("runs on %s: %s, memory %s, %s", place, " and ".join(stages), room, acceleration)
+        way = "few steps" if few_step else "many steps"
+        LOGGER.info("runs on %s: %s, %s, memory %s, %s", place, " and ".join(stages), way, room, acceleration)
         options: dict[str, Any] = {"device": device, "memory": limits, "acceleration": acceleration}
+        options["few_step"] = few_step
         if len(stages) == 1:
             (stage,) = stages
             return cls(lambda name: TwoStagePipeline.of_stage(name, stage.value, **options))

@@ -7,13 +7,12 @@ predictions: counts over assumed rates (`devices.py`), transfers that cannot hid
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass, replace
-from math import ceil
 from typing import TYPE_CHECKING, Literal
 
-from swifti2v.errors import InvalidInputError, MemoryBudgetError
-from swifti2v.memory.ways import GIB, phase_ways, resident_ways
+from swifti2v.errors import MemoryBudgetError
+from swifti2v.memory.amounts import GIB, format_bytes
+from swifti2v.memory.ways import phase_ways, resident_ways
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -122,9 +121,10 @@ def _plan_stored(
 ) -> MemoryPlan:
     weights = dimensions.stored_bytes(dtype)
     if host_bytes is not None and weights > host_bytes:
+        needed = format_bytes(weights, rounds_up=True)
         msg = (
-            f"the weights take {_rounded_up(weights)} GiB of host memory in {dtype}, and {host_bytes / GIB:.1f} GiB "
-            f"are allowed; allow {_rounded_up(weights)} GiB"
+            f"the weights take {needed} of host memory in {dtype}, and {format_bytes(host_bytes)} are allowed; "
+            f"allow {needed}"
         )
         raise MemoryBudgetError(msg)
     spare = None if host_bytes is None else host_bytes - weights
@@ -149,16 +149,6 @@ def tighter_budget(plan: MemoryPlan) -> int:
     return plan.peak_bytes * 7 // 8
 
 
-def parse_bytes(text: str) -> int:
-    """Read ``24GiB``, ``24GB`` or ``500MiB``; raise `InvalidInputError` for another form."""
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([GM])(i?)B\s*", text, re.IGNORECASE)
-    if match is None:
-        msg = f"memory {text!r} is not an amount; write for instance 24GiB"
-        raise InvalidInputError(msg)
-    power = 3 if match[2].upper() == "G" else 2
-    return int(float(match[1]) * (1024 if match[3] else 1000) ** power)
-
-
 def _fastest(ways: Sequence[Way]) -> Way | None:
     # Of equally fast ones the one that needs less.
     return min(ways, key=lambda way: (way.seconds, way.peak_bytes), default=None)
@@ -177,21 +167,16 @@ def _refusal(
     if all(allowed):
         least = {ways[0].phase: min(way.peak_bytes for way in ways) for ways in allowed}
         phase = max(least, key=lambda name: least[name])
-        offers.append(f"{phase} needs {_rounded_up(least[phase] + CONTEXT_BYTES)} GiB at the least")
+        offers.append(f"{phase} needs {format_bytes(least[phase] + CONTEXT_BYTES, rounds_up=True)} at the least")
     fitting = [[way for way in ways if usable is None or way.peak_bytes <= usable] for ways in candidates]
     if host_bytes is not None and all(fitting):
         parked = max(min(way.parked_bytes for way in ways) for ways in fitting)
-        offers.append(f"{_rounded_up(weights + parked)} GiB of host memory would do")
-    budget = "the device" if budget_bytes is None else f"{budget_bytes / GIB:.1f} GiB"
-    host = "" if host_bytes is None else f" with {host_bytes / GIB:.1f} GiB of host memory"
+        offers.append(f"{format_bytes(weights + parked, rounds_up=True)} of host memory would do")
+    budget = "the device" if budget_bytes is None else format_bytes(budget_bytes)
+    host = "" if host_bytes is None else f" with {format_bytes(host_bytes)} of host memory"
     return MemoryBudgetError(
         f"no plan fits into {budget}{host}: {', or '.join(offers)}; allow that, or choose a smaller size or segment"
     )
-
-
-def _rounded_up(num_bytes: int) -> str:
-    """Return GiB with one decimal that are not less than `num_bytes`, so that what is named is enough."""
-    return f"{ceil(10 * num_bytes / GIB) / 10:.1f}"
 
 
 def _given_up(ways: Sequence[Way], resident: Sequence[Way]) -> tuple[str, ...]:
@@ -201,5 +186,5 @@ def _given_up(ways: Sequence[Way], resident: Sequence[Way]) -> tuple[str, ...]:
             continue
         cost = way.seconds - best.seconds
         price = f"{cost:.1f} s more" if cost >= 0.05 else "no time lost"
-        notes.append(f"{way.phase}: {way.description}, {price}; to hold all takes {best.peak_bytes / GIB:.1f} GiB")
+        notes.append(f"{way.phase}: {way.description}, {price}; to hold all takes {format_bytes(best.peak_bytes)}")
     return tuple(notes)

@@ -29,7 +29,6 @@ if TYPE_CHECKING:
     from swifti2v.memory.devices import DeviceRates
     from swifti2v.memory.transformer_cost import ForwardCost, TransformerDimensions
 
-GIB = 2**30
 OVERLAP_PIXELS = 128
 GRIDS = ((1, 1), (2, 1), (2, 2), (3, 2), (3, 3), (4, 4), (6, 6))
 """Columns and rows of codec tiles that are tried."""

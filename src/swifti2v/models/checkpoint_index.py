@@ -27,6 +27,16 @@ Refiner = Literal["concat", "training-free", "none"]
 ReferenceMode = Literal["replace", "transport"]
 SolverName = Literal["euler", "renoise"]
 
+WAN_NEGATIVE_PROMPT = (
+    "色调艳丽 过曝 静态 细节模糊不清 字幕 风格 作品 画作 画面 静止 整体发灰 最差质量 低质量 JPEG压缩残留 "
+    "丑陋的 残缺的 多余的手指 画得不好的手部 画得不好的脸部 畸形的 毁容的 形态畸形的肢体 手指融合 "
+    "静止不动的画面 杂乱的背景 三条腿 背景人很多 倒着走"
+).replace(" ", "\uff0c")
+"""What Wan2.2's own code leads guidance away from where its caller gives nothing: overexposed, static, blurred,
+subtitles, worst quality, walking backwards, ... Source: ``sample_neg_prompt`` of ``wan/configs/shared_config.py``,
+Wan-Video/Wan2.2 at 42bf4cf.
+"""
+
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _WITHIN = "./"
 
@@ -69,6 +79,7 @@ class StageOneEntry:
         adapters: LoRA files, applied in this order.
         few_step_sigmas: schedule with the adapters of role "few_step", descending, without the final 0.
         flow_shift, num_inference_steps, guidance_scale: of the many-step mode, without those adapters.
+        negative_prompt: what guidance leads away from unless a run says otherwise, in Stage II too. Default: Wan's.
         known_motions: the verbs that it was trained with, where they are so few that a prompt may hold none of them;
             empty: any words.
     """
@@ -84,6 +95,7 @@ class StageOneEntry:
     flow_shift: float = 5.0
     num_inference_steps: int = 40
     guidance_scale: float = 3.5
+    negative_prompt: str = WAN_NEGATIVE_PROMPT
     known_motions: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:

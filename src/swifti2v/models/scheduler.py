@@ -1,12 +1,13 @@
-"""The schedule of a few-step distillation as a diffusers scheduler, for pipelines that only pass a number of steps."""
+"""Stage I's two schedules as diffusers schedulers, for a pipeline that only passes a number of steps."""
 
 from __future__ import annotations
 
 import itertools
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler, SchedulerMixin
+from diffusers import FlowMatchEulerDiscreteScheduler, SchedulerMixin, UniPCMultistepScheduler
 from diffusers.configuration_utils import register_to_config
 
 from swifti2v.errors import InvalidInputError
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
 
 # SchedulerMixin stands here for diffusers' loader: it finds how to load a class of a third-party module by looking for
 # the base classes among that module's attributes (diffusers/pipelines/pipeline_loading_utils.py).
-__all__ = ["FixedSigmaScheduler", "SchedulerMixin"]
+__all__ = ["FixedSigmaScheduler", "SchedulerMixin", "WanUniPCScheduler"]
 
 
 class FixedSigmaScheduler(FlowMatchEulerDiscreteScheduler):
@@ -90,5 +91,48 @@ class FixedSigmaScheduler(FlowMatchEulerDiscreteScheduler):
         """Take one Euler step in float32 and return float32, whatever the dtype of `model_output`.
 
         The parent returns the dtype of the network, so that a bfloat16 network would round the latents at every step.
+        """
+        return super().step(model_output.float(), timestep, sample, *arguments, **keywords)
+
+
+class WanUniPCScheduler(UniPCMultistepScheduler):
+    """UniPC at the noise levels of Wan's own code.
+
+    For n steps Wan takes the first n of ``linspace(0.999, 0, n + 1)``, shifted once by `flow_shift`; its parent, of
+    ``linspace(1, 0.001, n + 1)``. Both give the network the whole part of ``1000 * sigma`` (int64) and end at 0. To be
+    made with ``prediction_type="flow_prediction"`` and ``use_flow_sigmas=True``. Source: Wan-Video/Wan2.2 at 42bf4cf,
+    ``wan/utils/fm_solvers_unipc.py``, made with shift 1 and given its shift when timesteps are set.
+    """
+
+    def set_timesteps(
+        self,
+        num_inference_steps: int | None = None,
+        device: str | torch.device | None = None,
+        sigmas: Sequence[float] | None = None,
+        mu: float | None = None,
+    ) -> None:
+        """Prepare a run of `num_inference_steps` steps; `sigmas` and `mu` are the parent's and mean what they do there.
+
+        Raises:
+            InvalidInputError: there is neither a number of steps nor a list of sigmas.
+        """
+        levels: Any = sigmas
+        if levels is None:
+            if num_inference_steps is None:
+                msg = "there is neither num_inference_steps nor sigmas; give the number of steps, for instance 40"
+                raise InvalidInputError(msg)
+            # Wan reads its highest level, 999 of 1000, from a table in float32.
+            highest = float(np.float32(1 - 1 / self.config.num_train_timesteps))
+            levels = np.linspace(highest, 0, num_inference_steps + 1)[:-1]  # the parent shifts them
+        super().set_timesteps(device=device, sigmas=levels, mu=mu)
+        # Else the first step looks its place up by its timestep, and takes the second of two with the same whole part.
+        self.set_begin_index(0)
+
+    def step(
+        self, model_output: Tensor, timestep: float | Tensor, sample: Tensor, *arguments: Any, **keywords: Any
+    ) -> Any:
+        """Take one step in float32, whatever the dtype of `model_output`: Wan's networks return float32.
+
+        The parent would round the product of a bfloat16 velocity with sigma to bfloat16.
         """
         return super().step(model_output.float(), timestep, sample, *arguments, **keywords)

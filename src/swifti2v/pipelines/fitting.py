@@ -11,12 +11,13 @@ from typing import TYPE_CHECKING, Self, cast
 import torch
 
 from swifti2v.errors import MemoryBudgetError
+from swifti2v.memory.amounts import format_bytes, parse_bytes
 from swifti2v.memory.budget import PipelineDimensions, RunSettings
 from swifti2v.memory.checkpoint_dimensions import codec_from_config
 from swifti2v.memory.devices import DEVICES, DeviceRates
 from swifti2v.memory.light_cost import LightDecoderDimensions
 from swifti2v.memory.placement import PlacedNetworks, store_weights, stored_narrow
-from swifti2v.memory.plan import CONTEXT_BYTES, STORED_DTYPES, MemoryPlan, parse_bytes, plan_memory, tighter_budget
+from swifti2v.memory.plan import CONTEXT_BYTES, STORED_DTYPES, MemoryPlan, plan_memory, tighter_budget
 from swifti2v.memory.transformer_cost import TextEncoderDimensions, TransformerDimensions
 from swifti2v.models.light_decoder import LightDecoder
 from swifti2v.models.quantized_products import quantization_of
@@ -106,8 +107,8 @@ def frames_within_limits(
         except torch.OutOfMemoryError as error:
             plan = _tighter(parts, settings, plan, error)
             LOGGER.warning(
-                "the device ran out of memory; going on with a plan of %.1f GiB: %s",
-                plan.peak_bytes / 2**30,
+                "the device ran out of memory; going on with a plan of %s: %s",
+                format_bytes(plan.peak_bytes),
                 "; ".join(way.description for way in plan.ways),
             )
         finally:
@@ -235,5 +236,5 @@ def _tighter(parts: Parts, settings: GenerationSettings, plan: MemoryPlan, error
     try:
         return plan_for(parts, settings, limits)
     except MemoryBudgetError as refusal:
-        msg = f"the device ran out of memory with the smallest plan ({plan.peak_bytes / 2**30:.1f} GiB); {refusal}"
+        msg = f"the device ran out of memory with the smallest plan ({format_bytes(plan.peak_bytes)}); {refusal}"
         raise MemoryBudgetError(msg) from error

@@ -31,7 +31,7 @@ from swifti2v.models.scheduler import FixedSigmaScheduler
 from swifti2v.models.vae import open_codec
 from swifti2v.pipelines.acceleration import Acceleration, accelerated
 from swifti2v.pipelines.decoders import decoder_elsewhere, open_light_decoder
-from swifti2v.pipelines.options import GenerationSettings
+from swifti2v.pipelines.recommended import default_settings
 from swifti2v.pipelines.stage_one import FEW_STEP_ADAPTER, StageOne
 from swifti2v.pipelines.stage_two import StageTwo
 
@@ -46,7 +46,7 @@ if TYPE_CHECKING:
     from swifti2v.models.transformer import StageTwoTransformer
     from swifti2v.models.vae import StreamingCodec, VideoDecoder
     from swifti2v.pipelines.fitting import MemoryLimits
-    from swifti2v.pipelines.options import GenerationOptions
+    from swifti2v.pipelines.options import GenerationOptions, GenerationSettings
 
 
 Overlap = Literal["decode", "write", "none"]
@@ -60,12 +60,12 @@ class Parts:
         name: of the checkpoint, with a digest of its checksums where its index has them.
         stage_one, stage_two: loaded, but for those not in `stages`, whose networks have no weights.
         defaults: settings that the checkpoint recommends.
+        other_defaults: the same for the other value of `few_step`; None: there is none.
         motion_reduction: output size over motion size.
         motion_max_area: pixels of a motion frame at most, None for no limit.
         known_motions: verbs of which a prompt should hold one, in any form; empty: any prompt will do.
         few_step_ways: values of `few_step` that the loaded weights can sample with: one, where the few-step adapters
             are in the weights or were left out of them, and both, where the checkpoint has none.
-        many_step_flow_shift: time shift of Stage I's many-step schedule.
         device: where hybrid reference and Stage II work.
         memory: what a run may take; None: everything is on `device`.
         overlap: what runs beside the denoising of the next segment: `decode` the decoding of the one before and the
@@ -78,16 +78,22 @@ class Parts:
     stage_one: StageOne
     stage_two: StageTwo
     defaults: GenerationSettings
+    other_defaults: GenerationSettings | None = None
     motion_reduction: float = 4.0
     motion_max_area: int | None = None
     known_motions: tuple[str, ...] = ()
     few_step_ways: tuple[bool, ...] = (True, False)
-    many_step_flow_shift: float = 5.0
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     memory: MemoryLimits | None = None
     overlap: Overlap = "decode"
     decoder: VideoDecoder | None = None
     stages: tuple[Part, ...] = PARTS
+
+    def defaults_of(self, few_step: bool | None) -> GenerationSettings:
+        """Return the settings that the checkpoint recommends for a way of Stage I; None: for that of `defaults`."""
+        if self.other_defaults is None or few_step in {None, self.defaults.few_step}:
+            return self.defaults
+        return self.other_defaults
 
     def motion_size(self, size: Size) -> Size:
         """Return the size of the motion reference of an output of `size`."""
@@ -142,6 +148,7 @@ def load_parts_of_stage(
     dtype: torch.dtype | None = None,
     memory: MemoryLimits | None = None,
     acceleration: Acceleration | None = None,
+    few_step: bool = True,
 ) -> Parts:
     """Load one stage, and of the other its configuration: for cards that do not change weights between videos.
 
@@ -151,7 +158,7 @@ def load_parts_of_stage(
     Raises:
         CheckpointError, InvalidInputError: as `load_parts`.
     """
-    way = _Way.on(device, dtype, memory)
+    way = _Way.on(device, dtype, memory, few_step=few_step)
     checkpoint = resolve(name_or_path, described=[part for part in PARTS if part != stage])
     return _assembled(checkpoint, way, acceleration or Acceleration(attention="native"), stages=(stage,))
 
@@ -209,11 +216,11 @@ def _assembled(
         stage_one=StageOne(pipeline, window_frames=one.window_frames, max_sequence_length=one.max_sequence_length),
         stage_two=StageTwo(refiner, codec, uses_prompt=two.uses_prompt),
         defaults=default_settings(checkpoint.index, few_step=way.few_step),
+        other_defaults=default_settings(checkpoint.index, few_step=not way.few_step),
         motion_reduction=one.reference_reduction,
         motion_max_area=one.max_area,
         known_motions=one.known_motions,
         few_step_ways=(way.few_step,) if FEW_STEP_ADAPTER in _roles(one) else (True, False),
-        many_step_flow_shift=one.flow_shift,
         device=way.place,
         memory=way.memory,
         decoder=light or (_exact_elsewhere(codec, acceleration) if "stage_two" in stages else None),
@@ -340,38 +347,9 @@ def settings_of(
         InvalidInputError: an option is out of its range.
     """
     index = resolve(name_or_path, revision=revision, local_files_only=local_files_only, parts=()).index
+    if options is not None and options.few_step is not None:
+        few_step = options.few_step
     return default_settings(index, few_step=few_step).settled(options)
-
-
-def default_settings(index: CheckpointIndex, *, few_step: bool = True) -> GenerationSettings:
-    """Return the settings that an index recommends."""
-    one, two, run = index.stage_one, index.stage_two, index.defaults
-    steps, guidance = _stage_one_sampling(one, few_step=few_step)
-    return GenerationSettings(
-        size=Size(run.width, run.height),
-        num_frames=run.num_frames,
-        fps=run.fps,
-        reference=run.reference,
-        refiner=two.refiner,
-        num_inference_steps=two.num_inference_steps,
-        sigma_start=two.sigma_start,
-        flow_shift=two.flow_shift,
-        solver=two.solver,
-        guidance_scale=two.guidance_scale,
-        segment_size=two.segment_size,
-        neighbors_before=two.neighbors_before,
-        neighbors_after=two.neighbors_after,
-        positions=two.positions,
-        few_step=few_step,
-        stage_one_steps=steps,
-        stage_one_guidance_scale=guidance,
-    )
-
-
-def _stage_one_sampling(entry: StageOneEntry, *, few_step: bool) -> tuple[int, float]:
-    if few_step:
-        return len(entry.few_step_sigmas), 1.0
-    return entry.num_inference_steps, entry.guidance_scale
 
 
 def trained_refiner(checkpoint: ResolvedCheckpoint) -> Refiner:

@@ -20,6 +20,18 @@ REFINERS: tuple[Refiner, ...] = ("concat", "training-free", "none")
 MAX_SIDE = 16_384
 """Pixels of a side at most: what H.264 can hold."""
 
+_STAGE_ONE_NAMES = (
+    "size",
+    "num_frames",
+    "seed",
+    "few_step",
+    "stage_one_steps",
+    "stage_one_guidance_scale",
+    "stage_one_guidance_scale_2",
+    "stage_one_flow_shift",
+)
+_STAGE_ONE_GUIDANCE = "set stage_one_guidance_scale above 1 (--stage-one-guidance)"
+
 
 @dataclass(frozen=True)
 class GenerationOptions:
@@ -46,6 +58,8 @@ class GenerationOptions:
     few_step: bool | None = None
     stage_one_steps: int | None = None
     stage_one_guidance_scale: float | None = None
+    stage_one_guidance_scale_2: float | None = None
+    stage_one_flow_shift: float | None = None
 
     def with_choices(self, choices: Mapping[str, Any]) -> GenerationOptions:
         """Return these options with some named anew, as keywords of a call are.
@@ -83,7 +97,7 @@ class GenerationSettings:
         sigma_start: noise level from which Stage II starts, in (0, 1]; below 1 it starts from the noised reference.
         flow_shift: time shift of Stage II's schedule.
         guidance_scale: classifier-free guidance of Stage II; 1 turns it off.
-        negative_prompt: used where guidance is on.
+        negative_prompt: what guidance leads away from, in the stages where it is on.
         solver: of Stage II: deterministic `euler`, or `renoise` for networks distilled with fresh noise at each step.
         segment_size: latent frames that a segment makes (M of the paper).
         neighbors_before: finished latent frames that it sees (N).
@@ -95,6 +109,8 @@ class GenerationSettings:
         few_step: Stage I with the few-step schedule and adapters, or the many-step way of the base model.
         stage_one_steps: steps of Stage I.
         stage_one_guidance_scale: guidance of Stage I; 1 turns it off.
+        stage_one_guidance_scale_2: of its low-noise expert; None: `stage_one_guidance_scale`.
+        stage_one_flow_shift: time shift of Stage I's many-step way; the schedule of few steps is their distillation's.
 
     Raises:
         InvalidInputError: a value is out of its range.
@@ -122,6 +138,8 @@ class GenerationSettings:
     few_step: bool = True
     stage_one_steps: int = 4
     stage_one_guidance_scale: float = 1.0
+    stage_one_guidance_scale_2: float | None = None
+    stage_one_flow_shift: float = 5.0
 
     def __post_init__(self) -> None:
         _check_choice("refiner", self.refiner, REFINERS)
@@ -140,6 +158,9 @@ class GenerationSettings:
         _check_range("guidance_scale", self.guidance_scale, 1, 100)
         _check_range("stage_one_steps", self.stage_one_steps, 1, 1000)
         _check_range("stage_one_guidance_scale", self.stage_one_guidance_scale, 1, 100)
+        if self.stage_one_guidance_scale_2 is not None:
+            _check_range("stage_one_guidance_scale_2", self.stage_one_guidance_scale_2, 1, 100)
+        _check_range("stage_one_flow_shift", self.stage_one_flow_shift, 0.01, 100)
         plan_segments(
             1,
             segment_size=self.segment_size,
@@ -148,27 +169,44 @@ class GenerationSettings:
         )
 
     def settled(self, options: GenerationOptions | None) -> GenerationSettings:
-        """Return these settings with every choice of `options` that is not None put in their place."""
-        chosen = {} if options is None else {f.name: getattr(options, f.name) for f in fields(options)}
-        return replace(self, **{name: value for name, value in chosen.items() if value is not None})
+        """Return these settings with every choice of `options` that is not None put in their place.
 
-    def notes(self) -> tuple[str, ...]:
-        """Say which choices have no effect beside the others."""
+        Raises:
+            InvalidInputError: a choice is out of its range, or one for the many steps of Stage I would have no effect.
+        """
+        options = options or GenerationOptions()
+        chosen = {f.name: getattr(options, f.name) for f in fields(options)}
+        settled = replace(self, **{name: value for name, value in chosen.items() if value is not None})
+        if options.stage_one_flow_shift is not None and settled.few_step:
+            msg = "stage_one_flow_shift has no effect with few steps; ask for many: few_step=False, --many-step"
+            raise InvalidInputError(msg)
+        if options.stage_one_guidance_scale_2 is not None and settled.stage_one_guidance_scale == 1:
+            msg = f"stage_one_guidance_scale_2 has no effect without guidance in Stage I; {_STAGE_ONE_GUIDANCE}"
+            raise InvalidInputError(msg)
+        return settled
+
+    def notes(self, options: GenerationOptions) -> tuple[str, ...]:
+        """Say which of the choices that were settled have no effect beside the others."""
         refines_with_guidance = self.refiner != "none" and self.guidance_scale > 1
-        if not self.negative_prompt or refines_with_guidance or self.stage_one_guidance_scale > 1:
+        if not options.negative_prompt or refines_with_guidance or self.stage_one_guidance_scale > 1:
             return ()
-        return ("the negative prompt has no effect: neither stage has a guidance scale above 1",)
+        fix = f"{_STAGE_ONE_GUIDANCE}, or guidance_scale (--guidance)"
+        return (f"the negative prompt has no effect: neither stage has guidance; {fix}",)
 
     def stage_one_identity(self) -> dict[str, Any]:
         """Return what decides the motion reference, for comparing a resumed run with the one that was begun."""
-        names = ("size", "num_frames", "seed", "few_step", "stage_one_steps", "stage_one_guidance_scale")
-        return {"negative_prompt": self.negative_prompt if self.stage_one_guidance_scale > 1 else ""} | {
-            name: str(getattr(self, name)) for name in names
-        }
+        identity = {name: str(getattr(self, name)) for name in _STAGE_ONE_NAMES if self._reaches_stage_one(name)}
+        return identity | {"negative_prompt": self.negative_prompt if self.stage_one_guidance_scale > 1 else ""}
+
+    def _reaches_stage_one(self, name: str) -> bool:
+        # Named only where it has an effect: work directories of few steps stay what they were before there were these.
+        if name == "stage_one_flow_shift":
+            return not self.few_step
+        return name != "stage_one_guidance_scale_2" or self.stage_one_guidance_scale_2 is not None
 
     def stage_two_identity(self) -> dict[str, Any]:
         """Return what decides the finished segments, beyond `stage_one_identity`."""
-        others = self.stage_one_identity().keys() | {"fps"}
+        others = {*_STAGE_ONE_NAMES, "fps"}
         identity = {name: str(value) for name, value in asdict(self).items() if name not in others}
         identity["negative_prompt"] = self.negative_prompt if self.guidance_scale > 1 else ""
         if self.reference == "replace":

@@ -13,13 +13,13 @@ from typing import TYPE_CHECKING, Any, Self
 
 import PIL.Image
 import torch
-from diffusers import UniPCMultistepScheduler
 from diffusers.pipelines.wan.pipeline_wan_i2v import prompt_clean
 from peft.tuners.tuners_utils import BaseTunerLayer
 
 from swifti2v.errors import AdapterError, InvalidInputError
 from swifti2v.geometry import CodecGeometry, Size
-from swifti2v.models.scheduler import FixedSigmaScheduler
+from swifti2v.models.checkpoint_index import WAN_NEGATIVE_PROMPT
+from swifti2v.models.scheduler import FixedSigmaScheduler, WanUniPCScheduler
 from swifti2v.pipelines.windows import cross_fade, match_color
 from swifti2v.sampling.segmented import derived_seed
 from swifti2v.segments import plan_windows
@@ -27,6 +27,8 @@ from swifti2v.segments import plan_windows
 if TYPE_CHECKING:
     from diffusers import WanImageToVideoPipeline
     from torch import Tensor
+
+    from swifti2v.pipelines.options import GenerationSettings
 
 FEW_STEP_ADAPTER = "few_step"
 """Role, and name or start of the name (``few_step_...``), of the adapters that only few-step sampling uses."""
@@ -42,11 +44,12 @@ class StageOneOptions:
     Args:
         num_inference_steps: steps, >= 1. Few-step mode uses the fixed schedule of the distillation when the number is
             its own (4), and the same curve in other steps otherwise.
-        few_step: True: `FixedSigmaScheduler` with the few-step adapters on. False: UniPC with those adapters off.
+        few_step: True: `FixedSigmaScheduler` with the few-step adapters on. False: `WanUniPCScheduler` with those off.
         guidance_scale: classifier-free guidance, >= 1; 1 turns it off, and halves the time.
         guidance_scale_2: the same for the low-noise expert; None: `guidance_scale`.
         negative_prompt: what to steer away from; only with guidance.
-        flow_shift: time shift of the many-step schedule (Wan: 3.0 for 480p and below, 5.0 for 720p).
+        flow_shift: time shift of the many-step schedule. Wan2.2's image-to-video configuration has 5.0 for all sizes;
+            its code advises 3.0 for 480p.
 
     Raises:
         InvalidInputError: a number is out of its range, or an option would be ignored.
@@ -57,7 +60,7 @@ class StageOneOptions:
     guidance_scale: float = 1.0
     guidance_scale_2: float | None = None
     negative_prompt: str = ""
-    flow_shift: float = 3.0
+    flow_shift: float = 5.0
 
     def __post_init__(self) -> None:
         for name, value in (
@@ -69,7 +72,7 @@ class StageOneOptions:
                 msg = f"{name} is {value}; it must be at least 1"
                 raise InvalidInputError(msg)
         if not self.flow_shift > 0:
-            msg = f"flow_shift is {self.flow_shift}; use a positive number, for instance 3.0"
+            msg = f"flow_shift is {self.flow_shift}; use a positive number, for instance 5.0"
             raise InvalidInputError(msg)
         if not self.uses_guidance and (self.negative_prompt or (self.guidance_scale_2 or 1.0) > 1):
             msg = "negative_prompt and guidance_scale_2 have no effect without guidance; set guidance_scale above 1"
@@ -77,8 +80,22 @@ class StageOneOptions:
 
     @classmethod
     def many_step(cls, num_inference_steps: int = 40, *, guidance_scale: float = 3.5, **changes: Any) -> Self:
-        """Return the options of the undistilled network: Wan2.2's 40 steps with guidance 3.5."""
+        """Return the options of the undistilled network: Wan2.2's 40 steps, guidance 3.5 and negative prompt."""
+        if guidance_scale > 1:
+            changes = {"negative_prompt": WAN_NEGATIVE_PROMPT} | changes
         return cls(num_inference_steps, few_step=False, guidance_scale=guidance_scale, **changes)
+
+    @classmethod
+    def of(cls, settings: GenerationSettings) -> Self:
+        """Return how Stage I samples in a run of `settings`; a negative prompt is left out where guidance is off."""
+        return cls(
+            num_inference_steps=settings.stage_one_steps,
+            few_step=settings.few_step,
+            guidance_scale=settings.stage_one_guidance_scale,
+            guidance_scale_2=settings.stage_one_guidance_scale_2,
+            negative_prompt=settings.negative_prompt if settings.stage_one_guidance_scale > 1 else "",
+            flow_shift=settings.stage_one_flow_shift,
+        )
 
     @property
     def uses_guidance(self) -> bool:
@@ -149,6 +166,12 @@ class StageOne:
             temporal=self.geometry.temporal,
         )
 
+    def check_options(self, options: StageOneOptions) -> None:
+        """Raise `InvalidInputError` if there is an option for a second expert that this checkpoint has not."""
+        if options.guidance_scale_2 is not None and self.pipeline.config.boundary_ratio is None:
+            msg = "guidance_scale_2 is for the second expert, and this checkpoint has one expert; leave it out"
+            raise InvalidInputError(msg)
+
     @torch.no_grad()
     def encode_prompt(self, prompt: str, negative_prompt: str | None = None) -> PromptEmbeds:
         """Encode a prompt, and a negative one if given (guidance needs it; it may be empty, as may the prompt)."""
@@ -199,7 +222,8 @@ class StageOne:
         options = options or StageOneOptions()
         self.geometry.check_size(size)
         windows = self.plan(num_frames)
-        self._check(image, size, seed, options)
+        self._check(image, size, seed)
+        self.check_options(options)
         if (prompt is None) == (prompt_embeds is None):
             msg = "give either prompt or prompt_embeds, not both or none; an empty prompt is written ''"
             raise InvalidInputError(msg)
@@ -278,15 +302,12 @@ class StageOne:
             )
         return video[0].to("cpu", torch.float32).permute(0, 2, 3, 1)
 
-    def _check(self, image: PIL.Image.Image, size: Size, seed: int, options: StageOneOptions) -> None:
+    def _check(self, image: PIL.Image.Image, size: Size, seed: int) -> None:
         if image.size != tuple(size) or image.mode != "RGB":
             msg = f"the image is {Size(*image.size)} {image.mode}, not {size} RGB; crop and resize it with fit_image"
             raise InvalidInputError(msg)
         if not 0 <= seed < 2**63:
             msg = f"seed is {seed}; use an integer from 0 to 2**63 - 1"
-            raise InvalidInputError(msg)
-        if options.guidance_scale_2 is not None and self.pipeline.config.boundary_ratio is None:
-            msg = "guidance_scale_2 is for the second expert, and this checkpoint has one; leave it out"
             raise InvalidInputError(msg)
 
     def _cut_note(self, name: str, text: str) -> str | None:
@@ -366,9 +387,7 @@ def _few_step_names(layer: Any) -> list[str]:
 def _scheduler(current: Any, options: StageOneOptions) -> Any:
     """Return a fresh scheduler: a run leaves its state in the one it used."""
     if not options.few_step:
-        return UniPCMultistepScheduler(
-            prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=options.flow_shift
-        )
+        return WanUniPCScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=options.flow_shift)
     if isinstance(current, FixedSigmaScheduler):
         return FixedSigmaScheduler.from_config(current.config)
     return FixedSigmaScheduler()

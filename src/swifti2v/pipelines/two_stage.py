@@ -155,19 +155,21 @@ class TwoStagePipeline:
         Raises:
             InvalidInputError: as in a call.
         """
-        settings = self.defaults.settled((options or GenerationOptions()).with_choices(choices))
+        options = (options or GenerationOptions()).with_choices(choices)
+        settings = self.parts.defaults_of(options.few_step).settled(options)
         if generator is not None:
             settings = _with_seed(settings, generator)
         self.parts.stage_two.plan(settings)
         self.parts.stage_one.plan(settings.num_frames)
         self.parts.stage_two.check_refiner(settings)
         self.parts.check_few_step(settings.few_step)
+        self.parts.stage_one.check_options(StageOneOptions.of(settings))
         if len(prompt) > MAX_PROMPT_CHARACTERS:
             msg = f"the prompt has {len(prompt)} characters; shorten it to at most {MAX_PROMPT_CHARACTERS}"
             raise InvalidInputError(msg)
         loaded = as_loaded_image(image)
         of_image = (*loaded.notes, *fit_notes(loaded.image, settings.size))
-        notes = (*of_image, *settings.notes(), *self.parts.motion_notes(prompt))
+        notes = (*of_image, *settings.notes(options), *self.parts.motion_notes(prompt))
         return GenerationRequest(fit_image(loaded.image, settings.size), prompt, settings, notes)
 
     def stream(
@@ -294,21 +296,13 @@ class TwoStagePipeline:
             return
         store.motion.clear()
         size = parts.motion_size(settings.size)
-        guided = settings.stage_one_guidance_scale > 1
-        options = StageOneOptions(
-            num_inference_steps=settings.stage_one_steps,
-            few_step=settings.few_step,
-            guidance_scale=settings.stage_one_guidance_scale,
-            negative_prompt=settings.negative_prompt if guided else "",
-            flow_shift=parts.many_step_flow_shift,
-        )
         pieces = parts.stage_one.generate(
             request.image.resize(size, PIL.Image.Resampling.LANCZOS),
             None,
             size=size,
             num_frames=settings.num_frames,
             seed=settings.seed,
-            options=options,
+            options=StageOneOptions.of(settings),
             prompt_embeds=embeds,
             on_step=lambda step, total: report(Progress("stage_one", step + 1, total)),
         )

@@ -62,7 +62,11 @@ class ModelReplica:
         self._models = [model.name for model in settings.models]
         self._queue = JobQueue.open(settings.data, url=settings.database_url)
         self._runner = PipelineRunner.on_device(
-            cluster.worker_device, cluster.memory, acceleration=cluster.acceleration, stages=stages
+            cluster.worker_device,
+            cluster.memory,
+            acceleration=cluster.acceleration,
+            stages=stages,
+            few_step=cluster.few_step,
         )
         self._runner.pipeline(self._models[0])
         self._options = WorkerOptions(

@@ -119,6 +119,10 @@ CREATE_SCHEMA: dict[str, Any] = {
         "negative_prompt": {"type": "string", "maxLength": MAX_PROMPT_CHARACTERS},
         "num_inference_steps": {"type": "integer", "minimum": 1},
         "guidance_scale": {"type": "number", "minimum": 1},
+        "stage_one_steps": {"type": "integer", "minimum": 1},
+        "stage_one_guidance_scale": {"type": "number", "minimum": 1},
+        "stage_one_guidance_scale_2": {"type": "number", "minimum": 1, "description": "of the low-noise expert"},
+        "stage_one_flow_shift": {"type": "number", "description": "of a service of many steps"},
     },
 }
 """Of the body that creates a video, without the picture, which has another form in each content type."""
@@ -241,7 +245,22 @@ _READERS: Mapping[str, Callable[[str, Any], Any]] = {
     "negative_prompt": _text,
     "num_inference_steps": _integer,
     "guidance_scale": _number,
+    "stage_one_steps": _integer,
+    "stage_one_guidance_scale": _number,
+    "stage_one_guidance_scale_2": _number,
+    "stage_one_flow_shift": _number,
 }
+
+_SAMPLING = (
+    "negative_prompt",
+    "num_inference_steps",
+    "guidance_scale",
+    "stage_one_steps",
+    "stage_one_guidance_scale",
+    "stage_one_guidance_scale_2",
+    "stage_one_flow_shift",
+)
+"""Fields that are choices of the pipeline as they are; what is left out stays the checkpoint's choice."""
 
 
 def _model(name: str | None, settings: ServiceSettings) -> ServedModel:
@@ -258,7 +277,7 @@ def _settled(values: Mapping[str, Any], defaults: GenerationSettings) -> Generat
     if "seconds" in values and "num_frames" in values:
         raise ApiProblem(400, "seconds and num_frames are both given; give one", param="num_frames")
     size = Size.parse(values["size"]) if "size" in values else None
-    same = ("num_frames", "fps", "seed", "negative_prompt", "num_inference_steps", "guidance_scale")
+    same = ("num_frames", "fps", "seed", *_SAMPLING)
     options = GenerationOptions(size=size, **{name: values[name] for name in same if name in values})
     settled = defaults.settled(options)
     if "seconds" not in values:
@@ -270,19 +289,18 @@ def _settled(values: Mapping[str, Any], defaults: GenerationSettings) -> Generat
 
 def _options(settled: GenerationSettings, values: Mapping[str, Any]) -> GenerationOptions:
     """Keep what was chosen, and what tells the client what will come; the rest stays the checkpoint's choice."""
-    named = ("negative_prompt", "num_inference_steps", "guidance_scale")
     return GenerationOptions(
         size=settled.size,
         num_frames=settled.num_frames,
         fps=settled.fps,
         seed=settled.seed,
-        **{name: values[name] for name in named if name in values},
+        **{name: values[name] for name in _SAMPLING if name in values},
     )
 
 
 def _param_of(error: InvalidInputError, values: Mapping[str, Any]) -> str | None:
     """Name the field that a message is about: the first that it speaks of."""
-    words = re.findall(r"[a-z_]+", str(error))
+    words = re.findall(r"[a-z_][a-z_0-9]*", str(error))
     meant = {"width": "size", "height": "size", "size": "size", "clip": "num_frames"}
     return next((meant.get(word, word) for word in words if meant.get(word, word) in values), None)
 

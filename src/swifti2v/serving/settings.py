@@ -107,7 +107,7 @@ class ClusterSettings:
         gpus_per_worker, cpus_per_worker: what Ray sets aside for a replica.
         device: of a replica; default: ``cuda`` with cards, else ``cpu``.
         memory: of the device that a run may take, as `MemoryLimits.parse` reads it; None: all is kept on the device.
-        acceleration: of a replica, as in `TwoStagePipeline.from_pretrained`.
+        acceleration, few_step: of a replica, as in `TwoStagePipeline.from_pretrained`.
         lease_seconds: after which a silent replica counts as dead.
         grace_seconds: that a job may still run when the service stops.
         idle_seconds: after which a replica too many is ended.
@@ -123,6 +123,7 @@ class ClusterSettings:
     device: str | None = None
     memory: str | None = None
     acceleration: Acceleration | None = None
+    few_step: bool = True
     lease_seconds: float = 30.0
     grace_seconds: float = 0.0
     idle_seconds: float = 120.0

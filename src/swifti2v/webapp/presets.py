@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from swifti2v.errors import MemoryBudgetError
 from swifti2v.geometry import Size
+from swifti2v.memory.amounts import format_bytes
 from swifti2v.memory.budget import RunSettings
 from swifti2v.memory.devices import device_rates
 from swifti2v.memory.plan import MemoryPlan, plan_memory
@@ -15,7 +16,6 @@ if TYPE_CHECKING:
     from swifti2v.memory.budget import PipelineDimensions
     from swifti2v.pipelines.options import GenerationSettings
 
-GIB = 2**30
 _MULTIPLE = 32
 _SHARES = (1.0, 0.75, 0.5)
 """Of the checkpoint's own width and height: the sizes that a preset may choose, the largest that fits."""
@@ -90,8 +90,8 @@ def summary(
         return f"Does not fit {card.label}: {error}."
     motion = sum(way.seconds for way in plan.ways if way.phase != "refinement")
     return (
-        f"{settings.size}, {settings.num_frames} frames: peak {plan.peak_bytes / GIB:.1f} GiB of {card.label}, "
-        f"{plan.host_bytes / GIB:.1f} GiB of host memory. Preview {_time(motion)}, video {_time(plan.seconds)}: "
+        f"{settings.size}, {settings.num_frames} frames: peak {format_bytes(plan.peak_bytes)} of {card.label}, "
+        f"{format_bytes(plan.host_bytes)} of host memory. Preview {_time(motion)}, video {_time(plan.seconds)}: "
         f"predicted for {card.rates}, not measured."
     )
 

@@ -53,15 +53,18 @@ class Studio:
         queue: whose workers make the videos.
         model: checkpoint, by the name that the workers have.
         dimensions: of its networks, for the plan; None where they are not known without loading.
+        few_step: how the workers have loaded Stage I.
 
     Raises:
         CheckpointError: there is no such checkpoint.
     """
 
-    def __init__(self, queue: JobQueue, model: str, *, dimensions: PipelineDimensions | None = None) -> None:
+    def __init__(
+        self, queue: JobQueue, model: str, *, dimensions: PipelineDimensions | None = None, few_step: bool = True
+    ) -> None:
         self.queue = queue
         self.model = model
-        self.defaults = settings_of(model)
+        self.defaults = settings_of(model, few_step=few_step)
         self._dimensions = dimensions
 
     @property

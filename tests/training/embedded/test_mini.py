@@ -15,6 +15,7 @@ from swifti2v.geometry import Size
 from swifti2v.media.video_writer import VideoWriter
 from swifti2v.models.motion_transformer import MotionTransformer
 from swifti2v.models.transformer import StageTwoTransformer
+from swifti2v.pipelines.loading import settings_of
 from swifti2v.pipelines.options import GenerationOptions
 from swifti2v.pipelines.two_stage import TwoStagePipeline
 from swifti2v.training.embedded.recipes import (
@@ -90,6 +91,11 @@ def test_what_was_trained_generates(checkpoint: Path) -> None:
     # 96 of 768 numbers a block, fitted on three pictures: frame 0 is the image as well as the codec can say it.
     error = (frames[0].float() - torch.from_numpy(np.array(request.image)).float()).square().mean()
     assert error < 100
+
+
+def test_guidance_of_what_was_trained_leads_away_from_no_words(checkpoint: Path) -> None:
+    settings = settings_of(checkpoint, few_step=False)
+    assert (settings.negative_prompt, settings.stage_one_guidance_scale) == ("", 3.5)
 
 
 def test_training_goes_on_from_a_checkpoint(checkpoint: Path, index: Path, tmp_path: Path) -> None:

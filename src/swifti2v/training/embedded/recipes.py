@@ -249,7 +249,11 @@ def _index() -> CheckpointIndex:
         format=1,
         name="mini",
         stage_one=StageOneEntry(
-            source="./stage_one", max_sequence_length=48, max_area=320 * 176, known_motions=MOTION_WORDS
+            source="./stage_one",
+            max_sequence_length=48,
+            max_area=320 * 176,
+            negative_prompt="",  # its text encoder reads these captions only, and was trained to lead away from none
+            known_motions=MOTION_WORDS,
         ),
         stage_two=StageTwoEntry(source="./stage_two", num_inference_steps=1, uses_prompt=False),
         defaults=DefaultsEntry(width=1280, height=704, num_frames=81, fps=16.0),

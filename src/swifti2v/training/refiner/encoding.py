@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 
 
 EMPTY_PROMPT_NAME = "empty_prompt.safetensors"
-"""In the folder of a cache: `prompt_embeds` of no words, which guidance leads away from."""
+"""In the folder of a cache: `prompt_embeds` of no words, which guidance leads away from in training."""
 
 
 class TrainingClip(Protocol):
@@ -167,7 +167,7 @@ class StageTwoEncoder:
 
     @torch.no_grad()
     def write_empty_prompt(self, cache: Path) -> None:
-        """Encode "", the default negative prompt, for `read_empty_prompt`."""
+        """Encode "", which stands for a prompt that is dropped, for `read_empty_prompt`."""
         embeds = self.parts.stage_one.encode_prompt("").prompt[0].to("cpu", torch.float16)
         write_atomically(cache / EMPTY_PROMPT_NAME, save({PROMPT: embeds.contiguous()}), writer="empty")
 

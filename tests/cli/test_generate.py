@@ -17,6 +17,8 @@ from swifti2v.cli.main import EXIT_ERROR, EXIT_INTERRUPTED, app
 from swifti2v.errors import GenerationCancelled, InvalidInputError
 from swifti2v.geometry import Size
 from swifti2v.media.video_reader import VideoReader
+from swifti2v.pipelines.fitting import dimensions_of
+from swifti2v.pipelines.loading import load_parts
 from swifti2v.pipelines.two_stage import TwoStagePipeline
 from tests.pipelines.light_weights import write_light_weights
 
@@ -230,6 +232,17 @@ def test_preview_of_many_steps_then_generate(run: Run, tmp_path: Path) -> None:
     result = run(*many, "--negative-prompt", "blurry", "--steps", "1")
     assert result.exit_code == 0, result.stderr
     assert motion == {path: path.stat().st_mtime_ns for path in (work / "motion_reference").iterdir()}
+
+
+def test_stages_are_loaded_in_turn_where_the_host_is_short(run: Run, tmp_path: Path, tiny_checkpoint: Path) -> None:
+    assert run("--prompt", "pan left", *SHORT).exit_code == 0
+    expected = (tmp_path / "out.mp4").read_bytes()
+    weights = load_parts(tiny_checkpoint, device="cpu", stages=("stage_one",))
+    host = f"{(dimensions_of(weights).stored_bytes('float32') + 2**10) / 2**20:.4f}MiB"
+    result = run("--prompt", "pan left", *SHORT, "--memory", "2GiB", "--host-memory", host)
+    assert result.exit_code == 0, result.output
+    assert result.stderr == "note: the host has room for one stage at a time; each is loaded when it is its turn\n"
+    assert (tmp_path / "out.mp4").read_bytes() == expected
 
 
 @pytest.mark.parametrize("json_option", [(), ("--json",)], ids=["text", "json"])

@@ -81,11 +81,24 @@ def test_smaller_weights() -> None:
     assert plans["nf4"] * 16 == pytest.approx(plans["bfloat16"] * 4.25)
 
 
-def test_a_host_of_32_gigabytes_holds_weights_in_four_bits() -> None:
-    plan = json.loads(run("--json", "--memory", "24GiB", "--host-memory", "28GB").stdout)["memory"]
-    assert plan["weight_dtype"] == "nf4"
-    assert plan["host_bytes"] < 28e9
-    assert "nf4 weights" in run("--memory", "12GiB", "--host-memory", "28GB", "--decoder", "light").stdout
+@pytest.mark.parametrize("memory", ["8GiB", "12GiB", "16GiB", "24GiB"])
+def test_a_host_of_32_gigabytes_has_room_for_one_stage_at_a_time(memory: str) -> None:
+    plan = json.loads(run("--json", "--memory", memory, "--host-memory", "28GiB").stdout)["memory"]
+    assert plan["weight_dtypes"] == ["nf4", "float8" if memory in {"8GiB", "12GiB"} else "bfloat16"]
+    assert plan["host_bytes"] < 28 * 2**30
+    assert [phase["phase"] for phase in plan["phases"]] == ["text encoding", "stage one", "refinement"]
+    said = run("--memory", memory, "--host-memory", "28GiB").stdout
+    assert "given up - the stages are loaded one after the other" in said
+    assert said.count("GiB in host memory") == 2
+
+
+def test_a_host_of_64_gigabytes_keeps_stage_two_exact() -> None:
+    plan = json.loads(run("--json", "--memory", "12GiB", "--host-memory", "60GiB").stdout)["memory"]
+    assert plan["weight_dtypes"] == ["float8", "bfloat16"]
+    plan = json.loads(run("--json", "--memory", "12GiB", "--host-memory", "65GiB").stdout)["memory"]
+    assert plan["weight_dtypes"] == ["bfloat16", "bfloat16"]
+    plan = json.loads(run("--json", "--memory", "12GiB", "--host-memory", "94GiB").stdout)["memory"]
+    assert plan["weight_dtypes"] == ["bfloat16"], "there is room for both at once"
 
 
 @pytest.mark.parametrize(("quantization", "gpu"), [("float8", "h200"), ("int8", "a100"), ("int8", "rtx3090")])

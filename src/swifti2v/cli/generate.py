@@ -204,11 +204,12 @@ class _Job:
     def _load(self, model: str, device: str | None, *, few_step: bool, speed: _Speed) -> TwoStagePipeline:
         from swifti2v.memory.heap import map_large_blocks
         from swifti2v.pipelines.fitting import MemoryLimits
-        from swifti2v.pipelines.two_stage import TwoStagePipeline
+        from swifti2v.pipelines.in_turn import StagesInTurn, open_pipeline
 
         map_large_blocks()
-        return TwoStagePipeline.from_pretrained(
+        pipeline = open_pipeline(
             model,
+            self.options,
             device=device or self.processes.device,
             few_step=few_step,
             memory=MemoryLimits.parse(*speed.memory) if speed.memory is not None else None,
@@ -216,6 +217,9 @@ class _Job:
                 num_processes=self.processes.count, decodes=self.processes.is_first
             ),
         )
+        if isinstance(pipeline, StagesInTurn):
+            self._say("the host has room for one stage at a time; each is loaded when it is its turn")
+        return pipeline
 
     def _request(self, pipeline: TwoStagePipeline) -> GenerationRequest:
         from swifti2v.pipelines.acceleration import check_shared

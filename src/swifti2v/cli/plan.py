@@ -20,6 +20,8 @@ from swifti2v.memory.devices import DEVICES, device_rates
 from swifti2v.memory.run_settings import RunSettings
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from swifti2v.memory.budget import PipelineDimensions, RunPlan
     from swifti2v.memory.plan import MemoryPlan
 
@@ -101,7 +103,7 @@ def plan(  # noqa: PLR0913 - typer makes an option of each parameter
     held = dimensions
     if stage != "both":
         held = replace(dimensions, stages=("stage_one",) if stage == "one" else ("stage_two",))
-    fitted = _fitted(held, settings, gpu, memory, host_memory) if memory is not None else None
+    fitted = _fitted(held, settings, gpu, memory, host_memory) if memory is not None else ()
     if as_json:
         mapping = plan_as_mapping(model, settings, run) | {"quantization": quantization}
         mapping |= memory_as_mapping(gpu, fitted)
@@ -116,18 +118,18 @@ def plan(  # noqa: PLR0913 - typer makes an option of each parameter
         f"{_amount(run.resident_bytes)} with all of them ({_amount(run.weight_bytes)} of weights)",
         highlight=False,
     )
-    if fitted is not None:
-        _print_memory(console, gpu, fitted)
+    for plan_of_memory in fitted:
+        _print_memory(console, gpu, plan_of_memory)
 
 
 def _fitted(
     dimensions: PipelineDimensions, settings: RunSettings, gpu: str, memory: str | None, host_memory: str | None
-) -> MemoryPlan:
-    from swifti2v.memory.plan import plan_memory
+) -> tuple[MemoryPlan, ...]:
+    from swifti2v.memory.plan import plan_stages
 
     budget = None if memory in {None, "auto"} else parse_bytes(str(memory))
     host = None if host_memory is None else parse_bytes(host_memory)
-    return plan_memory(dimensions, settings, device_rates(gpu), budget_bytes=budget, host_bytes=host)
+    return plan_stages(dimensions, settings, device_rates(gpu), budget_bytes=budget, host_bytes=host)
 
 
 def _print_memory(console: Console, gpu: str, fitted: MemoryPlan) -> None:
@@ -154,21 +156,21 @@ def _print_memory(console: Console, gpu: str, fitted: MemoryPlan) -> None:
         console.print(line, highlight=False)
 
 
-def memory_as_mapping(gpu: str, fitted: MemoryPlan | None) -> dict[str, Any]:
-    """Return what ``--json`` prints of a memory plan; nothing where none was asked for."""
-    if fitted is None:
+def memory_as_mapping(gpu: str, fitted: Sequence[MemoryPlan]) -> dict[str, Any]:
+    """Return what ``--json`` prints of memory plans, more than one where stages are loaded in turn; nothing of none."""
+    if not fitted:
         return {}
-    plan_of_memory = {
+    totals = {
         "gpu": gpu,
-        "budget_bytes": fitted.budget_bytes,
-        "weight_dtype": fitted.weight_dtype,
-        "phases": [asdict(way) | {"peak_bytes": way.peak_bytes} for way in fitted.ways],
-        "peak_bytes": fitted.peak_bytes,
-        "host_bytes": fitted.host_bytes,
-        "predicted_seconds": fitted.seconds,
-        "given_up": fitted.given_up,
+        "budget_bytes": fitted[0].budget_bytes,
+        "weight_dtypes": [each.weight_dtype for each in fitted],
+        "phases": [asdict(way) | {"peak_bytes": way.peak_bytes} for each in fitted for way in each.ways],
+        "peak_bytes": max(each.peak_bytes for each in fitted),
+        "host_bytes": max(each.host_bytes for each in fitted),
+        "predicted_seconds": sum(each.seconds for each in fitted),
+        "given_up": [note for each in fitted for note in each.given_up],
     }
-    return {"memory": plan_of_memory}
+    return {"memory": totals}
 
 
 class PlannedModel(NamedTuple):

@@ -8,6 +8,7 @@ predictions: counts over assumed rates (`devices.py`), transfers that cannot hid
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Literal
 
 from swifti2v.errors import MemoryBudgetError
@@ -108,6 +109,31 @@ def plan_memory(
             plan = replace(plan, given_up=(note, *plan.given_up))
         return plan
     raise refusals[-1]
+
+
+def plan_stages(
+    dimensions: PipelineDimensions,
+    settings: RunSettings,
+    rates: DeviceRates,
+    *,
+    budget_bytes: int | None,
+    host_bytes: int | None = None,
+    dtypes: Sequence[WeightDtype] = STORED_DTYPES,
+) -> tuple[MemoryPlan, ...]:
+    """Choose a plan for both stages, or one for each where the host has room for one stage at a time only.
+
+    For one video that loses nothing, since every network is read once in either way, and weights stay as they are, or
+    nearer to it: a stage alone is never stored narrower than beside the other. Arguments, errors: as in `plan_memory`.
+    """
+    choose = partial(plan_memory, settings=settings, rates=rates, budget_bytes=budget_bytes, host_bytes=host_bytes)
+    if host_bytes is None or len(dimensions.stages) < 2:
+        return (choose(dimensions, dtypes=dtypes),)
+    try:
+        return (choose(dimensions, dtypes=dtypes[:1]),)
+    except MemoryBudgetError as refusal:
+        first, *others = (choose(replace(dimensions, stages=(stage,)), dtypes=dtypes) for stage in dimensions.stages)
+        note = f"the stages are loaded one after the other: for both at once {refusal}"
+        return (replace(first, given_up=(note, *first.given_up)), *others)
 
 
 def _plan_stored(

@@ -122,7 +122,25 @@ def plan_for(parts: Parts, settings: GenerationSettings, limits: MemoryLimits) -
     they are, no later plan has them wider. Transformers with products of their own keep them in any plan, and only the
     text encoder is left to store.
     """
-    run = RunSettings(
+    transformer = parts.stage_two.transformer
+    # Where there is a text encoder, it is stored whenever the transformers are, and has no products of its own.
+    stored = parts.stage_one.pipeline.text_encoder if "stage_one" in parts.stages else transformer
+    loaded: WeightDtype = "float32" if transformer.dtype == torch.float32 else "bfloat16"
+    dtypes = (loaded, *STORED_DTYPES[1:])
+    held = stored_narrow(stored)
+    return plan_memory(
+        dimensions_of(parts),
+        run_settings_of(parts, settings),
+        ASSUMED_RATES,
+        budget_bytes=limits.device_bytes,
+        host_bytes=limits.host_bytes,
+        dtypes=dtypes if held is None else dtypes[dtypes.index(held) :],
+    )
+
+
+def run_settings_of(parts: Parts, settings: GenerationSettings) -> RunSettings:
+    """Return what the cost of a run depends on."""
+    return RunSettings(
         size=settings.size,
         num_frames=settings.num_frames,
         stage_one_steps=settings.stage_one_steps,
@@ -133,20 +151,6 @@ def plan_for(parts: Parts, settings: GenerationSettings, limits: MemoryLimits) -
         neighbors_before=settings.neighbors_before,
         neighbors_after=settings.neighbors_after,
         keep_context=parts.stage_two.keeps_context(settings),
-    )
-    transformer = parts.stage_two.transformer
-    # Where there is a text encoder, it is stored whenever the transformers are, and has no products of its own.
-    stored = parts.stage_one.pipeline.text_encoder if "stage_one" in parts.stages else transformer
-    loaded: WeightDtype = "float32" if transformer.dtype == torch.float32 else "bfloat16"
-    dtypes = (loaded, *STORED_DTYPES[1:])
-    held = stored_narrow(stored)
-    return plan_memory(
-        dimensions_of(parts),
-        run,
-        ASSUMED_RATES,
-        budget_bytes=limits.device_bytes,
-        host_bytes=limits.host_bytes,
-        dtypes=dtypes if held is None else dtypes[dtypes.index(held) :],
     )
 
 
@@ -167,7 +171,7 @@ def dimensions_of(parts: Parts) -> PipelineDimensions:
         window_frames=parts.stage_one.window_frames,
         overlap_frames=parts.stage_one.overlap_frames,
         light_decoder=_light_dimensions(parts.decoder) if isinstance(parts.decoder, LightDecoder) else None,
-        products=quantization_of(transformers_of(parts)[0]),
+        products=next(map(quantization_of, transformers_of(parts)), "none"),
         stages=parts.stages,
     )
 

@@ -118,7 +118,7 @@ class Parts:
         raise InvalidInputError(msg)
 
 
-def load_parts(
+def load_parts(  # noqa: PLR0913 - the options of `from_pretrained`, and the stages
     name_or_path: str | Path,
     *,
     device: str | torch.device | None = None,
@@ -128,39 +128,21 @@ def load_parts(
     few_step: bool = True,
     memory: MemoryLimits | None = None,
     acceleration: Acceleration | None = None,
+    stages: tuple[Part, ...] = PARTS,
 ) -> Parts:
-    """Load both stages; arguments as in `TwoStagePipeline.from_pretrained`.
+    """Load `stages`, and of others their configuration; the other arguments as in `TwoStagePipeline.from_pretrained`.
+
+    Of a repository on the hub, the weights of what is not loaded are not even downloaded. Stage I has the text encoder;
+    a Stage II without it is given the prompt as it was read (`RunStore.prompt`).
 
     Raises:
         CheckpointError: the checkpoint cannot be found, downloaded or read.
         InvalidInputError: there is no such device, it cannot be accelerated so, or the host has no room for that.
     """
     way = _Way.on(device, dtype, memory, few_step=few_step, local_files_only=local_files_only)
-    checkpoint = resolve(name_or_path, revision=revision, local_files_only=local_files_only)
-    return _assembled(checkpoint, way, acceleration or Acceleration(attention="native"), stages=PARTS)
-
-
-def load_parts_of_stage(
-    name_or_path: str | Path,
-    stage: Part,
-    *,
-    device: str | torch.device | None = None,
-    dtype: torch.dtype | None = None,
-    memory: MemoryLimits | None = None,
-    acceleration: Acceleration | None = None,
-    few_step: bool = True,
-) -> Parts:
-    """Load one stage, and of the other its configuration: for cards that do not change weights between videos.
-
-    Of a repository on the hub, the weights of the other stage are not even downloaded. Stage I has the text encoder;
-    Stage II is given the prompt as it was read (`RunStore.prompt`).
-
-    Raises:
-        CheckpointError, InvalidInputError: as `load_parts`.
-    """
-    way = _Way.on(device, dtype, memory, few_step=few_step)
-    checkpoint = resolve(name_or_path, described=[part for part in PARTS if part != stage])
-    return _assembled(checkpoint, way, acceleration or Acceleration(attention="native"), stages=(stage,))
+    described = [part for part in PARTS if part not in stages]
+    checkpoint = resolve(name_or_path, revision=revision, local_files_only=local_files_only, described=described)
+    return _assembled(checkpoint, way, acceleration or Acceleration(attention="native"), stages=stages)
 
 
 @dataclass(frozen=True)
@@ -207,7 +189,7 @@ def _assembled(
     checkpoint: ResolvedCheckpoint, way: _Way, acceleration: Acceleration, *, stages: tuple[Part, ...]
 ) -> Parts:
     one, two = checkpoint.index.stage_one, checkpoint.index.stage_two
-    light = _light_decoder(checkpoint, acceleration, way) if "stage_two" in stages else None
+    light = _light_decoder(checkpoint, acceleration, way) if stages != ("stage_one",) else None
     stored = _stored_dtype(checkpoint, way, stages, quantization=acceleration.quantization)
     refiner, codec = _stage_two_networks(checkpoint, way, stored, is_held="stage_two" in stages)
     pipeline = _stage_one_pipeline(checkpoint, way, stored, is_held="stage_one" in stages)

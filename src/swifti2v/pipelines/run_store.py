@@ -88,6 +88,10 @@ class RunStore:
         held = {name: tensor.cpu().contiguous() for name, tensor in embeddings.items()}
         write_atomically(self._prompt_path(texts), safetensors.torch.save(held))
 
+    def has_prompt(self, texts: Sequence[str | None]) -> bool:
+        """Whether `keep_prompt` kept these texts."""
+        return self._prompt_path(texts).exists()
+
     def prompt(self, texts: Sequence[str | None]) -> dict[str, Tensor]:
         """Return what `keep_prompt` kept.
 

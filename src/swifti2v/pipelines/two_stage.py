@@ -18,7 +18,7 @@ from swifti2v.media.images import as_loaded_image, fit_image, fit_notes, image_t
 from swifti2v.models.quantized_products import quantization_of
 from swifti2v.pipelines.ahead import made_ahead
 from swifti2v.pipelines.fitting import frames_within_limits
-from swifti2v.pipelines.loading import load_parts, load_parts_of_stage
+from swifti2v.pipelines.loading import load_parts
 from swifti2v.pipelines.options import GenerationOptions
 from swifti2v.pipelines.run_store import RunStore
 from swifti2v.pipelines.runs import FinishedFrames, GenerationRequest, Progress, Video
@@ -99,9 +99,9 @@ class TwoStagePipeline:
         """Load one stage of a checkpoint, for a work directory that two pipelines share, on two cards or machines.
 
         One of Stage I makes previews only; one of Stage II streams from a work directory in which a preview was made
-        with the same request. Arguments as in `load_parts_of_stage`.
+        with the same request. Arguments as in `load_parts`.
         """
-        return cls(load_parts_of_stage(name_or_path, stage, **options))
+        return cls(load_parts(name_or_path, stages=(stage,), **options))
 
     @property
     def defaults(self) -> GenerationSettings:

@@ -13,6 +13,7 @@ from swifti2v.memory.normal_float import BLOCK_SIZE, VALUES, NormalFloatLinear, 
 from swifti2v.memory.placement import PlacedNetworks, store_weights, stored_narrow
 from swifti2v.models.adapters import AdapterWeights, LoraDelta, attach, fuse
 from swifti2v.pipelines.acceleration import compile_blocks
+from tests.models.few_bits import CPU, relative_error, wan_output
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -21,12 +22,6 @@ if TYPE_CHECKING:
     from transformers import UMT5EncoderModel
 
     from swifti2v.memory.plan import Placement
-
-CPU = torch.device("cpu")
-
-
-def relative_error(actual: Tensor, expected: Tensor) -> float:
-    return float((actual.double() - expected.double()).norm() / expected.double().norm())
 
 
 def nearest(weight: Tensor) -> Tensor:
@@ -105,15 +100,9 @@ def test_a_weight_of_many_blocks_is_packed_as_its_parts_are(monkeypatch: pytest.
     assert all(torch.equal(one, other) for one, other in zip(whole, pack(weight), strict=True))
 
 
-def output(network: Any) -> Tensor:
-    torch.manual_seed(1)
-    with torch.no_grad():
-        return network(torch.randn(1, 48, 4, 4, 6), torch.tensor([500.0]), torch.randn(1, 5, 32)).sample
-
-
 def test_the_linear_layers_of_the_blocks_and_no_others_are_packed(tiny_wan_dit: Callable[..., Any]) -> None:
     network = tiny_wan_dit()
-    expected = output(network)
+    expected = wan_output(network)
     before = {name for name, module in network.named_modules() if isinstance(module, nn.Linear)}
     assert stored_narrow(network) is None
     store_weights(network, "nf4", compute_dtype=torch.float32)
@@ -122,11 +111,11 @@ def test_the_linear_layers_of_the_blocks_and_no_others_are_packed(tiny_wan_dit: 
     assert len(packed) == 2 * 10
     assert stored_narrow(network) == "nf4"
     assert network.dtype == torch.float32
-    found = output(network)
+    found = wan_output(network)
     assert 1e-3 < relative_error(found, expected) < 0.2
     for dtype in ("nf4", "float8"):  # what is packed is not stored again
         store_weights(network, dtype, compute_dtype=torch.float32)
-        assert torch.equal(output(network), found)
+        assert torch.equal(wan_output(network), found)
 
 
 @torch.no_grad()
@@ -148,13 +137,13 @@ def test_a_text_encoder_is_packed_with_the_layers_whose_dtype_transformers_looks
 def test_weights_in_float8_can_be_packed_still(tiny_wan_dit: Callable[..., Any]) -> None:
     """A run may find no room for parked features beside the float8 that the loader has chosen."""
     network, packed = tiny_wan_dit(), tiny_wan_dit()
-    expected = output(network)
+    expected = wan_output(network)
     store_weights(network, "float8", compute_dtype=torch.float32)
     store_weights(network, "nf4", compute_dtype=torch.float32)
     store_weights(packed, "nf4", compute_dtype=torch.float32)
     assert stored_narrow(network) == "nf4"
     assert network.blocks[0].attn1.to_q.bias.dtype == torch.float32
-    once, twice = (relative_error(output(each), expected) for each in (packed, network))
+    once, twice = (relative_error(wan_output(each), expected) for each in (packed, network))
     assert twice < 1.5 * once
 
 
@@ -162,12 +151,12 @@ def test_weights_in_float8_can_be_packed_still(tiny_wan_dit: Callable[..., Any])
 def test_placed_networks_give_the_same_output(tiny_wan_dit: Callable[..., Any], placement: Placement) -> None:
     network = tiny_wan_dit(num_layers=3)
     pack_blocks(network, dtype=torch.float32)
-    expected = output(network)
+    expected = wan_output(network)
     networks = PlacedNetworks(CPU)
     networks.place(network, placement, group="one")
-    assert torch.equal(output(network), expected)
+    assert torch.equal(wan_output(network), expected)
     networks.release()
-    assert torch.equal(output(network), expected)
+    assert torch.equal(wan_output(network), expected)
 
 
 @torch.no_grad()
@@ -202,12 +191,12 @@ def test_streaming_takes_the_weights_along_on_a_stream_of_its_own(tiny_wan_dit: 
 def test_compiled_blocks_give_the_same_output(tiny_wan_dit: Callable[..., Any]) -> None:
     network = tiny_wan_dit()
     pack_blocks(network, dtype=torch.float32)
-    expected = output(network)
+    expected = wan_output(network)
     torch._dynamo.reset()
     compile_blocks([network], backend="aot_eager")
     breaks = torch._dynamo.utils.counters["graph_break"]
     before = sum(breaks.values())
-    torch.testing.assert_close(output(network), expected, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(wan_output(network), expected, rtol=1e-5, atol=1e-6)
     assert sum(breaks.values()) == before
 
 

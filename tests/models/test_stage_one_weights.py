@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 import tomllib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,11 +21,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 QUERY = "blocks.0.attn1.to_q.weight"
-
-
-@pytest.fixture
-def checkpoint(tiny_checkpoint: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(tiny_checkpoint, tmp_path / "copy"))
 
 
 def recorded(monkeypatch: pytest.MonkeyPatch, network_class: Any, events: list[str]) -> None:

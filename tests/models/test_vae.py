@@ -4,124 +4,32 @@ from __future__ import annotations
 
 import gc
 import weakref
-from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
 import torch
-from accelerate import cpu_offload
-from accelerate.hooks import ModelHook, add_hook_to_module
 from torch import Tensor
 
 from swifti2v.errors import CheckpointError, InvalidInputError
-from swifti2v.geometry import CodecGeometry, Size
-from swifti2v.models.tiling import TileGrid, Tiling
+from swifti2v.geometry import Size
+from swifti2v.models.tiling import Tiling
 from swifti2v.models.vae import CodecSettings, StreamingCodec, WanStreamingCodec, open_codec
+from tests.models.codec_streams import (
+    clip_for,
+    convolved_by_frame,
+    cut,
+    decode,
+    encode,
+    latents_for,
+    whole_decode,
+    whole_encode,
+)
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Iterator
 
     from diffusers import AutoencoderKLWan
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Convolutions of three channels are ten times slower when two threads wait for each other on a busy machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-@pytest.fixture(params=["tiny_vae21", "tiny_vae22"])
-def vae(request: pytest.FixtureRequest) -> AutoencoderKLWan:
-    """Both generations of the codec; the second with statistics that are not those of a standard normal."""
-    model = request.getfixturevalue(request.param)
-    if request.param == "tiny_vae22":
-        model.register_to_config(
-            latents_mean=torch.linspace(-0.5, 0.5, 48).tolist(), latents_std=torch.linspace(0.5, 2.0, 48).tolist()
-        )
-    return model
-
-
-def smooth_clip(num_frames: int, height: int, width: int) -> Tensor:
-    """Slow waves, ``[1, 3, F, H, W]`` in [-0.9, 0.9]."""
-    y, x = torch.meshgrid(torch.linspace(-1, 1, height), torch.linspace(-1, 1, width), indexing="ij")
-    waves = [
-        torch.stack([torch.sin(3 * x + 2 * y + t), torch.cos(2 * y - x + t), torch.sin(2 * x * y - t)])
-        for t in torch.arange(num_frames) / 10
-    ]
-    return torch.stack(waves, 1)[None] * 0.9
-
-
-def clip_for(vae: AutoencoderKLWan, num_frames: int = 9, rows: int = 2, columns: int = 3) -> Tensor:
-    factor = vae.config.scale_factor_spatial
-    return smooth_clip(num_frames, rows * factor, columns * factor)
-
-
-def cut(clip: Tensor) -> Iterator[Tensor]:
-    """Chunks of 1, 4, 4, ... frames."""
-    geometry = CodecGeometry()
-    for index in range(geometry.latent_frames(clip.shape[2])):
-        frames = geometry.frames_of(index)
-        yield clip[:, :, frames.start : frames.stop].clone()
-
-
-def latents_for(vae: AutoencoderKLWan, num_latent_frames: int = 3, rows: int = 2, columns: int = 3) -> Tensor:
-    generator = torch.Generator().manual_seed(1)
-    return torch.randn(1, vae.config.z_dim, num_latent_frames, rows, columns, generator=generator)
-
-
-def statistics(vae: AutoencoderKLWan) -> tuple[Tensor, Tensor]:
-    shape = (1, -1, 1, 1, 1)
-    return torch.tensor(vae.config.latents_mean).view(shape), torch.tensor(vae.config.latents_std).view(shape)
-
-
-@contextmanager
-def convolved_by_frame(vae: AutoencoderKLWan) -> Iterator[None]:
-    """Let the 1x1x1 convolutions of a whole clip work a frame at a time, as in a stream.
-
-    They are all that diffusers runs over the whole clip at once, and on some CPUs (seen: AVX2) the rounding of a
-    convolution depends on the length of its input.
-    """
-
-    def by_frame(convolve: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-        return lambda x: torch.cat([convolve(frame) for frame in x.split(1, dim=2)], dim=2)
-
-    convolutions = (vae.quant_conv, vae.post_quant_conv)
-    for convolution in convolutions:
-        convolution.forward = by_frame(convolution.forward)
-    yield
-    for convolution in convolutions:
-        del convolution.forward
-
-
-@torch.no_grad()
-def whole_encode(vae: AutoencoderKLWan, clip: Tensor) -> Tensor:
-    mean, std = statistics(vae)
-    return (vae.encode(clip.to(vae.dtype)).latent_dist.mode().float() - mean) / std
-
-
-@torch.no_grad()
-def whole_decode(vae: AutoencoderKLWan, latents: Tensor) -> Tensor:
-    mean, std = statistics(vae)
-    return vae.decode((latents * std + mean).to(vae.dtype)).sample.float()
-
-
-def encode(codec: StreamingCodec, clip: Tensor) -> Tensor:
-    return torch.cat(list(codec.encode_stream(cut(clip))), dim=2)
-
-
-def decode(codec: WanStreamingCodec, latents: Tensor) -> Tensor:
-    return torch.cat(list(codec.decode_pixel_stream(latents.split(1, dim=2))), dim=2)
-
-
-def psnr(actual: Tensor, expected: Tensor) -> float:
-    """Decibels below the range that `expected` spans."""
-    peak = expected.max() - expected.min()
-    return float(10 * torch.log10(peak**2 / (actual - expected).square().mean()))
-
 
 # --- a stream equals the whole clip
 
@@ -308,134 +216,6 @@ def test_streams_record_no_gradients_and_leave_the_mode_of_others_alone(tiny_vae
         next(stream)
     assert not next(stream).is_inference()
     assert torch.is_grad_enabled()
-
-
-# --- offloading
-
-
-class LendingHook(ModelHook):
-    """Stands for model offloading: the weights are right only after it was asked for them."""
-
-    execution_device = "cpu"
-
-    def __init__(self, vae: AutoencoderKLWan) -> None:
-        self.weights = {name: value.clone() for name, value in vae.state_dict().items()}
-        self.calls = 0
-
-    def pre_forward(self, module: torch.nn.Module, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
-        self.calls += 1
-        module.load_state_dict(self.weights)
-        return args, kwargs
-
-    def take_away(self, module: torch.nn.Module) -> None:
-        with torch.no_grad():
-            for value in module.parameters():
-                value.fill_(torch.nan)
-
-
-def test_an_offloading_hook_is_asked_before_every_latent_frame(tiny_vae22: AutoencoderKLWan) -> None:
-    codec = WanStreamingCodec(tiny_vae22)
-    latents, clip = latents_for(tiny_vae22), clip_for(tiny_vae22)
-    expected = decode(codec, latents), encode(codec, clip)
-    hook = LendingHook(tiny_vae22)
-    add_hook_to_module(tiny_vae22, hook)
-    for result, stream in zip(
-        expected,
-        (codec.decode_pixel_stream(latents.split(1, dim=2)), codec.encode_stream(cut(clip))),
-        strict=True,
-    ):
-        hook.take_away(tiny_vae22)
-        parts = []
-        for part in stream:
-            parts.append(part)
-            hook.take_away(tiny_vae22)
-        assert torch.equal(torch.cat(parts, dim=2), result)
-    assert hook.calls == 6
-
-
-def sequential_offload(vae: AutoencoderKLWan) -> None:
-    cpu_offload(vae, execution_device=torch.device("cpu"))
-    assert next(vae.parameters()).is_meta
-
-
-def group_offload(vae: AutoencoderKLWan) -> None:
-    vae.enable_group_offload(onload_device=torch.device("cpu"), offload_type="leaf_level")
-
-
-@pytest.mark.parametrize("offload", [sequential_offload, group_offload])
-def test_offloading_hooks_of_submodules_do_not_change_the_result(
-    tiny_vae22: AutoencoderKLWan, offload: Callable[[AutoencoderKLWan], None]
-) -> None:
-    plain = WanStreamingCodec(tiny_vae22, settings=CodecSettings(lean=False))
-    codec = WanStreamingCodec(tiny_vae22)
-    latents, clip = latents_for(tiny_vae22), clip_for(tiny_vae22)
-    expected = decode(plain, latents), encode(plain, clip)
-    offload(tiny_vae22)
-    assert torch.equal(decode(codec, latents), expected[0])
-    assert torch.equal(encode(codec, clip), expected[1])
-
-
-# --- tiling
-
-
-def test_one_tile_over_the_frame_equals_no_tiling(vae: AutoencoderKLWan) -> None:
-    factor = vae.config.scale_factor_spatial
-    tiling = Tiling(Size(3 * factor, 2 * factor), factor)
-    codec = WanStreamingCodec(vae, settings=CodecSettings(tiling, lean=False))
-    clip, latents = clip_for(vae), latents_for(vae)
-    with convolved_by_frame(vae):
-        assert torch.equal(encode(codec, clip), whole_encode(vae, clip))
-        assert torch.equal(decode(codec, latents), whole_decode(vae, latents))
-
-
-def test_tiled_streams_equal_whole_clips_per_tile_blended(vae: AutoencoderKLWan) -> None:
-    factor = vae.config.scale_factor_spatial
-    tiling = Tiling(Size(4 * factor, 3 * factor), factor)
-    codec = WanStreamingCodec(vae, tiling=tiling)
-    grid = TileGrid.plan(3, 7, tiling=tiling, spatial_factor=factor)
-    assert len(grid) == 2
-    latents, clip = latents_for(vae, 2, 3, 7), clip_for(vae, 5, 3, 7)
-    with torch.no_grad():
-        vae.decoder.conv_out.weight.mul_(0.5)
-    # Two columns of four cells that share one: the fade is written out here, not taken from the code under test.
-    left, right = whole_decode(vae, latents[..., :4]), whole_decode(vae, latents[..., 3:])
-    assert max(left.abs().max(), right.abs().max()) < 1  # tiles are blended before they are clamped
-    rise = (torch.arange(factor) + 0.5) / factor
-    middle = left[..., -factor:] * (1 - rise) + right[..., :factor] * rise
-    expected = torch.cat([left[..., :-factor], middle, right[..., factor:]], dim=-1)
-    torch.testing.assert_close(decode(codec, latents), expected, atol=1e-6, rtol=0)
-    left, right = whole_encode(vae, clip[..., : 4 * factor]), whole_encode(vae, clip[..., 3 * factor :])
-    expected = torch.cat([left[..., :-1], (left[..., -1:] + right[..., :1]) / 2, right[..., 1:]], dim=-1)
-    torch.testing.assert_close(encode(codec, clip), expected, atol=1e-5, rtol=1e-5)
-
-
-def test_tiled_streams_are_causal_too(tiny_vae22: AutoencoderKLWan) -> None:
-    codec = WanStreamingCodec(tiny_vae22, tiling=Tiling(Size(32, 32), 16))
-    latents = latents_for(tiny_vae22, 3, 3, 4)
-    assert torch.equal(decode(codec, latents[:, :, :2]), decode(codec, latents)[:, :, :5])
-    clip = clip_for(tiny_vae22, 5, 3, 4)
-    assert torch.equal(encode(codec, clip)[:, :, :1], encode(codec, clip[:, :, :1]))
-
-
-def tiling_error(vae: AutoencoderKLWan, overlap_cells: int) -> tuple[float, float]:
-    """Decibels of tiled against untiled encode and decode: four tiles over 8x12 cells of slow waves."""
-    factor = vae.config.scale_factor_spatial
-    clip = clip_for(vae, 5, 8, 12)
-    codec = WanStreamingCodec(vae)
-    tiled = WanStreamingCodec(vae, tiling=Tiling(Size(8 * factor, 6 * factor), overlap_cells * factor))
-    latents = encode(codec, clip)
-    return psnr(encode(tiled, clip), latents), psnr(decode(tiled, latents), decode(codec, latents))
-
-
-def test_tiles_come_near_the_untiled_result_and_nearer_with_more_overlap(vae: AutoencoderKLWan) -> None:
-    hard_seams = tiling_error(vae, 0)
-    blended = tiling_error(vae, 4)
-    # Measured at these random weights: encode 49.7 (2.1) and 37.1 dB (2.2), decode 40.9 and 38.6 dB; with hard seams
-    # 39.6 and 27.6, 27.5 and 27.5 dB. The bounds leave two decibels to other kernels.
-    assert blended[0] > (47.5 if vae.config.z_dim == 16 else 35.0)
-    assert blended[1] > (38.5 if vae.config.z_dim == 16 else 36.5)
-    assert blended[0] - hard_seams[0] > 7
-    assert blended[1] - hard_seams[1] > 9
 
 
 # --- the seam

@@ -18,11 +18,10 @@ from swifti2v.pipelines.fitting import MemoryLimits, dimensions_of, plan_for
 from swifti2v.pipelines.options import GenerationOptions
 from swifti2v.pipelines.two_stage import TwoStagePipeline
 from tests.pipelines.light_weights import write_light_weights
+from tests.pipelines.whole_runs import frames_of
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
-
-    from swifti2v.pipelines.runs import FinishedFrames
+    from collections.abc import Callable
 
 OPTIONS = GenerationOptions(num_frames=13, seed=3, stage_one_steps=1, num_inference_steps=2, segment_size=1)
 IMAGE = PIL.Image.linear_gradient("L").convert("RGB").resize((64, 64))
@@ -42,10 +41,6 @@ def of_stage(tiny_checkpoint: Path, tmp_path: Path) -> Callable[..., TwoStagePip
         return TwoStagePipeline.of_stage(root, stage, device="cpu", **options)
 
     return load
-
-
-def frames_of(pieces: Iterator[FinishedFrames]) -> torch.Tensor:
-    return torch.cat([piece.frames for piece in pieces])
 
 
 def num_parameters(network: torch.nn.Module) -> tuple[int, int]:

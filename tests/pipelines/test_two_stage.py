@@ -1,4 +1,4 @@
-"""The whole system on a tiny checkpoint: streaming, resuming, cancelling, seeds, long clips."""
+"""The whole system on a tiny checkpoint: streaming, requests, seeds, long clips."""
 
 from __future__ import annotations
 
@@ -14,97 +14,22 @@ import PIL.Image
 import pytest
 import torch
 
-from swifti2v.errors import GenerationCancelled, InvalidInputError, OutputError, WorkDirectoryError
+from swifti2v.errors import InvalidInputError
 from swifti2v.geometry import Size
 from swifti2v.media.images import fit_image, image_to_tensor
 from swifti2v.media.video_reader import VideoReader
 from swifti2v.models.checkpoint_index import WAN_NEGATIVE_PROMPT
-from swifti2v.pipelines.acceleration import Acceleration
 from swifti2v.pipelines.ahead import THREAD_NAME
-from swifti2v.pipelines.options import GenerationOptions
 from swifti2v.pipelines.two_stage import TwoStagePipeline
+from tests.pipelines.whole_runs import OPTIONS, frames_of, stage_two_calls, stop_at
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable
 
     from swifti2v.pipelines.loading import Overlap
-    from swifti2v.pipelines.runs import FinishedFrames, GenerationRequest, Progress
+    from swifti2v.pipelines.options import GenerationOptions
+    from swifti2v.pipelines.runs import GenerationRequest, Progress
     from swifti2v.pipelines.stage_one import PromptEmbeds
-
-OPTIONS = GenerationOptions(
-    num_frames=13, seed=3, stage_one_steps=1, num_inference_steps=2, segment_size=1, flow_scale=1.0
-)
-
-
-@pytest.fixture(scope="module")
-def pipe(tiny_checkpoint: Path) -> TwoStagePipeline:
-    return TwoStagePipeline.from_pretrained(tiny_checkpoint, device="cpu")
-
-
-@pytest.fixture(scope="module")
-def image() -> PIL.Image.Image:
-    noise = np.random.default_rng(0).integers(0, 256, (12, 16, 3), dtype=np.uint8)
-    return PIL.Image.fromarray(noise).resize((96, 72), PIL.Image.Resampling.BICUBIC)
-
-
-@pytest.fixture
-def request_of(pipe: TwoStagePipeline, image: PIL.Image.Image) -> Callable[..., GenerationRequest]:
-    def make(prompt: str = "pan left", **changes: Any) -> GenerationRequest:
-        return pipe.request(image, prompt, options=replace(OPTIONS, **changes))
-
-    return make
-
-
-@pytest.fixture(scope="module")
-def uninterrupted(
-    pipe: TwoStagePipeline, image: PIL.Image.Image, tmp_path_factory: pytest.TempPathFactory
-) -> tuple[torch.Tensor, dict[str, bytes], Path]:
-    """Frames, segment files and work directory of one run from its beginning to its end."""
-    folder = tmp_path_factory.mktemp("whole")
-    video = pipe(image, "pan left", options=OPTIONS, work_dir=folder)
-    return video.frames, segments(folder), folder
-
-
-def segments(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in sorted((folder / "segments").iterdir())}
-
-
-def frames_of(pieces: Iterator[FinishedFrames]) -> torch.Tensor:
-    return torch.cat([piece.frames for piece in pieces])
-
-
-class Calls:
-    """Counts the forward passes of a network."""
-
-    def __init__(self, module: torch.nn.Module) -> None:
-        self.count = 0
-        self._handle = module.register_forward_pre_hook(self._add)
-
-    def _add(self, *_arguments: object) -> None:
-        self.count += 1
-
-    def __enter__(self) -> Calls:
-        return self
-
-    def __exit__(self, *_error: object) -> None:
-        self._handle.remove()
-
-
-def stage_one_calls(pipe: TwoStagePipeline) -> Calls:
-    return Calls(pipe.parts.stage_one.pipeline.transformer)
-
-
-def stage_two_calls(pipe: TwoStagePipeline) -> Calls:
-    return Calls(pipe.parts.stage_two.transformer)
-
-
-def stop_at(phase: str, done: int, error: type[BaseException] = GenerationCancelled) -> Callable[[Progress], None]:
-    def stop(progress: Progress) -> None:
-        if (progress.phase, progress.done) == (phase, done):
-            raise error(f"stopped at {phase} {done}")
-
-    return stop
-
 
 # ------------------------------------------------------------------------------------------------ what comes out
 
@@ -389,145 +314,3 @@ def test_frames_that_are_held_do_not_grow_with_length(
     assert short > 0
     # Two threads do not meet at the same line every time. Six latent frames more would be eighteen things.
     assert long <= short + 2
-
-
-# ------------------------------------------------------------------------------------------------ resuming
-
-
-@pytest.mark.parametrize(
-    ("phase", "done", "kept"),
-    [("stage_one", 1, 0), ("stage_one", 2, 0), ("stage_two", 1, 0), ("stage_two", 4, 1), ("frames", 9, 2)],
-)
-@pytest.mark.parametrize("error", [GenerationCancelled, KeyboardInterrupt], ids=["cancelled", "ctrl-c"])
-def test_a_stopped_run_continues_to_the_same_bytes(
-    pipe: TwoStagePipeline,
-    image: PIL.Image.Image,
-    uninterrupted: Any,
-    tmp_path: Path,
-    phase: str,
-    done: int,
-    kept: int,
-    error: type[BaseException],
-) -> None:
-    with pytest.raises(error, match="stopped at"):
-        pipe(image, "pan left", options=OPTIONS, work_dir=tmp_path, on_progress=stop_at(phase, done, error))
-    found = len(segments(tmp_path))  # the segment made ahead may be finished too
-    assert found == kept == 0 if phase == "stage_one" else kept <= found <= kept + 1
-    with stage_one_calls(pipe) as first, stage_two_calls(pipe) as second:
-        video = pipe(image, "pan left", options=OPTIONS, work_dir=tmp_path)
-    assert first.count == (2 if phase == "stage_one" else 0)  # two windows of one step
-    assert second.count == 2 * (3 - found)
-    assert torch.equal(video.frames, uninterrupted[0])
-    assert segments(tmp_path) == uninterrupted[1]
-
-
-def test_a_finished_run_is_only_decoded(
-    pipe: TwoStagePipeline, image: PIL.Image.Image, uninterrupted: Any, tmp_path: Path
-) -> None:
-    frames, files, folder = uninterrupted
-    times = {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
-    with stage_one_calls(pipe) as first, stage_two_calls(pipe) as second:
-        again = pipe(image, "pan left", options=replace(OPTIONS, fps=24.0), work_dir=folder)
-    assert (first.count, second.count) == (0, 0)
-    assert again.fps == 24
-    assert torch.equal(again.frames, frames)
-    assert segments(folder) == files
-    assert times == {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
-
-
-@pytest.mark.parametrize(
-    ("change", "words"),
-    [
-        ({"prompt": "pan right"}, "another prompt"),
-        ({"seed": 4}, "another seed"),
-        ({"size": Size(96, 64)}, "another image, size"),
-        ({"num_frames": 9}, "another num_frames"),
-        ({"num_inference_steps": 1}, "another num_inference_steps"),
-        ({"reference": "replace"}, "another flow_scale, reference"),
-        ({"guidance_scale": 2.0, "negative_prompt": "blurry"}, "another guidance_scale, negative_prompt"),
-    ],
-)
-def test_another_run_is_refused(
-    pipe: TwoStagePipeline,
-    request_of: Callable[..., GenerationRequest],
-    uninterrupted: Any,
-    change: dict[str, Any],
-    words: str,
-) -> None:
-    frames, files, folder = uninterrupted
-    with pytest.raises(WorkDirectoryError, match=f"{words};.*--work-dir"):
-        next(pipe.stream(request_of(**change), work_dir=folder))
-    assert segments(folder) == files
-    assert torch.equal(frames_of(pipe.stream(request_of(), work_dir=folder)), frames)
-
-
-def test_another_image_is_refused(pipe: TwoStagePipeline, image: PIL.Image.Image, uninterrupted: Any) -> None:
-    other = image.copy()
-    other.putpixel((48, 36), (255, 0, 0))
-    with pytest.raises(WorkDirectoryError, match="another image;"):
-        pipe(other, "pan left", options=OPTIONS, work_dir=uninterrupted[2])
-
-
-def test_a_preview_is_continued(
-    pipe: TwoStagePipeline, request_of: Callable[..., GenerationRequest], uninterrupted: Any, tmp_path: Path
-) -> None:
-    """Look at the motion, then choose how Stage II works: until a segment is done, that may change."""
-    with stage_two_calls(pipe) as second:
-        motion = frames_of(pipe.preview(request_of(), work_dir=tmp_path))
-        again = frames_of(pipe.preview(request_of(), work_dir=tmp_path))
-    assert second.count == 0
-    assert motion.shape == (13, 16, 16, 3)
-    assert torch.equal(motion, again)
-    with stage_one_calls(pipe) as first:
-        for changes in ({"num_inference_steps": 4}, {"segment_size": 3}):
-            pieces = pipe.stream(request_of(**changes), work_dir=tmp_path)
-            next(pieces)
-            pieces.close()
-        assert torch.equal(frames_of(pipe.stream(request_of(), work_dir=tmp_path)), uninterrupted[0])
-    assert first.count == 0
-    assert segments(tmp_path) == uninterrupted[1]
-    with pytest.raises(WorkDirectoryError, match="another segment_size"):
-        next(pipe.stream(request_of(segment_size=3), work_dir=tmp_path))
-
-
-def test_segments_of_exact_products_are_not_continued_by_rounded_ones(
-    tiny_checkpoint: Path,
-    image: PIL.Image.Image,
-    uninterrupted: tuple[torch.Tensor, dict[str, bytes], Path],
-    tmp_path: Path,
-) -> None:
-    folder = tmp_path / "begun"
-    shutil.copytree(uninterrupted[2], folder)
-    rounded = TwoStagePipeline.from_pretrained(
-        tiny_checkpoint, device="cpu", acceleration=Acceleration(quantization="int8")
-    )
-    with pytest.raises(WorkDirectoryError, match="another quantization"):
-        rounded(image, "pan left", options=OPTIONS, work_dir=folder)
-    assert segments(folder) == uninterrupted[1]
-
-
-def test_damage_in_the_work_directory(
-    pipe: TwoStagePipeline, request_of: Callable[..., GenerationRequest], uninterrupted: Any, tmp_path: Path
-) -> None:
-    folder = Path(shutil.copytree(uninterrupted[2], tmp_path / "copy"))
-    segment = folder / "segments" / "segment_0001.safetensors"
-    whole = segment.read_bytes()
-    segment.write_bytes(whole[:-8])
-    with pytest.raises(WorkDirectoryError, match=r"segment_0001\.safetensors is damaged; remove it"):
-        frames_of(pipe.stream(request_of(), work_dir=folder))
-    segment.unlink()
-    assert torch.equal(frames_of(pipe.stream(request_of(), work_dir=folder)), uninterrupted[0])
-    assert segment.read_bytes() == whole
-    piece = folder / "motion_reference" / "piece_000000.npy"
-    piece.write_bytes(piece.read_bytes()[:-8])
-    with pytest.raises(WorkDirectoryError, match=r"damaged.*delete"):
-        frames_of(pipe.stream(request_of(), work_dir=folder))
-
-
-def test_work_directory_that_is_a_file(
-    pipe: TwoStagePipeline, request_of: Callable[..., GenerationRequest], tmp_path: Path
-) -> None:
-    (tmp_path / "file").write_text("mine")
-    with pytest.raises(OutputError, match="cannot be made"):
-        next(pipe.stream(request_of(), work_dir=tmp_path / "file"))
-    assert (tmp_path / "file").read_text() == "mine"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from benchmarks import full_size, full_size_networks, speed
+from benchmarks import full_size_account, full_size_networks, speed
 from swifti2v.geometry import Size
 from swifti2v.memory.budget import WAN22
 from swifti2v.memory.codec_cost import WAN22_VAE
@@ -29,12 +29,12 @@ def test_codecs_are_those_of_the_preset() -> None:
 def test_rows_hold_the_flops_of_the_account() -> None:
     size = Size(256, 128)
     codec = full_size_networks.codec(full_size_networks.VAE22, "meta")
-    encode, decode = full_size._codec_rows(codec, size, None, num_chunks=3)
+    encode, decode = full_size_account._codec_rows(codec, size, None, num_chunks=3)
     assert encode.tflop == pytest.approx(WAN22_VAE.encode_tflop(size, 9), rel=1e-3)
     assert decode.tflop == pytest.approx(WAN22_VAE.decode_tflop(size, 9), rel=1e-3)
-    light = full_size._light_row(size, wide=False, num_chunks=3)
+    light = full_size_account._light_row(size, wide=False, num_chunks=3)
     assert light.tflop == pytest.approx(LightDecoderDimensions().decode_tflop(size, 9), rel=1e-9)
-    row = full_size._stage_two_row(size, 5)
+    row = full_size_account._stage_two_row(size, 5)
     assert row.tflop == pytest.approx(STAGE_TWO_5B.forward_cost(5 * 32, num_timesteps=5).tflop, rel=1e-3)
     network = full_size_networks.stage_two("meta")
     kinds = len(FrameKind) * STAGE_TWO_5B.dim  # a table of ours, which the account leaves out
@@ -44,7 +44,7 @@ def test_rows_hold_the_flops_of_the_account() -> None:
 
 def test_checks_compare_with_the_goals() -> None:
     rows = [
-        full_size.Row(name, 1.0, gib)
+        full_size_account.Row(name, 1.0, gib)
         for name, gib in (
             ("Stage II, one forward of 5 frames", 1.3),
             ("decode, 3 latent frames, untiled", 18.5),
@@ -53,7 +53,7 @@ def test_checks_compare_with_the_goals() -> None:
             ("encode, 3 latent frames, 2x2 tiles, parked", 1.0),
         )
     ]
-    assert [check.holds for check in full_size.account_checks(rows)] == [True, False, True, True, True]
+    assert [check.holds for check in full_size_account.account_checks(rows)] == [True, False, True, True, True]
     found = speed.checks([speed.Ratio("a", 3.0, 2.0, 1.6), speed.Ratio("b", 3.0, 2.0, 1.5)], 0.01, 0.6)
     assert [check.holds for check in found] == [False, True, True, False]
 

@@ -142,7 +142,7 @@ def _stage_one_pipeline(device: str, home: str) -> WanImageToVideoPipeline:
         # Each goes home before the next is made: together they may be more than the device holds.
         encoder = UMT5EncoderModel(text).eval().to(home)
     return WanImageToVideoPipeline(
-        tokenizer=_tokenizer(),
+        tokenizer=character_tokenizer(),
         text_encoder=encoder,
         vae=codec(VAE21, device).to(home),
         scheduler=FixedSigmaScheduler(),
@@ -152,8 +152,8 @@ def _stage_one_pipeline(device: str, home: str) -> WanImageToVideoPipeline:
     )
 
 
-def _tokenizer() -> PreTrainedTokenizerFast:
-    """A character tokenizer; prompts are padded to 512 tokens whatever they say."""
+def character_tokenizer() -> PreTrainedTokenizerFast:
+    """A character tokenizer with T5's special tokens; prompts are padded to 512 tokens whatever they say."""
     from tokenizers import Tokenizer, models, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
 

@@ -10,6 +10,8 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
+from benchmarks.full_size_networks import character_tokenizer
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from pathlib import Path
@@ -35,6 +37,24 @@ WAN_DIT = {
     "cross_attn_norm": True,
     "qk_norm": "rms_norm_across_heads",
     "rope_max_seq_len": 64,
+}
+
+TINY_CODEC: dict[str, Any] = {
+    "base_dim": 3,
+    "dim_mult": [1, 1, 1, 1],
+    "num_res_blocks": 1,
+    "temperal_downsample": [False, True, True],
+}
+WAN21_CODEC = TINY_CODEC | {"z_dim": 16}
+WAN22_CODEC = TINY_CODEC | {
+    "z_dim": 48,
+    "in_channels": 12,
+    "out_channels": 12,
+    "is_residual": True,
+    "patch_size": 2,
+    "latents_mean": [0.0] * 48,
+    "latents_std": [1.0] * 48,
+    "scale_factor_spatial": 16,
 }
 
 TINY_INDEX: dict[str, Any] = {
@@ -83,16 +103,7 @@ def loud_libraries() -> Iterator[None]:
 @pytest.fixture(scope="session")
 def tiny_tokenizer() -> PreTrainedTokenizerFast:
     """A character tokenizer with T5's special tokens."""
-    from tokenizers import Tokenizer, models, pre_tokenizers, processors
-    from transformers import PreTrainedTokenizerFast
-
-    letters = "abcdefghijklmnopqrstuvwxyz0123456789.,'-!?"
-    vocabulary = {"<pad>": 0, "</s>": 1, "<unk>": 2} | {letter: 3 + i for i, letter in enumerate(letters)}
-    special = {"pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, special["unk_token"]))
-    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
-    tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special)
+    return character_tokenizer()
 
 
 @pytest.fixture
@@ -119,9 +130,7 @@ def tiny_vae21() -> AutoencoderKLWan:
     from diffusers import AutoencoderKLWan
 
     torch.manual_seed(0)
-    return AutoencoderKLWan(
-        base_dim=3, z_dim=16, dim_mult=[1, 1, 1, 1], num_res_blocks=1, temperal_downsample=[False, True, True]
-    ).eval()
+    return AutoencoderKLWan(**WAN21_CODEC).eval()
 
 
 @pytest.fixture
@@ -130,21 +139,7 @@ def tiny_vae22() -> AutoencoderKLWan:
     from diffusers import AutoencoderKLWan
 
     torch.manual_seed(0)
-    return AutoencoderKLWan(
-        base_dim=3,
-        z_dim=48,
-        in_channels=12,
-        out_channels=12,
-        is_residual=True,
-        patch_size=2,
-        latents_mean=[0.0] * 48,
-        latents_std=[1.0] * 48,
-        dim_mult=[1, 1, 1, 1],
-        num_res_blocks=1,
-        scale_factor_spatial=16,
-        scale_factor_temporal=4,
-        temperal_downsample=[False, True, True],
-    ).eval()
+    return AutoencoderKLWan(**WAN22_CODEC).eval()
 
 
 @pytest.fixture
@@ -190,14 +185,13 @@ def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: An
         }
         return WanTransformer3DModel(**(settings | changes))
 
-    codec = {"base_dim": 3, "dim_mult": [1, 1, 1, 1], "num_res_blocks": 1, "temperal_downsample": [False, True, True]}
     text = UMT5Config(
         vocab_size=64, d_model=32, d_kv=8, d_ff=37, num_layers=1, num_heads=4, relative_attention_num_buckets=8
     )
     WanImageToVideoPipeline(
         tokenizer=tiny_tokenizer,
         text_encoder=UMT5EncoderModel(text).eval(),
-        vae=AutoencoderKLWan(z_dim=16, **codec),
+        vae=AutoencoderKLWan(**WAN21_CODEC),
         scheduler=UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0),
         transformer=network(),
         transformer_2=network(),
@@ -209,19 +203,7 @@ def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: An
     with torch.no_grad():
         wide.patch_embedding.weight[:, 48:].normal_()
     wide.save_pretrained(root / "stage_two" / "transformer")
-    second = AutoencoderKLWan(
-        z_dim=48,
-        in_channels=12,
-        out_channels=12,
-        is_residual=True,
-        patch_size=2,
-        latents_mean=[0.0] * 48,
-        latents_std=[1.0] * 48,
-        scale_factor_spatial=16,
-        scale_factor_temporal=4,
-        **codec,
-    )
-    second.save_pretrained(root / "stage_two" / "vae")
+    AutoencoderKLWan(**WAN22_CODEC).save_pretrained(root / "stage_two" / "vae")
     shutil.copytree(root / "stage_two" / "vae", root / "stock" / "vae")
     (root / "adapters").mkdir()
     for seed, name in enumerate(("high", "low", "small")):

@@ -8,21 +8,18 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import cv2
-import numpy as np
 import pytest
 from safetensors import SafetensorError
 from typer.testing import CliRunner
 
 from swifti2v.cli.main import app
 from swifti2v.data.latent_cache import LatentCache
-from swifti2v.geometry import Size
 from swifti2v.media import atomic_files
-from swifti2v.media.video_writer import VideoWriter
 from swifti2v.training.embedded.recipes import StageOneRun, StageTwoRun
 from swifti2v.training.low_res.run import LowResCacheRun, LowResLoraRun
 from swifti2v.training.refiner import network
 from swifti2v.training.refiner.run import DistillationRun, RefinerRun, TransitionRun
+from tests.training.sliding_clips import write_clips
 from tests.training.test_recipes import KINDS
 
 if TYPE_CHECKING:
@@ -56,12 +53,7 @@ def refused(result: Result, *words: str) -> None:
 def videos(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two good clips, one that is no video, one whose end is missing, and one without a caption."""
     folder = tmp_path_factory.mktemp("videos")
-    for number in range(4):
-        coarse = np.random.default_rng(number).integers(0, 255, (8, 10, 3), dtype=np.uint8)
-        wide = cv2.resize(coarse, (224, 160), interpolation=cv2.INTER_CUBIC)
-        with VideoWriter(folder / f"{number}.mp4", size=Size(128, 128), fps=8) as writer:
-            writer.write(np.stack([wide[16:144, 4 * t : 4 * t + 128] for t in range(12)]))
-        (folder / f"{number}.txt").write_text("blobs slide to the left\n")
+    write_clips(folder, 4)
     (folder / "2.mp4").write_bytes((folder / "2.mp4").read_bytes()[:2000])
     (folder / "3.txt").write_text(" \n")
     (folder / "4.mp4").write_text("no video")

@@ -9,7 +9,6 @@ from dataclasses import replace
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
-import cv2
 import numpy as np
 import PIL.Image
 import pytest
@@ -21,7 +20,6 @@ from swifti2v.data.latent_cache import LatentCache
 from swifti2v.data.shards import FreshSample, write_shard
 from swifti2v.errors import CheckpointError, ConfigurationError, InvalidInputError, LatentCacheError
 from swifti2v.geometry import Size
-from swifti2v.media.video_writer import VideoWriter
 from swifti2v.models.transformer import StageTwoTransformer
 from swifti2v.pipelines.loading import settings_of
 from swifti2v.pipelines.options import GenerationOptions
@@ -49,6 +47,7 @@ from swifti2v.training.refiner.segment_flow import SegmentFlowOptions
 from swifti2v.training.refiner.transition import TransitionOptions
 from swifti2v.training.refiner.validation import HeldOut, RefinerValidation, ValidationOfRefiner
 from swifti2v.training.videos import VideoSelection
+from tests.training.sliding_clips import write_clips
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -63,12 +62,7 @@ NETWORK = NetworkOptions(lora_rank=2, lora_targets=("to_q", "to_v", "ffn.net.2")
 def videos(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Three clips of 12 frames that slide over blobs, and a text file with the name of a video."""
     folder = tmp_path_factory.mktemp("videos")
-    for seed in range(3):
-        coarse = np.random.default_rng(seed).integers(0, 255, (8, 10, 3), dtype=np.uint8)
-        wide = cv2.resize(coarse, (224, 160), interpolation=cv2.INTER_CUBIC)
-        with VideoWriter(folder / f"clip_{seed}.mp4", size=Size(128, 128), fps=8) as writer:
-            writer.write(np.stack([wide[16:144, 4 * t : 4 * t + 128] for t in range(12)]))
-        (folder / f"clip_{seed}.txt").write_text("blobs slide to the left\n")
+    write_clips(folder, 3)
     (folder / "broken.mp4").write_text("this is no video")
     (folder / "broken.txt").write_text("nothing\n")
     return folder
@@ -104,9 +98,9 @@ def run(tiny_checkpoint: Path) -> RefinerRun:
 def test_cache_holds_the_usable_clips(cache: Path) -> None:
     samples = LatentCache.open(cache)
     assert [sample.split("@")[0] for sample in (samples[i].name for i in range(3))] == [
-        "clip_0.mp4",
-        "clip_1.mp4",
-        "clip_2.mp4",
+        "0.mp4",
+        "1.mp4",
+        "2.mp4",
     ]
     assert sorted(samples[0].tensors) == ["latents", "prompt_embeds", "reference.0"]
     assert samples[0].tensors["latents"].shape == (48, 3, 8, 8)

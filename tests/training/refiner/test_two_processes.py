@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
-from pathlib import Path
+from typing import TYPE_CHECKING
 
-import cv2
 import numpy as np
 import pytest
 import torch
 
 from swifti2v.data.latent_cache import LatentCache
-from swifti2v.geometry import Size
-from swifti2v.media.video_writer import VideoWriter
 from swifti2v.models.transformer import StageTwoTransformer
+from tests.training.sliding_clips import write_clips
+from tests.training.torchrun import run_on_two
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 LOOP = {
     "num_steps": 3, "learning_rate": 1e-3, "warmup_steps": 1, "checkpoint_every": 3, "validate_every": 2,
@@ -23,26 +23,11 @@ LOOP = {
 }  # fmt: skip
 
 
-def run_on_two(*arguments: str | Path) -> None:
-    """Run `swifti2v` on two processes; fail with what they said."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    given = [str(argument) for argument in arguments]
-    done = subprocess.run(  # noqa: S603 - our own command
-        [*command, "-m", "swifti2v.cli.main", *given], capture_output=True, text=True, timeout=1800, check=False
-    )
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
-
-
 @pytest.mark.slow
 def test_transition_then_sharded_training(tiny_checkpoint: Path, tmp_path: Path) -> None:
     videos = tmp_path / "videos"
     videos.mkdir()
-    for seed in range(4):
-        coarse = np.random.default_rng(seed).integers(0, 255, (8, 10, 3), dtype=np.uint8)
-        wide = cv2.resize(coarse, (224, 160), interpolation=cv2.INTER_CUBIC)
-        with VideoWriter(videos / f"{seed}.mp4", size=Size(128, 128), fps=8) as writer:
-            writer.write(np.stack([wide[16:144, 4 * t : 4 * t + 128] for t in range(10)]))
-        (videos / f"{seed}.txt").write_text("blobs slide to the left\n")
+    write_clips(videos, 4, num_frames=10)
     transition = tmp_path / "transition.yaml"
     size = {"width": 128, "height": 128, "max_aspect": 1.0, "fps": 8.0, "clips": {"num_frames": 9}}
     encoding = {"modes": ["transport"], "transition": {"num_variants": 1}}

@@ -21,15 +21,14 @@ from swifti2v.evaluation.report import EMBED_LIMIT_BYTES, write_report
 from swifti2v.evaluation.results import Curve, Evaluation, Metric, VideoResult
 from swifti2v.geometry import Size
 from swifti2v.media.video_writer import VideoWriter
+from tests.browsers import BROWSER, needs_browser
 
-BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
-BROWSER = next((found for name in BROWSERS if (found := shutil.which(name))), None)
 FRAMES, FPS = 16, 8
 LONG_LABEL = "a_file_name_without_any_space_that_is_much_longer_than_a_label_should_be"
 
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.skipif(BROWSER is None, reason=f"no browser: install one of {', '.join(BROWSERS)}"),
+    needs_browser,
 ]
 
 # Loads the report as a phone shows it, uses the controls, and writes down what it sees.

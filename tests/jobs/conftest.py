@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from swifti2v.jobs.worker import Task
+    from swifti2v.pipelines.two_stage import TwoStagePipeline
 
 LEASE_SECONDS = 10.0
 BROKEN = JobFailure("internal_error", "it broke")
@@ -79,6 +80,20 @@ def queue(tmp_path: Path) -> Iterator[JobQueue]:
 @pytest.fixture
 def picture() -> PIL.Image.Image:
     return PIL.Image.new("RGB", (8, 4), (200, 100, 50))
+
+
+@pytest.fixture
+def job(queue: JobQueue, picture: PIL.Image.Image) -> Job:
+    """A job of the model `tiny` that nobody has claimed."""
+    return queue.submit(picture, JobRequest("tiny", "pan"))
+
+
+@pytest.fixture(scope="module")
+def pipeline(tiny_checkpoint: Path) -> TwoStagePipeline:
+    """The tiny checkpoint as it is loaded, for jobs that are really run."""
+    from swifti2v.pipelines.two_stage import TwoStagePipeline
+
+    return TwoStagePipeline.from_pretrained(tiny_checkpoint, device="cpu")
 
 
 @pytest.fixture

@@ -5,7 +5,6 @@ from __future__ import annotations
 import signal
 import subprocess
 import sys
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -26,15 +25,11 @@ from tests.jobs.conftest import wait_for
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from pathlib import Path
 
     from swifti2v.jobs.queue import JobQueue
 
 OPTIONS = GenerationOptions(num_frames=17, segment_size=1, num_inference_steps=2, stage_one_steps=2, seed=3)
-
-
-@pytest.fixture(scope="module")
-def pipeline(tiny_checkpoint: Path) -> TwoStagePipeline:
-    return TwoStagePipeline.from_pretrained(tiny_checkpoint, device="cpu")
 
 
 @pytest.fixture

@@ -132,11 +132,6 @@ def worker_of(queue: JobQueue, runner: Any, *stages: JobStage) -> Worker:
     return Worker(queue.store, queue.files, runner, options=options)
 
 
-@pytest.fixture
-def job(queue: JobQueue, picture: PIL.Image.Image) -> Job:
-    return queue.submit(picture, JobRequest("tiny", "pan"))
-
-
 def test_one_worker_begins_and_the_other_goes_on(queue: JobQueue, job: Job) -> None:
     one, two = worker_of(queue, FirstHalf(), ONE), worker_of(queue, SecondHalf(), TWO)
     assert two.run_one() is None

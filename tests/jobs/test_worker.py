@@ -22,11 +22,6 @@ if TYPE_CHECKING:
 QUICK = WorkerOptions(lease_seconds=0.6, poll_seconds=0.01, retry_seconds=0.0)
 
 
-@pytest.fixture
-def job(queue: JobQueue, picture: PIL.Image.Image) -> Job:
-    return queue.submit(picture, JobRequest("tiny", "pan"))
-
-
 def worker_of(queue: JobQueue, runner: Any, **changes: Any) -> Worker:
     options = WorkerOptions(**{**QUICK.__dict__, **changes})
     return Worker(queue.store, queue.files, runner, options=options)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import socket
 import subprocess
 import sys
@@ -18,6 +17,7 @@ import pytest
 from swifti2v.jobs.queue import JobQueue
 from swifti2v.jobs.state import JobState
 from swifti2v.media.video_reader import VideoReader
+from tests.browsers import BROWSER, needs_browser
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -26,8 +26,6 @@ if TYPE_CHECKING:
 pytest.importorskip("gradio", reason="the app is an extra: pip install 'swifti2v[app]'")
 playwright = pytest.importorskip("playwright.sync_api", reason="no Playwright: pip install playwright")
 
-BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
-BROWSER = next((found for name in BROWSERS if (found := shutil.which(name))), None)
 START_SECONDS = 600  # on a machine that does a hundred other things
 PATIENCE_MILLISECONDS = 240_000
 DESKTOP = {"width": 1280, "height": 800}
@@ -36,7 +34,7 @@ PROGRAM = "import typer; from swifti2v.cli.app import app; typer.run(app)"
 
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.skipif(BROWSER is None, reason=f"no browser: install one of {', '.join(BROWSERS)}"),
+    needs_browser,
     # asyncio of Playwright's own thread; the sockets are closed with its process.
     pytest.mark.filterwarnings("ignore::ResourceWarning"),
 ]

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
+import weakref
 from dataclasses import asdict
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
@@ -178,6 +179,24 @@ def test_two_streams_do_not_mix_and_latents_are_checked() -> None:
         list(decoder.decode_stream([torch.zeros(1, 5, 1, 2, 2), torch.zeros(1, 5, 1, 2, 3)]))
     with pytest.raises(InvalidInputError, match="latent frame 0 holds NaN"):
         list(decoder.decode_stream([torch.full((1, 5, 1, 2, 2), torch.nan)]))
+
+
+def test_the_floats_of_a_chunk_are_gone_when_its_frames_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    decoder = LightDecoder(decoder_from_weights(random_weights(PLAIN), dtype=torch.float32))
+    made: list[weakref.ref[torch.Tensor]] = []
+    decode = decoder._decode
+
+    def noted(*arguments: Any) -> torch.Tensor:
+        chunk = decode(*arguments)
+        assert not any(other() is not None for other in made)  # nor is the one before held while the next is made
+        made.append(weakref.ref(chunk))
+        return chunk
+
+    monkeypatch.setattr(decoder, "_decode", noted)
+    for frames in decoder.decode_stream([torch.zeros(1, 5, 3, 2, 2)]):
+        assert frames.dtype == torch.uint8
+        assert made[-1]() is None
+    assert len(made) == 3
 
 
 def test_statistics_undo_the_normalisation() -> None:

@@ -12,7 +12,6 @@ so that 4k+1 frames come out. RGB is in [0, 1] at the last layer.
 
 from __future__ import annotations
 
-from contextlib import closing
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -29,7 +28,7 @@ from swifti2v.errors import CheckpointError
 from swifti2v.models.checkpoint_files import Hub
 from swifti2v.models.checkpoint_index import is_hub_id
 from swifti2v.models.stream_checks import check_finite, check_latents, check_result
-from swifti2v.pixels import to_uint8
+from swifti2v.pixels import stream_to_uint8
 
 if TYPE_CHECKING:
     from collections.abc import Generator, Iterable, Iterator, Mapping
@@ -156,9 +155,7 @@ class LightDecoder:
             InvalidInputError: an item has the wrong shape, channels or dtype, another size, or holds NaN or infinity.
             CheckpointError: the network turned finite latents into values that are not finite.
         """
-        with closing(self.decode_pixel_stream(latents)) as chunks:
-            for chunk in chunks:
-                yield to_uint8(chunk)
+        return stream_to_uint8(self.decode_pixel_stream(latents))
 
     def decode_pixel_stream(self, latents: Iterable[Tensor]) -> Generator[Tensor, None, None]:
         """Decode like `decode_stream`, before rounding: yields float32 ``[1, 3, f, H, W]`` in [-1, 1] on the device."""

@@ -10,7 +10,6 @@ costs beside the caches is the matter of `lean_vae.py`.
 from __future__ import annotations
 
 import math
-from contextlib import closing
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
@@ -23,14 +22,12 @@ from swifti2v.models.lean_vae import LeanWanNetwork, is_lean_capable
 from swifti2v.models.parked_features import visit
 from swifti2v.models.stream_checks import check_finite, check_latents, check_result, check_same_size, describe
 from swifti2v.models.tiling import TileGrid, Tiling
-from swifti2v.pixels import to_uint8
+from swifti2v.pixels import stream_to_uint8
 
 if TYPE_CHECKING:
     from collections.abc import Generator, Iterable, Iterator
 
     from torch import Tensor, nn
-
-__all__ = ["CodecSettings", "StreamingCodec", "Tiling", "VideoDecoder", "WanStreamingCodec", "open_codec", "to_uint8"]
 
 
 @dataclass(frozen=True)
@@ -204,12 +201,7 @@ class WanStreamingCodec:
             InvalidInputError: an item has the wrong shape, channels or dtype, another size, or holds NaN or infinity.
             CheckpointError: the network turned finite latents into values that are not finite.
         """
-        with closing(self.decode_pixel_stream(latents)) as chunks:
-            for chunk in chunks:
-                frames = to_uint8(chunk)
-                del chunk
-                yield frames
-                del frames
+        return stream_to_uint8(self.decode_pixel_stream(latents))
 
     def decode_pixel_stream(self, latents: Iterable[Tensor]) -> Generator[Tensor, None, None]:
         """Decode like `decode_stream`, before rounding: yields float32 ``[1, 3, f, H, W]`` in [-1, 1] on the device."""

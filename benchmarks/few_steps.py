@@ -32,7 +32,7 @@ from swifti2v.training.embedded.reference_pairs import ReferencePair
 from swifti2v.training.engine.loop import LoopOptions, TrainingLoop
 from swifti2v.training.refiner.distillation import DistillationObjective, DistillationOptions
 from swifti2v.training.refiner.distribution_matching import DistributionMatchingObjective, DistributionMatchingOptions
-from swifti2v.training.refiner.window_source import WindowSourceOptions
+from swifti2v.training.refiner.window_source import WindowSource, WindowSourceOptions
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -131,13 +131,13 @@ def distilled(teacher: Path, student: Student, *, pairs: Path, output: Path, set
     critic = None
     if student.objective == TRAJECTORY:
         options = DistillationOptions(student.num_steps, 1.0, flow, TEACHER_STEPS // student.num_steps)
-        objective = DistillationObjective(made, frozen, samples=crops, batches=crops, options=options)
+        source = WindowSource(made, samples=crops, batches=crops, options=options.source_options)
+        objective = DistillationObjective(made, frozen, source=source, options=options)
     else:
         second = StageTwoTransformer.from_pretrained(teacher, torch_dtype=torch.float32)
         matching = DistributionMatchingOptions(student.num_steps, 1.0, flow, **CRITIC)
-        objective = DistributionMatchingObjective(
-            made, frozen, critic=second, samples=crops, batches=crops, options=matching
-        )
+        source = WindowSource(made, samples=crops, batches=crops, options=matching.source_options)
+        objective = DistributionMatchingObjective(made, frozen, critic=second, source=source, options=matching)
         critic = objective.critic
 
     def report(step: StepReport) -> None:

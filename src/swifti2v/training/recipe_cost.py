@@ -169,7 +169,7 @@ def _refiner(run: RefinerRun, dimensions: PipelineDimensions, size: Size, num_fr
 def _distillation(run: DistillationRun, dimensions: PipelineDimensions, size: Size, num_frames: int) -> TrainingCost:
     options = run.distillation
     work = _refiner_work(run.network, dimensions)
-    shares = _token_shares(options.source, dimensions, size, num_frames)
+    shares = _token_shares(options.source_options, dimensions, size, num_frames)
     text, again = dimensions.text_tokens, run.network.gradient_checkpointing
     is_matching = isinstance(options, DistributionMatchingOptions)
     trained, forwards, windows = _work_of_student(options)
@@ -183,7 +183,7 @@ def _distillation(run: DistillationRun, dimensions: PipelineDimensions, size: Si
     )
     return TrainingCost(
         setup=_setup(run, work, max(shares), checkpointing=again, has_teacher=True, has_critic=is_matching),
-        tflop_per_sample=step + windows * _own_context_tflop(options.source, work, dimensions, size),
+        tflop_per_sample=step + windows * _own_context_tflop(options.source_options, work, dimensions, size),
         num_steps=run.loop.num_steps,
         batches_per_step=run.loop.gradient_accumulation,
         validation=_validation(run.loop, run.sampling, dimensions, size, num_frames),

@@ -13,7 +13,7 @@ from swifti2v.models.transformer import StageTwoTransformer
 from swifti2v.training.engine.distributed import joined_processes
 from swifti2v.training.engine.loop import LoopOptions, TrainingLoop
 from swifti2v.training.refiner.distribution_matching import DistributionMatchingObjective, DistributionMatchingOptions
-from swifti2v.training.refiner.window_source import WindowSourceOptions
+from swifti2v.training.refiner.window_source import WindowSource, WindowSourceOptions
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -81,15 +81,17 @@ def matching_objective(
     empty_prompt: Tensor | None = None,
 ) -> DistributionMatchingObjective:
     """The objective with three networks that are equal unless they are given."""
-    return DistributionMatchingObjective(
-        student or stage_two(),
-        teacher or stage_two(),
-        critic=critic or stage_two(),
+    student = student or stage_two()
+    source = WindowSource(
+        student,
         samples=SAMPLES,
         batches=Steps(),
-        options=options,
+        options=options.source_options,
         num_processes=num_processes,
         empty_prompt=empty_prompt,
+    )
+    return DistributionMatchingObjective(
+        student, teacher or stage_two(), critic=critic or stage_two(), source=source, options=options
     )
 
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
@@ -31,36 +30,14 @@ from swifti2v.training.refiner.window_batches import (
 )
 from swifti2v.training.refiner.window_source import WindowSource
 from swifti2v.training.refiner.windows import WindowOptions
+from tests.training.engine.matching_runs import CHANNELS, Sample, Steps, make_sample
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from diffusers import WanTransformer3DModel
 
-CHANNELS, FRAMES, SIDE = 48, 5, 4
 EXACT = SegmentFlowOptions(context_noise=0.0, prompt_dropped_share=0.0)
-
-
-@dataclass(frozen=True)
-class Sample:
-    name: str
-    tensors: dict[str, Tensor] = field(default_factory=dict)
-
-
-def make_sample(seed: int) -> Sample:
-    generator = torch.Generator().manual_seed(seed)
-    latents = torch.randn(CHANNELS, FRAMES, SIDE, SIDE, generator=generator)
-    tensors = {
-        "latents": latents,
-        "prompt_embeds": torch.randn(7, 32, generator=generator),
-        "reference.0": latents + 0.3 * torch.randn(latents.shape, generator=generator),
-    }
-    return Sample(f"clip {seed}", tensors)
-
-
-class Steps:
-    """Two samples a step."""
-
-    def batch_of(self, step: int) -> list[int]:
-        return [step % 3, (step + 1) % 3]
 
 
 @pytest.fixture
@@ -293,7 +270,8 @@ class TestDistillation:
             for network in (teacher, transformer):
                 network.proj_out.weight.mul_(6)
         chosen = options or self.options
-        return DistillationObjective(transformer, teacher, samples=samples, batches=Steps(), options=chosen)
+        source = WindowSource(transformer, samples=samples, batches=Steps(), options=chosen.source_options)
+        return DistillationObjective(transformer, teacher, source=source, options=chosen)
 
     def gap(self, of: DistillationObjective, samples: list[Sample]) -> float:
         """Mean squared distance of the student's two steps from the teacher's eight, on windows not trained on."""
@@ -312,9 +290,9 @@ class TestDistillation:
         return sum(gaps) / len(gaps)
 
     def test_own_context_is_made_in_the_students_steps(self) -> None:
-        assert DistillationOptions(num_student_steps=4).source.num_own_context_steps == 4
+        assert DistillationOptions(num_student_steps=4).source_options.num_own_context_steps == 4
         asked = DistillationOptions(4, flow=replace(self.options.flow, own_context_steps=2))
-        assert asked.source.num_own_context_steps == 2
+        assert asked.source_options.num_own_context_steps == 2
         assert SegmentFlowOptions().num_own_context_steps == 1
 
     @pytest.mark.parametrize("key", ["pure_noise_share", "keep_reference_above"])
@@ -383,14 +361,11 @@ class TestDistillation:
         of = self.make(transformer, tiny_wan_dit, alike)
         plain = loss_of(of, 0)
         for empty, is_plain in ((torch.ones(7, 32), True), (torch.zeros(7, 32), False)):
-            guided = DistillationObjective(
-                transformer,
-                of._teacher.network,
-                samples=alike,
-                batches=Steps(),
-                options=replace(self.options, guidance_scale=3.0),
-                empty_prompt=empty,
+            options = replace(self.options, guidance_scale=3.0)
+            source = WindowSource(
+                transformer, samples=alike, batches=Steps(), options=options.source_options, empty_prompt=empty
             )
+            guided = DistillationObjective(transformer, of._teacher.network, source=source, options=options)
             assert (loss_of(guided, 0) == pytest.approx(plain, rel=1e-4)) is is_plain
 
     @pytest.mark.parametrize("options", [{"num_student_steps": 0}, {"guidance_scale": 0.5}])

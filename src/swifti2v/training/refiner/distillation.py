@@ -19,10 +19,10 @@ from swifti2v.errors import ConfigurationError
 from swifti2v.sampling.schedules import shifted_sigmas
 from swifti2v.training.refiner.few_steps import FewStepOptions, Teacher
 from swifti2v.training.refiner.window_batches import WindowBatch, noise_like, predicted
-from swifti2v.training.refiner.window_source import Batches, Samples, WindowSource
 
 if TYPE_CHECKING:
     from swifti2v.models.transformer import StageTwoTransformer
+    from swifti2v.training.refiner.window_source import WindowSource
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ class DistillationObjective:
     Args:
         student: what is trained.
         teacher: frozen; the network that the student starts from.
-        samples, batches, num_processes, empty_prompt: see `WindowSource`.
+        source: of windows, by `FewStepOptions.source_options`.
         options: see `DistillationOptions`.
     """
 
@@ -67,24 +67,14 @@ class DistillationObjective:
         student: StageTwoTransformer,
         teacher: StageTwoTransformer,
         *,
-        samples: Samples,
-        batches: Batches,
+        source: WindowSource,
         options: DistillationOptions,
-        num_processes: int = 1,
-        empty_prompt: Tensor | None = None,
     ) -> None:
         self.module: nn.Module = student
         self.options = options
         self._student = student
-        self._source = WindowSource(
-            student,
-            samples=samples,
-            batches=batches,
-            options=options.source,
-            num_processes=num_processes,
-            empty_prompt=empty_prompt,
-        )
-        self._teacher = Teacher(teacher, source=self._source, guidance_scale=options.guidance_scale)
+        self._source = source
+        self._teacher = Teacher(teacher, source=source, guidance_scale=options.guidance_scale)
 
     def loss(self, step: int) -> tuple[Tensor, dict[str, float]]:
         """Return the mean squared distance to the teacher's clean prediction at one level of the schedule."""

@@ -20,10 +20,10 @@ from swifti2v.errors import ConfigurationError
 from swifti2v.training.engine.loop import Critic
 from swifti2v.training.refiner.few_steps import FewStepOptions, Teacher
 from swifti2v.training.refiner.window_batches import WindowBatch, noise_like, predicted
-from swifti2v.training.refiner.window_source import Batches, Samples, WindowSource
 
 if TYPE_CHECKING:
     from swifti2v.models.transformer import StageTwoTransformer
+    from swifti2v.training.refiner.window_source import WindowSource
 
 SIGMA_LOW, SIGMA_HIGH = 0.02, 0.98
 """Levels at which teacher and critic are asked (published settings): at the ends their difference says nothing."""
@@ -66,7 +66,7 @@ class DistributionMatchingObjective:
         student: what is trained and kept.
         teacher: frozen; the network that the student starts from.
         critic: trained beside the student and dropped; starts as the teacher.
-        samples, batches, num_processes, empty_prompt: see `WindowSource`.
+        source: of windows, by `FewStepOptions.source_options`.
         options: see `DistributionMatchingOptions`.
     """
 
@@ -76,28 +76,14 @@ class DistributionMatchingObjective:
         teacher: StageTwoTransformer,
         *,
         critic: StageTwoTransformer,
-        samples: Samples,
-        batches: Batches,
+        source: WindowSource,
         options: DistributionMatchingOptions,
-        num_processes: int = 1,
-        empty_prompt: Tensor | None = None,
     ) -> None:
         self.module: nn.Module = student
         self.options = options
         self._critic = critic
-        self._student = StudentsOutput(
-            student,
-            source=WindowSource(
-                student,
-                samples=samples,
-                batches=batches,
-                options=options.source,
-                num_processes=num_processes,
-                empty_prompt=empty_prompt,
-            ),
-            options=options,
-        )
-        self._teacher = Teacher(teacher, source=self._student.source, guidance_scale=options.guidance_scale)
+        self._student = StudentsOutput(student, source=source, options=options)
+        self._teacher = Teacher(teacher, source=source, guidance_scale=options.guidance_scale)
 
     @property
     def critic(self) -> Critic:

@@ -42,7 +42,7 @@ class FewStepOptions:
             raise ConfigurationError(msg)
 
     @property
-    def source(self) -> WindowSourceOptions:
+    def source_options(self) -> WindowSourceOptions:
         """Windows with the context that the student makes at inference."""
         return replace(self.flow, own_context_steps=self.flow.own_context_steps or self.num_student_steps)
 

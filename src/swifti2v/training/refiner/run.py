@@ -37,7 +37,7 @@ from swifti2v.training.refiner.encoding import (
 from swifti2v.training.refiner.network import NetworkOptions, load_network, load_teacher, save_network
 from swifti2v.training.refiner.segment_flow import SegmentFlowObjective, SegmentFlowOptions
 from swifti2v.training.refiner.validation import HeldOut, RefinerValidation, ValidationOfRefiner
-from swifti2v.training.refiner.window_source import LATENTS
+from swifti2v.training.refiner.window_source import LATENTS, WindowSource
 from swifti2v.training.videos import VideoSelection
 
 if TYPE_CHECKING:
@@ -210,20 +210,22 @@ def distill_refiner(
         )
         teacher = load_teacher(run.checkpoint, run.network).to(processes.device)
         processes.share_tokens(teacher)
-        given: Any = {
-            "samples": samples,
-            "batches": batches,
-            "num_processes": processes.batch_count,
-            "empty_prompt": empty_prompt,
-        }
+        source = WindowSource(
+            student,
+            samples=samples,
+            batches=batches,
+            options=options.source_options,
+            num_processes=processes.batch_count,
+            empty_prompt=empty_prompt,
+        )
         objective: Objective
         critic: Critic | None = None
         if isinstance(options, DistributionMatchingOptions):
             second = load_network(run.checkpoint, run.network)
-            matching = DistributionMatchingObjective(student, teacher, critic=second, options=options, **given)
+            matching = DistributionMatchingObjective(student, teacher, critic=second, source=source, options=options)
             objective, critic = matching, matching.critic
         else:
-            objective = DistillationObjective(student, teacher, options=options, **given)
+            objective = DistillationObjective(student, teacher, source=source, options=options)
         setup = _Setup(run.checkpoint, output, run.loop, validation)
         _train(objective, student, setup, processes=processes, on_step=on_step, critic=critic)
     return output / CHECKPOINT_FOLDER

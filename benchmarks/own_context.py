@@ -25,6 +25,7 @@ from benchmarks.context_study import (
     BIDIRECTIONAL,
     END_SHARE,
     FROZEN,
+    LONG_COLUMNS,
     LONG_FRAMES,
     OWN_CONTEXT,
     OWN_FROZEN,
@@ -50,14 +51,7 @@ if TYPE_CHECKING:
 
 BEGIN, END = "<!-- own context: begin -->", "<!-- own context: end -->"
 LENGTHS = (LONG_FRAMES, 2 * LONG_FRAMES - 1)
-COLUMNS = {
-    "psnr": ("PSNR (dB)", 2),
-    "decay": ("decay (dB)", 2),
-    "high_frequency_ratio": ("HF", 3),
-    "seam_luma": ("seam, luma", 3),
-    "seam_detail": ("seam, detail", 3),
-    "drift_sharpness": ("drift, sharpness (%)", 2),
-}
+COLUMNS = {name: column for name, column in LONG_COLUMNS.items() if name != "drift_saturation"}
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ segment, so that their weights and their features are there together.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from swifti2v.geometry import CodecGeometry, Size
 from swifti2v.memory.budget import (
@@ -94,6 +94,26 @@ class Way:
         """What this way does, in words."""
         words = {"resident": "weights stay", "loaded": "weights come and go", "streamed": "weights stream by block"}
         return words[self.placement] + (f", {self.codec}" if self.codec is not None else "")
+
+
+class _CodecNeeds(NamedTuple):
+    """A way to run the codec, and what it takes.
+
+    Args:
+        way: the way.
+        working_bytes: on the device, at the peak of coding.
+        idle_bytes: on the device while the transformer is at work.
+        parked_bytes: in host memory.
+        transfer_bytes: between host and device.
+        seconds: predicted, of all coding in the run.
+    """
+
+    way: CodecWay
+    working_bytes: int
+    idle_bytes: int
+    parked_bytes: int
+    transfer_bytes: int
+    seconds: float
 
 
 def phase_ways(
@@ -205,19 +225,19 @@ def _refinement_ways(
             max(compute, num_forwards * transfer_seconds),
         ),
     )
-    for way, coding_bytes, idle_bytes, parked, parking, seconds in _codec_ways(dimensions, settings, rates):
+    for coding in _codec_ways(dimensions, settings, rates):
         for placement, held, moved, passing in placements:
             yield Way(
                 "refinement",
                 placement,
                 held + codec_weights,
-                max(coding_bytes + text, idle_bytes + activation),
-                moved + parking,
-                passing + seconds,
-                codec=way,
-                parked_bytes=parked,
+                max(coding.working_bytes + text, coding.idle_bytes + activation),
+                moved + coding.transfer_bytes,
+                passing + coding.seconds,
+                codec=coding.way,
+                parked_bytes=coding.parked_bytes,
                 # Beside a decode at its peak the other thread encodes or denoises; the caches are counted once.
-                overlap_bytes=max(coding_bytes - idle_bytes, activation),
+                overlap_bytes=max(coding.working_bytes - coding.idle_bytes, activation),
             )
 
 
@@ -245,10 +265,7 @@ def _seconds(cost: ForwardCost, ends: ForwardCost, rates: DeviceRates, *, produc
     return ends.linear_tflop / rates.matmul_tflop_per_second + blocks + attention
 
 
-def _codec_ways(
-    dimensions: PipelineDimensions, settings: RunSettings, rates: DeviceRates
-) -> Iterator[tuple[CodecWay, int, int, int, int, float]]:
-    """Yield each way with its bytes at work, its bytes on the device otherwise, parked, parking and its seconds."""
+def _codec_ways(dimensions: PipelineDimensions, settings: RunSettings, rates: DeviceRates) -> Iterator[_CodecNeeds]:
     codec, light, size = dimensions.stage_two_codec, dimensions.light_decoder, settings.size
     encode_tflop = codec.encode_tflop(size, settings.num_frames)
     decode_tflop = (light or codec).decode_tflop(size, settings.num_frames)
@@ -257,7 +274,7 @@ def _codec_ways(
     if not isinstance(codec, WanCodecDimensions):
         whole = max(codec.encode_bytes(size), codec.decode_bytes(size))
         seconds = (encode_tflop + decode_tflop) / rates.convolution_tflop_per_second
-        yield CodecWay(1, 1, size, 1, False), whole, 0, 0, 0, seconds
+        yield _CodecNeeds(CodecWay(1, 1, size, 1, False), whole, 0, 0, 0, seconds)
         return
     # A light decoder is never cut into tiles, nor parked.
     remembered = 0 if light is None else light.remembered_bytes(size)
@@ -269,7 +286,7 @@ def _codec_ways(
         encode_cache = codec.encode_cache_bytes(tile)
         decode_cache = codec.decode_cache_bytes(tile) if light is None else 0
         caches = columns * rows * (encode_cache + decode_cache)
-        visits = (
+        visited_bytes = (
             2
             * columns
             * rows
@@ -283,12 +300,13 @@ def _codec_ways(
                 decoding = light.decode_bytes(size) - remembered
             way = CodecWay(columns, rows, tile, frames, False)
             idle = remembered + caches
-            yield way, idle + max(encoding, decoding) + picture, idle, 0, 0, seconds
+            yield _CodecNeeds(way, idle + max(encoding, decoding) + picture, idle, 0, 0, seconds)
             # A parked codec decodes a segment at a time, and holds its pictures until they are blended.
             working = max(encoding + encode_cache, decoding + decode_cache)
             parked_peak = remembered + working + settings.segment_size * picture
-            parking = visits / rates.host_bytes_per_second
-            yield replace(way, parks_features=True), parked_peak, remembered, caches, visits, seconds + parking
+            parking = visited_bytes / rates.host_bytes_per_second
+            parked = replace(way, parks_features=True)
+            yield _CodecNeeds(parked, parked_peak, remembered, caches, visited_bytes, seconds + parking)
 
 
 def tile_size(size: Size, columns: int, rows: int, *, multiple: int, overlap: int = OVERLAP_PIXELS) -> Size:

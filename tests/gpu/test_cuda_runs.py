@@ -27,7 +27,7 @@ from swifti2v.pipelines.two_stage import TwoStagePipeline
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from swifti2v.memory.plan import Placement
+    from swifti2v.memory.ways import Placement
     from swifti2v.models.quantized_products import Quantization
 
 pytestmark = pytest.mark.gpu

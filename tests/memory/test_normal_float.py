@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import UMT5EncoderModel
 
-    from swifti2v.memory.plan import Placement
+    from swifti2v.memory.ways import Placement
 
 
 def nearest(weight: Tensor) -> Tensor:

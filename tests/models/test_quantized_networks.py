@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from swifti2v.memory.budget import WeightDtype
-    from swifti2v.memory.plan import Placement
+    from swifti2v.memory.ways import Placement
     from swifti2v.models.transformer_configuration import ContextAttention
 
 WIDE = {"attention_head_dim": 16}  # two heads of it: 32, where the tiny networks have 24

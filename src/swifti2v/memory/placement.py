@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from torch.utils.hooks import RemovableHandle
 
     from swifti2v.memory.budget import WeightDtype
-    from swifti2v.memory.plan import Placement
+    from swifti2v.memory.ways import Placement
 
 GROUP_HOOKS = ("group_offloading", "layer_execution_tracker", "lazy_prefetch_group_offloading")
 """Names under which diffusers keeps its hooks (``diffusers.hooks.group_offloading``)."""

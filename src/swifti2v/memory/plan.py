@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from swifti2v.errors import MemoryBudgetError
 from swifti2v.memory.amounts import GIB, format_bytes
@@ -20,9 +20,7 @@ if TYPE_CHECKING:
 
     from swifti2v.memory.budget import PipelineDimensions, RunSettings, WeightDtype
     from swifti2v.memory.devices import DeviceRates
-    from swifti2v.memory.ways import CodecWay, Way
-
-Placement = Literal["resident", "loaded", "streamed"]
+    from swifti2v.memory.ways import CodecWay, Placement, Way
 
 CONTEXT_BYTES = int(0.8 * GIB)
 """Held by the driver and its libraries on every card."""

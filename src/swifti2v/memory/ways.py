@@ -35,6 +35,9 @@ GRIDS = ((1, 1), (2, 1), (2, 2), (3, 2), (3, 3), (4, 4), (6, 6))
 BLOCKS_IN_FLIGHT = 2
 """Blocks of a streamed network on the device: the one at work and the one that is on its way."""
 
+Placement = Literal["resident", "loaded", "streamed"]
+"""Where weights stand: all of the run's on the device, those of a phase, or two blocks at a time."""
+
 
 @dataclass(frozen=True)
 class CodecWay:
@@ -64,8 +67,7 @@ class Way:
 
     Args:
         phase: `text encoding`, `stage one`, `refinement` (encode, Stage II, decode).
-        placement: `resident`: all networks of the run stay on the device; `loaded`: those of the phase, each once;
-            `streamed`: two blocks at a time.
+        placement: see there; `loaded`: each network once.
         weight_bytes: on the device.
         working_bytes: beyond the weights, at the peak.
         transfer_bytes: between host and device.
@@ -75,7 +77,7 @@ class Way:
     """
 
     phase: str
-    placement: Literal["resident", "loaded", "streamed"]
+    placement: Placement
     weight_bytes: int
     working_bytes: int
     transfer_bytes: int
@@ -216,7 +218,7 @@ def _refinement_ways(
     transfer_seconds = weights / rates.host_bytes_per_second
     text = _text_bytes(dimensions, settings)
     activation = phases["stage two"].activation_bytes + text + unpacking_bytes(transformer, dtype)
-    placements: tuple[tuple[Literal["loaded", "streamed"], int, int, float], ...] = (
+    placements: tuple[tuple[Placement, int, int, float], ...] = (
         ("loaded", weights, weights, compute + transfer_seconds),
         (
             "streamed",

@@ -75,8 +75,9 @@ def measured(arguments: argparse.Namespace, size: Size) -> tuple[list[Row], dict
     import torch
     from PIL import Image
 
-    from swifti2v.memory.budget import WAN22, RunSettings, plan_run
+    from swifti2v.memory.budget import WAN22, plan_run
     from swifti2v.memory.light_cost import with_light_decoder
+    from swifti2v.memory.run_settings import RunSettings
     from swifti2v.models.light_decoder import LightDecoder
     from swifti2v.models.vae import WanStreamingCodec
     from swifti2v.pipelines.acceleration import Acceleration, accelerated

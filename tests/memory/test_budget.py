@@ -17,7 +17,6 @@ from swifti2v.memory.budget import (
     WAN22,
     PhaseCost,
     RunPlan,
-    RunSettings,
     plan_run,
     segments_cost,
     weight_bytes,
@@ -28,6 +27,7 @@ from swifti2v.memory.codec_cost import (
     WAN22_VAE,
     WanCodecDimensions,
 )
+from swifti2v.memory.run_settings import RunSettings
 from swifti2v.memory.transform_cost import BlockTransformDimensions, MotionCodecDimensions
 from swifti2v.memory.transformer_cost import (
     STAGE_TWO_5B,

@@ -8,10 +8,11 @@ import pytest
 
 from swifti2v.errors import InvalidInputError
 from swifti2v.geometry import Size
-from swifti2v.memory.budget import WAN22, RunSettings, plan_run
+from swifti2v.memory.budget import WAN22, plan_run
 from swifti2v.memory.devices import device_rates
 from swifti2v.memory.light_cost import LightDecoderDimensions, with_light_decoder
 from swifti2v.memory.plan import plan_memory
+from swifti2v.memory.run_settings import RunSettings
 from swifti2v.memory.transform_cost import BlockTransformDimensions
 
 GIB = 2**30

@@ -17,7 +17,7 @@ from benchmarks import full_size_networks
 from swifti2v.errors import InvalidInputError, MemoryBudgetError
 from swifti2v.geometry import Size
 from swifti2v.memory.amounts import GIB
-from swifti2v.memory.budget import WAN22, RunSettings, plan_run, stored_bytes, unpacking_bytes, weight_bytes
+from swifti2v.memory.budget import WAN22, plan_run, stored_bytes, unpacking_bytes, weight_bytes
 from swifti2v.memory.codec_cost import WAN22_VAE
 from swifti2v.memory.devices import DEVICES, device_rates
 from swifti2v.memory.lean_cost import lean_decode_bytes, lean_encode_bytes
@@ -30,6 +30,7 @@ from swifti2v.memory.plan import (
     plan_memory,
     tighter_budget,
 )
+from swifti2v.memory.run_settings import RunSettings
 from swifti2v.memory.ways import GRIDS, phase_ways, stage_two_seconds, tile_size
 from swifti2v.models.quantized_products import use_quantized_products
 from swifti2v.models.transformer import StageTwoTransformer

@@ -13,7 +13,6 @@ from swifti2v.errors import InvalidInputError
 from swifti2v.geometry import CodecGeometry, Size, motion_size
 from swifti2v.memory.codec_cost import WAN21_VAE, WAN22_VAE, WanCodecDimensions
 from swifti2v.memory.lean_cost import lean_decode_bytes, lean_encode_bytes
-from swifti2v.memory.run_settings import RunSettings as RunSettings  # noqa: TC001 - others have it from here
 from swifti2v.memory.transformer_cost import (
     NO_COST,
     STAGE_TWO_5B,
@@ -28,6 +27,7 @@ if TYPE_CHECKING:
 
     from swifti2v.memory.codec_cost import CodecCost
     from swifti2v.memory.light_cost import LightDecoderDimensions
+    from swifti2v.memory.run_settings import RunSettings
     from swifti2v.memory.transformer_cost import TextEncoderDimensions, TransformerDimensions
     from swifti2v.segments import Segment
 

@@ -18,8 +18,9 @@ from swifti2v.memory.ways import phase_ways, resident_ways
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from swifti2v.memory.budget import PipelineDimensions, RunSettings, WeightDtype
+    from swifti2v.memory.budget import PipelineDimensions, WeightDtype
     from swifti2v.memory.devices import DeviceRates
+    from swifti2v.memory.run_settings import RunSettings
     from swifti2v.memory.ways import CodecWay, Placement, Way
 
 CONTEXT_BYTES = int(0.8 * GIB)

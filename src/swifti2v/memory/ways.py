@@ -25,8 +25,9 @@ from swifti2v.segments import plan_windows
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from swifti2v.memory.budget import PhaseCost, PipelineDimensions, Products, RunSettings, WeightDtype
+    from swifti2v.memory.budget import PhaseCost, PipelineDimensions, Products, WeightDtype
     from swifti2v.memory.devices import DeviceRates
+    from swifti2v.memory.run_settings import RunSettings
     from swifti2v.memory.transformer_cost import ForwardCost, TransformerDimensions
 
 OVERLAP_PIXELS = 128

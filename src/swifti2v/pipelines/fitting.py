@@ -12,12 +12,13 @@ import torch
 
 from swifti2v.errors import MemoryBudgetError
 from swifti2v.memory.amounts import format_bytes, parse_bytes
-from swifti2v.memory.budget import PipelineDimensions, RunSettings
+from swifti2v.memory.budget import PipelineDimensions
 from swifti2v.memory.checkpoint_dimensions import codec_from_config
 from swifti2v.memory.devices import DEVICES, DeviceRates
 from swifti2v.memory.light_cost import LightDecoderDimensions
 from swifti2v.memory.placement import PlacedNetworks, store_weights, stored_narrow
 from swifti2v.memory.plan import CONTEXT_BYTES, STORED_DTYPES, MemoryPlan, plan_memory, tighter_budget
+from swifti2v.memory.run_settings import RunSettings
 from swifti2v.memory.transformer_cost import TextEncoderDimensions, TransformerDimensions
 from swifti2v.models.light_decoder import LightDecoder
 from swifti2v.models.quantized_products import quantization_of

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 
 from swifti2v.errors import ConfigurationError
 from swifti2v.geometry import CodecGeometry, Size
-from swifti2v.memory.budget import RunSettings, plan_run
+from swifti2v.memory.budget import plan_run
+from swifti2v.memory.run_settings import RunSettings
 from swifti2v.memory.training_cost import TrainingSetup, TrainingWork, window_shares
 from swifti2v.segments import plan_segments
 from swifti2v.training.low_res.lora import LoraOptions

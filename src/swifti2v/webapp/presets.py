@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 from swifti2v.errors import MemoryBudgetError
 from swifti2v.geometry import Size
 from swifti2v.memory.amounts import format_bytes
-from swifti2v.memory.budget import RunSettings
 from swifti2v.memory.devices import device_rates
 from swifti2v.memory.plan import MemoryPlan, plan_memory
+from swifti2v.memory.run_settings import RunSettings
 
 if TYPE_CHECKING:
     from swifti2v.memory.budget import PipelineDimensions

@@ -18,7 +18,8 @@ from typing import Any
 import torch
 from torch.utils import tensorboard  # noqa: F401 - so that the children do not import it one by one
 
-from swifti2v.training.engine.loop import Critic, LoopOptions, TrainingLoop
+from swifti2v.training.engine.learner import Critic
+from swifti2v.training.engine.loop import LoopOptions, TrainingLoop
 
 OPTIONS = LoopOptions(
     num_steps=150, learning_rate=0.01, warmup_steps=5, checkpoint_every=5, keep_last=2, log_every=1, bfloat16=False

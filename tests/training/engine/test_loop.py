@@ -12,7 +12,8 @@ import torch
 from diffusers.training_utils import EMAModel
 
 from swifti2v.errors import CheckpointError, ConfigurationError, TrainingError
-from swifti2v.training.engine.loop import MAX_SKIPPED_STEPS, LoopOptions, Prefetcher, TrainingLoop
+from swifti2v.training.engine.loop import MAX_SKIPPED_STEPS, LoopOptions, TrainingLoop
+from swifti2v.training.engine.prefetcher import Prefetcher
 
 OPTIONS = LoopOptions(num_steps=12, learning_rate=0.05, warmup_steps=2, checkpoint_every=4, log_every=1, bfloat16=False)
 

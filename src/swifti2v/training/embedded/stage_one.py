@@ -22,7 +22,7 @@ from swifti2v.models.motion_transformer import MASK_CHANNELS, POSITION_CHANNELS,
 from swifti2v.pixels import from_uint8
 from swifti2v.training.embedded.codec import BandStatistics
 from swifti2v.training.embedded.text import encode_prompts
-from swifti2v.training.engine.loop import Prefetcher
+from swifti2v.training.engine.prefetcher import Prefetcher
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

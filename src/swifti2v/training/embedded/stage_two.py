@@ -17,7 +17,7 @@ from swifti2v.models.transform_codec import BLOCK_NUMBERS, TEMPORAL, BlockTransf
 from swifti2v.models.transformer import StageTwoTransformer
 from swifti2v.models.transformer_configuration import ContextAttention  # noqa: TC001 - read from recipes
 from swifti2v.training.embedded.codec import BandStatistics
-from swifti2v.training.engine.loop import Prefetcher
+from swifti2v.training.engine.prefetcher import Prefetcher
 from swifti2v.training.refiner.window_batches import (
     ClipBatch,
     drawn_own_segments,

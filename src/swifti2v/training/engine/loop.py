@@ -20,19 +20,16 @@ import torch
 
 from swifti2v.errors import CheckpointError, ConfigurationError, TrainingError
 from swifti2v.memory.training_cost import Optimizer  # noqa: TC001 - `config` asks for it at run time
-from swifti2v.training.engine.checkpoints import CHECKPOINT_NAME, CheckpointFolder
+from swifti2v.training.engine.checkpoints import CheckpointFolder
 from swifti2v.training.engine.distributed import Processes, Sharding
 from swifti2v.training.engine.failures import save_failure
 from swifti2v.training.engine.interruption import interruption_as_request
 from swifti2v.training.engine.learner import Critic, Learner, LearnerOptions, Objective
 from swifti2v.training.engine.observers import NumbersLog, Tracker, open_logs
-from swifti2v.training.engine.prefetcher import Prefetcher
 from swifti2v.training.engine.throughput import AMOUNTS, peak_tflop_per_second, rates
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
-
-__all__ = ["CHECKPOINT_NAME", "Critic", "LoopOptions", "Objective", "Prefetcher", "StepReport", "TrainingLoop"]
 
 MAX_SKIPPED_STEPS = 10
 """Steps in a row whose gradient may overflow before the run is given up."""

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from swifti2v.errors import ConfigurationError
-from swifti2v.training.engine.loop import Critic
+from swifti2v.training.engine.learner import Critic
 from swifti2v.training.refiner.few_steps import FewStepOptions, Teacher
 from swifti2v.training.refiner.window_batches import WindowBatch, noise_like, predicted
 

@@ -21,7 +21,7 @@ from swifti2v.models.checkpoint_index import INDEX_NAME, write_index
 from swifti2v.models.checkpoints import load_stage_two_vae, resolve
 from swifti2v.training.derived_index import CHECKPOINT_FOLDER, derived_index
 from swifti2v.training.engine.distributed import BatchesOfProcess, Processes, joined_processes
-from swifti2v.training.engine.loop import Critic, LoopOptions, Objective, TrainingLoop
+from swifti2v.training.engine.loop import LoopOptions, TrainingLoop
 from swifti2v.training.engine.writing import writing
 from swifti2v.training.refiner.distillation import DistillationObjective, DistillationOptions
 from swifti2v.training.refiner.distribution_matching import (
@@ -49,6 +49,7 @@ if TYPE_CHECKING:
     from swifti2v.data.latent_cache import CacheProgress
     from swifti2v.models.checkpoints import Part
     from swifti2v.models.transformer import StageTwoTransformer
+    from swifti2v.training.engine.learner import Critic, Objective
     from swifti2v.training.engine.loop import StepReport
 
 STAGE_TWO: tuple[Part, ...] = ("stage_two",)

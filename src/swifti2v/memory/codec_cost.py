@@ -172,19 +172,19 @@ class WanCodecDimensions:
 
     def encode_bytes(self, size: Size, *, element_bytes: int = 2) -> int:
         """Peak bytes of encoding in a stream with the modules of diffusers, untiled: caches and the worst block."""
-        working = element_bytes * self._working_elements(self._encoder_blocks(), size)
+        working = element_bytes * self._working_elements(self.encoder_blocks(), size)
         return working + self.encode_cache_bytes(size, element_bytes=element_bytes)
 
     def decode_bytes(self, size: Size, *, element_bytes: int = 2) -> int:
         """Peak bytes of decoding in a stream with the modules of diffusers, untiled: caches and the worst block."""
-        working = element_bytes * self._working_elements(self._decoder_blocks(), size)
+        working = element_bytes * self._working_elements(self.decoder_blocks(), size)
         return working + self.decode_cache_bytes(size, element_bytes=element_bytes)
 
     def _tflop(self, layers: Iterator[_Layer], size: Size, num_frames: int) -> float:
         later_chunks = CodecGeometry(temporal=self.temporal_factor).latent_frames(num_frames) - 1
         return sum(layer.flop(size, layer.first_frames + later_chunks * layer.later_frames) for layer in layers) / TERA
 
-    def _working_elements(self, blocks: Iterator[_Block], size: Size) -> int:
+    def _working_elements(self, blocks: Iterator[CodecBlock], size: Size) -> int:
         """Elements alive beside the caches while the widest residual block normalises.
 
         A norm holds its input twice in fp32, the size of four bf16 tensors. Beside them live the block's input with the
@@ -192,7 +192,7 @@ class WanCodecDimensions:
         """
         copies = 2 if self.is_residual else 1
 
-        def alive(block: _Block) -> int:
+        def alive(block: CodecBlock) -> int:
             entry = copies * block.inputs + (block.outputs if block.inputs != block.outputs else 0) + 4 * block.inputs
             inside = copies * block.inputs + 2 * block.outputs + 4 * block.outputs
             cells = (size.width // block.reduction) * (size.height // block.reduction)
@@ -200,22 +200,24 @@ class WanCodecDimensions:
 
         return max(alive(block) for block in blocks)
 
-    def _encoder_blocks(self) -> Iterator[_Block]:
+    def encoder_blocks(self) -> Iterator[CodecBlock]:
+        """Yield the blocks of the encoding half in order, from pixels to latents."""
         widths = [self.base_dim * factor for factor in (1, *self.dim_mult)]
         reduction, later = self.patch_size, self.temporal_factor
         for index, (inputs, outputs) in enumerate(pairwise(widths)):
-            yield _Block(inputs, outputs, reduction, _Frames(1, later))
+            yield CodecBlock(inputs, outputs, reduction, _Frames(1, later))
             if index < len(self.dim_mult) - 1:
                 reduction *= 2
                 later //= 2 if self.temperal_downsample[index] else 1
 
-    def _decoder_blocks(self) -> Iterator[_Block]:
+    def decoder_blocks(self) -> Iterator[CodecBlock]:
+        """Yield the blocks of the decoding half in order, from latents to pixels."""
         widths = [self.decoder_base_dim * factor for factor in (self.dim_mult[-1], *reversed(self.dim_mult))]
         upsampled = tuple(reversed(self.temperal_downsample))
         reduction, later = self.spatial_factor, 1
         for index, (inputs, outputs) in enumerate(pairwise(widths)):
             # Wan2.1 halves the channels while upsampling, Wan2.2 does not.
-            yield _Block(
+            yield CodecBlock(
                 inputs if self.is_residual or index == 0 else inputs // 2, outputs, reduction, _Frames(1, later)
             )
             if index < len(self.dim_mult) - 1:
@@ -223,7 +225,7 @@ class WanCodecDimensions:
                 later *= 2 if upsampled[index] else 1
 
     def _encoder(self) -> Iterator[_Layer]:
-        blocks = tuple(self._encoder_blocks())
+        blocks = tuple(self.encoder_blocks())
         start, end = blocks[0], blocks[-1]
         yield _causal(self.in_channels, start.inputs, start.reduction, start.frames)
         for index, block in enumerate(blocks):
@@ -239,7 +241,7 @@ class WanCodecDimensions:
         yield _Layer(1, latent, latent, end.reduction, *end.frames)
 
     def _decoder(self) -> Iterator[_Layer]:
-        blocks = tuple(self._decoder_blocks())
+        blocks = tuple(self.decoder_blocks())
         start, end = blocks[0], blocks[-1]
         yield _Layer(1, self.z_dim, self.z_dim, start.reduction, *start.frames)
         yield _causal(self.z_dim, start.inputs, start.reduction, start.frames)
@@ -254,7 +256,7 @@ class WanCodecDimensions:
         yield _causal(end.outputs, self.out_channels, end.reduction, end.frames, after_norm=True)
 
 
-class _Block(NamedTuple):
+class CodecBlock(NamedTuple):
     """Residual nets of one resolution: channels in and out, pixels per cell, frames per chunk."""
 
     inputs: int
@@ -267,7 +269,7 @@ def _causal(inputs: int, outputs: int, reduction: int, frames: _Frames, *, after
     return _Layer(27, inputs, outputs, reduction, *frames, cached_frames=2, after_norm=after_norm)
 
 
-def _resnets(block: _Block, count: int) -> Iterator[_Layer]:
+def _resnets(block: CodecBlock, count: int) -> Iterator[_Layer]:
     inputs = block.inputs
     for _ in range(count):
         yield _causal(inputs, block.outputs, block.reduction, block.frames, after_norm=True)
@@ -278,7 +280,7 @@ def _resnets(block: _Block, count: int) -> Iterator[_Layer]:
 
 
 def _middle(width: int, reduction: int, frames: _Frames) -> Iterator[_Layer]:
-    yield from _resnets(_Block(width, width, reduction, frames), 2)
+    yield from _resnets(CodecBlock(width, width, reduction, frames), 2)
     yield _Layer(1, width, 3 * width, reduction, *frames, after_norm=True, attention=True)
     yield _Layer(1, width, width, reduction, *frames)
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from swifti2v.geometry import Size
-    from swifti2v.memory.codec_cost import WanCodecDimensions, _Block
+    from swifti2v.memory.codec_cost import CodecBlock, WanCodecDimensions
 
 BAND_BYTES = 4 * 4 * 2**24
 """A band of rows in float32 while it is normalised: 2**24 elements, four times over."""
@@ -17,7 +17,7 @@ BAND_BYTES = 4 * 4 * 2**24
 
 def lean_decode_bytes(codec: WanCodecDimensions, size: Size, *, frames_per_step: int = 1) -> int:
     """Peak bytes of decoding a frame (or tile) of `size` in bf16, caches included, weights left out."""
-    blocks = list(codec._decoder_blocks())
+    blocks = list(codec.decoder_blocks())
     deepest = max(block.frames.later for block in blocks)
     below = [block for block in blocks if block.frames.later == deepest]
     # What the blocks above hold while the last one works: the frames of the last change of rate, and of each block in
@@ -32,7 +32,7 @@ def lean_decode_bytes(codec: WanCodecDimensions, size: Size, *, frames_per_step:
 
 def lean_encode_bytes(codec: WanCodecDimensions, size: Size, *, frames_per_step: int = 1) -> int:
     """Peak bytes of encoding a frame (or tile) of `size` in bf16, caches included, weights left out."""
-    blocks = list(codec._encoder_blocks())
+    blocks = list(codec.encoder_blocks())
     most = blocks[0].frames.later
     above = [block for block in blocks if block.reduction <= codec.patch_size]
     working = max(
@@ -44,7 +44,7 @@ def lean_encode_bytes(codec: WanCodecDimensions, size: Size, *, frames_per_step:
     return codec.encode_cache_bytes(size) + 2 * (working + pieces) + _band_bytes(working)
 
 
-def _residual_elements(block: _Block, size: Size, frames: int, *, keeps_entry: bool = False) -> int:
+def _residual_elements(block: CodecBlock, size: Size, frames: int, *, keeps_entry: bool = False) -> int:
     """Elements alive in the first residual net of a block: at its first or at its second convolution."""
     cells = _cells(size, block.reduction)
     inputs, outputs = block.inputs * cells, block.outputs * cells

@@ -106,7 +106,7 @@ class MotionCodec(ModelMixin, ConfigMixin):
 
     def encode(self, frames_BCFHW: Tensor, return_dict: bool = True) -> Any:
         """[B,3,F,H,W] in [-1,1], F = 4k+1 -> `.latents` [B,z,1+k,h,w]; motion is found by optical flow."""
-        anchors = self._decoded_image(self.image_transform.analyse(frames_BCFHW[:, :, :1]))
+        anchors = self.decoded_image(self.image_transform.analyse(frames_BCFHW[:, :, :1]))
         pairs = zip(frames_BCFHW, anchors, strict=True)
         motion = [
             torch.stack([dense_motion(frame, anchor) for frame in clip.transpose(0, 1)[1:]], dim=1)
@@ -128,12 +128,12 @@ class MotionCodec(ModelMixin, ConfigMixin):
             )
             raise InvalidInputError(msg)
         image = self.image_transform.analyse(frames_BCFHW[:, :, :1])
-        anchor = self._decoded_image(image)
+        anchor = self.decoded_image(image)
         still = image.new_zeros(image.shape[0], MOTION_CHANNELS, 1, *image.shape[3:])
         latents = [torch.cat([still, image], dim=1)]
         if num_frames > 1:
             blocks_B2Fhw = F.avg_pool3d(motion_B2FHW, (1, BLOCK, BLOCK))
-            residual = frames_BCFHW[:, :, 1:] - self._warped(anchor, blocks_B2Fhw)
+            residual = frames_BCFHW[:, :, 1:] - self.warped(anchor, blocks_B2Fhw)
             chunks = torch.split(residual, TEMPORAL, dim=2)
             coefficients = torch.cat([self.residual_transform.analyse(chunk) for chunk in chunks], dim=2)
             motion = torch.unflatten(blocks_B2Fhw, 2, (-1, TEMPORAL)).permute(0, 3, 1, 2, 4, 5).flatten(1, 2)
@@ -144,20 +144,21 @@ class MotionCodec(ModelMixin, ConfigMixin):
     def decode(self, latents_BCFhw: Tensor, return_dict: bool = True) -> Any:
         """[B,z,1+k,h,w] -> `.sample` [B,3,4k+1,H,W] in [-1,1]: frame 0 warped by the motion, plus the residual."""
         latents = latents_BCFhw.to(self.image_transform.basis)
-        anchor = self._decoded_image(latents[:, MOTION_CHANNELS:, :1])
+        anchor = self.decoded_image(latents[:, MOTION_CHANNELS:, :1])
         frames = [anchor.unsqueeze(2)]
         for latent in torch.split(latents, 1, dim=2)[1:]:  # of no frames, a split gives one piece all the same
             blocks = torch.unflatten(latent[:, :MOTION_CHANNELS, 0], 1, (TEMPORAL, 2)).transpose(1, 2)
             residual = self.residual_transform.synthesise(latent[:, MOTION_CHANNELS:], TEMPORAL)
-            frames.append(self._warped(anchor, blocks) + residual)
+            frames.append(self.warped(anchor, blocks) + residual)
         sample = torch.cat(frames, dim=2).clamp(-1, 1)
         return DecoderOutput(sample=sample) if return_dict else (sample,)
 
-    def _decoded_image(self, image_BC1hw: Tensor) -> Tensor:
+    def decoded_image(self, image_BC1hw: Tensor) -> Tensor:
+        """Return frame 0 ``[B,3,H,W]``, to which all motion leads, of its latents without the channels of motion."""
         return self.image_transform.synthesise(image_BC1hw, 1).squeeze(2)
 
     @staticmethod
-    def _warped(anchor_BCHW: Tensor, blocks_B2Fhw: Tensor) -> Tensor:
+    def warped(anchor_BCHW: Tensor, blocks_B2Fhw: Tensor) -> Tensor:
         """Warp the anchor by the block motion of each frame: [B,2,f,h,w] -> [B,3,f,H,W]."""
         num_frames = blocks_B2Fhw.shape[2]
         anchors = anchor_BCHW.repeat_interleave(num_frames, dim=0)

@@ -19,6 +19,7 @@ from swifti2v.data.procedural import REFERENCE_FRAMES, describe, displacement, f
 from swifti2v.geometry import Size
 from swifti2v.models.motion_codec import MOTION_CHANNELS, MotionCodec
 from swifti2v.models.motion_transformer import MASK_CHANNELS, POSITION_CHANNELS, MotionTransformer
+from swifti2v.models.transform_codec import BLOCK, TEMPORAL
 from swifti2v.pixels import from_uint8
 from swifti2v.training.embedded.codec import BandStatistics
 from swifti2v.training.embedded.text import encode_prompts
@@ -168,10 +169,10 @@ def fit_motion_codec(
 
 
 def _residuals(codec: MotionCodec, clip: ProceduralClip) -> list[Tensor]:
-    anchor = codec._decoded_image(codec.image_transform.analyse(clip.frames[None, :, :1]))
-    blocks = F.avg_pool3d(clip.motion[None], (1, 8, 8))
-    warped = codec._warped(anchor, blocks)
-    return list(torch.split((clip.frames[None] - warped)[:, :, 1:], 4, dim=2))
+    anchor = codec.decoded_image(codec.image_transform.analyse(clip.frames[None, :, :1]))
+    blocks = F.avg_pool3d(clip.motion[None], (1, BLOCK, BLOCK))
+    warped = codec.warped(anchor, blocks)
+    return list(torch.split((clip.frames[None] - warped)[:, :, 1:], TEMPORAL, dim=2))
 
 
 class StageOneObjective:

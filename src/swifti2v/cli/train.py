@@ -101,7 +101,7 @@ def stage_two(
 
 @app.command()
 def distill(recipe: RecipeArgument, *, cache: CacheOption, output: OutputOption, initial: InitialOption = None) -> None:
-    """Bring Stage II to few steps without guidance: the student follows its teacher's trajectory."""
+    """Bring Stage II to few steps without guidance, along its teacher's trajectory or by distribution matching."""
     from swifti2v.training.refiner.run import DistillationRun, distill_refiner
 
     run = _from_checkpoint(_read_recipe(DistillationRun, recipe), initial)

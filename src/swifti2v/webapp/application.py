@@ -32,6 +32,7 @@ POLL_SECONDS = 0.7
 MAX_UPLOAD = "64mb"
 _CLEAN_SECONDS, _KEEP_SECONDS = 3600, 24 * 3600  # of uploads: a job keeps its own copy
 _TITLE = "SwiftI2V"
+_QUIET: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private", "concurrency_limit": None}
 _SYSTEM_FONTS = ("system-ui", "-apple-system", "Segoe UI", "Roboto", "Helvetica Neue", "Arial", "sans-serif")
 _FIXED_FONTS = ("ui-monospace", "SFMono-Regular", "Menlo", "Consolas", "monospace")
 
@@ -171,22 +172,19 @@ class _Wires:
 
 
 def _connect(page: gr.Blocks, wires: _Wires, buttons: dict[str, Any]) -> None:
-    quiet: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private", "concurrency_limit": None}
     inputs = [wires.current, *wires.form]
     preview, video = wires.start(wires.studio.preview), wires.start(wires.studio.video)
     prompt = wires.form[1]
-    gr.on([buttons["preview"].click, prompt.submit], preview, inputs, wires.outputs, **quiet)
-    buttons["video"].click(video, inputs, wires.outputs, **quiet)
+    gr.on([buttons["preview"].click, prompt.submit], preview, inputs, wires.outputs, **_QUIET)
+    buttons["video"].click(video, inputs, wires.outputs, **_QUIET)
     stage, library = wires.outputs[3:]
-    gr.on([stage.click, library.click], wires.act, [wires.current], [*wires.outputs, *wires.form], **quiet)
+    gr.on([stage.click, library.click], wires.act, [wires.current], [*wires.outputs, *wires.form], **_QUIET)
     looked = [wires.shown, stage, library]
-    gr.Timer(POLL_SECONDS).tick(wires.look, [wires.current, wires.shown], looked, **quiet)
-    page.load(wires.first_look, None, wires.outputs, **quiet)
+    gr.Timer(POLL_SECONDS).tick(wires.look, [wires.current, wires.shown], looked, **_QUIET)
+    page.load(wires.first_look, None, wires.outputs, **_QUIET)
 
 
 def _connect_plan(studio: Studio, form: dict[str, Any], plan: Any) -> None:
-    quiet: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private", "concurrency_limit": None}
-
     def chosen(label: str) -> tuple[Any, ...]:
         preset = studio.preset(label)
         return str(preset.size), preset.num_frames, _quoted(preset.summary)
@@ -198,9 +196,9 @@ def _connect_plan(studio: Studio, form: dict[str, Any], plan: Any) -> None:
         except SwiftI2VError as error:
             return _alert(one_line(error))
 
-    form["card"].input(chosen, form["card"], [form["size"], form["frames"], plan], **quiet)
+    form["card"].input(chosen, form["card"], [form["size"], form["frames"], plan], **_QUIET)
     watched = [form["card"], form["size"], form["frames"], form["steps"]]
-    gr.on([field.change for field in watched[1:]], changed, watched, plan, **quiet)
+    gr.on([field.change for field in watched[1:]], changed, watched, plan, **_QUIET)
 
 
 def _form(studio: Studio) -> tuple[dict[str, Any], dict[str, Any], Any, Any]:

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import inspect
 import warnings
-from contextlib import contextmanager
 
 import numpy as np
-import PIL.Image
 import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler, WanImageToVideoPipeline
@@ -18,59 +16,7 @@ from swifti2v.geometry import Size
 from swifti2v.models.checkpoint_index import WAN_NEGATIVE_PROMPT
 from swifti2v.models.scheduler import FixedSigmaScheduler
 from swifti2v.pipelines.stage_one import PromptEmbeds, StageOne, StageOneOptions
-
-SIZE = Size(32, 16)
-TEXT_LENGTH = 16
-
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    """Tensors this small only lose by being split, above all on a busy machine."""
-    num_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(num_threads)
-
-
-@pytest.fixture
-def pipeline(tiny_vae21, tiny_text_encoder, tiny_tokenizer, tiny_wan_dit) -> WanImageToVideoPipeline:
-    high, low = tiny_wan_dit(36, 16), tiny_wan_dit(36, 16)
-    with torch.no_grad():
-        for parameter in low.parameters():
-            parameter.mul_(1.1)  # the fixture seeds both alike; the experts must differ
-    pipeline = WanImageToVideoPipeline(
-        tokenizer=tiny_tokenizer,
-        text_encoder=tiny_text_encoder,
-        vae=tiny_vae21,
-        scheduler=UniPCMultistepScheduler(
-            prediction_type="flow_prediction", use_flow_sigmas=True, num_train_timesteps=1000, flow_shift=3.0
-        ),
-        transformer=high,
-        transformer_2=low,
-        boundary_ratio=0.9,
-    )
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
-
-
-@pytest.fixture
-def stage_one(pipeline) -> StageOne:
-    return StageOne(pipeline, window_frames=9, overlap_frames=5, max_sequence_length=TEXT_LENGTH)
-
-
-@pytest.fixture
-def image() -> PIL.Image.Image:
-    return make_image(0)
-
-
-def make_image(seed: int) -> PIL.Image.Image:
-    pixels = np.random.default_rng(seed).integers(0, 256, (SIZE.height, SIZE.width, 3), dtype=np.uint8)
-    return PIL.Image.fromarray(pixels)
-
-
-def make(stage_one: StageOne, image: PIL.Image.Image, **changes) -> torch.Tensor:
-    settings = {"prompt": "pan left", "size": SIZE, "num_frames": 1, "seed": 3} | changes
-    return torch.cat(list(stage_one.generate(image, **settings)))
+from tests.pipelines.stage_one.short_runs import SIZE, TEXT_LENGTH, make, make_image, watched
 
 
 def by_hand(pipeline, image, *, scheduler, **settings) -> torch.Tensor:
@@ -89,23 +35,6 @@ def by_hand(pipeline, image, *, scheduler, **settings) -> torch.Tensor:
         **settings,
     ).frames
     return (video[0] * 255).round().to(torch.uint8).permute(0, 2, 3, 1)
-
-
-@contextmanager
-def watched(*modules):
-    """Record the timestep of every forward call of each module."""
-    timesteps = [[] for _ in modules]
-    handles = [
-        module.register_forward_pre_hook(
-            lambda _module, _args, kwargs, seen=seen: seen.append(kwargs["timestep"]), with_kwargs=True
-        )
-        for module, seen in zip(modules, timesteps, strict=True)
-    ]
-    try:
-        yield timesteps
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 class WanLevels(UniPCMultistepScheduler):
@@ -286,12 +215,6 @@ def test_a_cancelled_run_frees_the_hooks_of_offloading(stage_one, pipeline, imag
     assert freed == [True]
 
 
-def test_steps_are_counted_over_all_windows(stage_one, image):
-    steps = []
-    make(stage_one, image, num_frames=13, on_step=lambda *step: steps.append(step))
-    assert steps == [(step, 8) for step in range(8)]
-
-
 def add_adapter(network, name: str, seed: int) -> None:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Already found a `peft_config`")  # PEFT says so for a second adapter
@@ -350,91 +273,6 @@ def test_an_exception_restores_the_adapters(stage_one, with_adapters, image):
     with pytest.raises(Stop):
         make(stage_one, image, options=StageOneOptions.many_step(3), on_step=cancel)
     assert state(with_adapters) == before
-
-
-# Long clips
-
-
-@pytest.mark.parametrize("num_frames", [1, 5, 9, 13, 29])
-def test_pieces_add_up_to_the_clip(stage_one, image, num_frames):
-    pieces = list(stage_one.generate(image, "pan left", size=SIZE, num_frames=num_frames, seed=3))
-    assert sum(len(piece) for piece in pieces) == num_frames
-    assert len(pieces) == len(stage_one.plan(num_frames))
-    assert all(piece.shape[1:] == (16, 32, 3) and piece.dtype == torch.uint8 for piece in pieces)
-    assert all(len(piece) <= stage_one.window_frames for piece in pieces)
-
-
-def test_time_is_linear_in_the_length(stage_one, pipeline, image):
-    def work(num_frames):
-        sizes = []
-        handle = pipeline.transformer.register_forward_pre_hook(
-            lambda _module, _args, kwargs: sizes.append(kwargs["hidden_states"].shape[2]), with_kwargs=True
-        )
-        make(stage_one, image, num_frames=num_frames)
-        handle.remove()
-        assert max(sizes) <= 3  # latent frames of a window of 9: attention never sees more
-        return len(sizes)
-
-    # windows of 9 that share 5 advance by 4 frames each, and the high-noise expert runs twice a window
-    assert [work(n) for n in (9, 13, 25)] == [2, 4, 10]
-
-
-def test_windows_are_made_only_when_asked_for(stage_one, pipeline, image):
-    with watched(pipeline.transformer) as (high,):
-        pieces = stage_one.generate(image, "pan left", size=SIZE, num_frames=41, seed=3)
-        assert len(high) == 0
-        next(pieces)
-        assert len(high) == 2
-        pieces.close()
-    assert make(stage_one, image).shape[0] == 1
-
-
-def test_the_first_window_is_the_short_clip(stage_one, image):
-    # 13 frames are two windows of 9; the first yields what the second does not touch
-    long, short = make(stage_one, image, num_frames=13), make(stage_one, image, num_frames=9)
-    assert torch.equal(long[:5], short[:5])
-    assert not torch.equal(long[5:9], short[5:9])
-
-
-def test_a_window_continues_from_the_frame_that_was_made(stage_one, pipeline, image, monkeypatch):
-    images = []
-    original = pipeline.video_processor.preprocess
-    monkeypatch.setattr(
-        pipeline.video_processor,
-        "preprocess",
-        lambda picture, **settings: images.append(np.asarray(picture)) or original(picture, **settings),
-    )
-    clip = make(stage_one, image, num_frames=17)
-    starts = [window.start for window in stage_one.plan(17)]
-    assert starts == [0, 4, 8]
-    assert np.array_equal(images[0], np.asarray(image))
-    for start, picture in zip(starts[1:], images[1:], strict=True):
-        assert np.array_equal(picture, clip[start].numpy())
-
-
-def test_windows_do_not_repeat_each_others_noise(stage_one, pipeline, image):
-    noises = []
-    original = pipeline.prepare_latents
-
-    def prepare(*arguments, **keywords):
-        result = original(*arguments, **keywords)
-        noises.append(result[0].clone())
-        return result
-
-    pipeline.prepare_latents = prepare
-    make(stage_one, image, num_frames=17)
-    assert len(noises) == 3
-    assert not torch.equal(noises[0], noises[1])
-    assert not torch.equal(noises[1], noises[2])
-    first = torch.randn(noises[0].shape, generator=torch.Generator().manual_seed(3))
-    assert torch.equal(noises[0], first)
-
-
-def test_the_prompt_is_encoded_once_for_all_windows(stage_one, pipeline, image):
-    calls = []
-    pipeline.text_encoder.register_forward_pre_hook(lambda *_: calls.append(1))
-    make(stage_one, image, num_frames=13)
-    assert len(calls) == 1
 
 
 # Bad arguments

@@ -155,9 +155,17 @@ def _text_ways(
     table = weight_bytes(encoder.vocab_size * encoder.d_model, "bfloat16" if dtype != "float32" else dtype)
     block = (weights - table) // encoder.num_layers
     working = phase.activation_bytes + unpacking_bytes(encoder, dtype)
-    yield Way(phase.name, "loaded", weights, working, weights, seconds)
     flight = table + BLOCKS_IN_FLIGHT * block
-    yield Way(phase.name, "streamed", flight, working, weights, seconds)
+    placements: tuple[tuple[Placement, int], ...] = (("loaded", weights), ("streamed", flight))
+    for placement, held in placements:
+        yield Way(
+            phase.name,
+            placement,
+            weight_bytes=held,
+            working_bytes=working,
+            transfer_bytes=weights,
+            seconds=seconds,
+        )
 
 
 def _stage_one_ways(
@@ -189,19 +197,19 @@ def _stage_one_ways(
     yield Way(
         phase.name,
         "loaded",
-        weights,
-        working,
-        loads,
-        coding + phase.num_forwards * forward + loads / rates.host_bytes_per_second,
+        weight_bytes=weights,
+        working_bytes=working,
+        transfer_bytes=loads,
+        seconds=coding + phase.num_forwards * forward + loads / rates.host_bytes_per_second,
     )
     passing = max(forward, weights / rates.host_bytes_per_second)
     yield Way(
         phase.name,
         "streamed",
-        _flight_bytes(expert, dtype),
-        working,
-        phase.num_forwards * weights,
-        coding + phase.num_forwards * passing,
+        weight_bytes=_flight_bytes(expert, dtype),
+        working_bytes=working,
+        transfer_bytes=phase.num_forwards * weights,
+        seconds=coding + phase.num_forwards * passing,
     )
 
 
@@ -233,10 +241,10 @@ def _refinement_ways(
             yield Way(
                 "refinement",
                 placement,
-                held + codec_weights,
-                max(coding.working_bytes + text, coding.idle_bytes + activation),
-                moved + coding.transfer_bytes,
-                passing + coding.seconds,
+                weight_bytes=held + codec_weights,
+                working_bytes=max(coding.working_bytes + text, coding.idle_bytes + activation),
+                transfer_bytes=moved + coding.transfer_bytes,
+                seconds=passing + coding.seconds,
                 codec=coding.way,
                 parked_bytes=coding.parked_bytes,
                 # Beside a decode at its peak the other thread encodes or denoises; the caches are counted once.

@@ -129,7 +129,7 @@ def build_low_res_cache(
     on_video: Callable[[int, int], None] | None = None,
     on_clip: Callable[[CacheProgress], None] | None = None,
 ) -> LatentCache:
-    """Encode the usable videos of a folder for `train_low_res_lora`; raise as `training.refiner.build_references`."""
+    """Encode the usable videos of a folder for `train_low_res_lora`; raise as `refiner.run.build_references`."""
     with joined_processes() as processes:
         encoder, fingerprint = open_low_res_encoder(run.checkpoint, device=processes.device)
         requests = run.videos.requests(

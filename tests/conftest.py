@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
-from benchmarks.full_size_networks import character_tokenizer
+from benchmarks.full_size_networks import VAE21, VAE22, character_tokenizer
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -45,17 +45,8 @@ TINY_CODEC: dict[str, Any] = {
     "num_res_blocks": 1,
     "temperal_downsample": [False, True, True],
 }
-WAN21_CODEC = TINY_CODEC | {"z_dim": 16}
-WAN22_CODEC = TINY_CODEC | {
-    "z_dim": 48,
-    "in_channels": 12,
-    "out_channels": 12,
-    "is_residual": True,
-    "patch_size": 2,
-    "latents_mean": [0.0] * 48,
-    "latents_std": [1.0] * 48,
-    "scale_factor_spatial": 16,
-}
+WAN21_CODEC = VAE21 | TINY_CODEC
+WAN22_CODEC = VAE22 | TINY_CODEC | {"decoder_base_dim": None}
 
 TINY_INDEX: dict[str, Any] = {
     "format": 1,

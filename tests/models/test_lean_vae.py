@@ -10,11 +10,13 @@ import torch
 from diffusers import AutoencoderKLWan
 from torch import Tensor
 
+from benchmarks.full_size_networks import VAE22
 from swifti2v.errors import InvalidInputError
 from swifti2v.geometry import CodecGeometry, Size
 from swifti2v.memory.live_bytes import accounted
 from swifti2v.models.lean_vae import LeanWanNetwork, is_lean_capable
-from swifti2v.models.vae import CodecSettings, Tiling, WanStreamingCodec
+from swifti2v.models.tiling import Tiling
+from swifti2v.models.vae import CodecSettings, WanStreamingCodec
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -23,21 +25,8 @@ GIB = 2**30
 CONFIGS: dict[str, dict[str, Any]] = {
     # Widths that differ from block to block, as in the real codecs: 1, 2, 4, 4 times the base.
     "wan2.1": {"base_dim": 3, "z_dim": 16, "num_res_blocks": 2},
-    "wan2.2": {
-        "base_dim": 3,
-        "decoder_base_dim": 5,
-        "z_dim": 48,
-        "in_channels": 12,
-        "out_channels": 12,
-        "is_residual": True,
-        "patch_size": 2,
-        "latents_mean": [0.0] * 48,
-        "latents_std": [1.0] * 48,
-        "num_res_blocks": 1,
-        "scale_factor_spatial": 16,
-    },
+    "wan2.2": VAE22 | {"base_dim": 3, "decoder_base_dim": 5, "num_res_blocks": 1},
 }
-FULL_SIZE = CONFIGS["wan2.2"] | {"base_dim": 160, "decoder_base_dim": 256, "num_res_blocks": 2}
 
 
 def codec_of(name: str, dtype: torch.dtype) -> AutoencoderKLWan:
@@ -129,7 +118,7 @@ def test_a_step_takes_at_least_one_frame() -> None:
 @pytest.fixture(scope="module")
 def full_size_vae() -> AutoencoderKLWan:
     with torch.device("meta"):
-        return AutoencoderKLWan(dim_mult=[1, 2, 4, 4], **FULL_SIZE).eval().to(torch.bfloat16)
+        return AutoencoderKLWan(dim_mult=[1, 2, 4, 4], **VAE22).eval().to(torch.bfloat16)
 
 
 def decode_peaks(vae: AutoencoderKLWan, settings: CodecSettings, counts: tuple[int, ...]) -> list[float]:

@@ -185,7 +185,7 @@ class StageOne:
         finally:
             self.pipeline.maybe_free_model_hooks()
         named = (("prompt", prompt), ("negative prompt", negative_prompt or ""))
-        notes = tuple(note for name, text in named if (note := self._cut_note(name, text)))
+        notes = tuple(note for name, text in named if (note := self.cut_note(name, text)))
         return PromptEmbeds(positive, negative, notes)
 
     def generate(
@@ -310,7 +310,8 @@ class StageOne:
             msg = f"seed is {seed}; use an integer from 0 to 2**63 - 1"
             raise InvalidInputError(msg)
 
-    def _cut_note(self, name: str, text: str) -> str | None:
+    def cut_note(self, name: str, text: str) -> str | None:
+        """Say that a text, called `name`, is longer than the encoder reads; None if it is not."""
         tokenizer = self.pipeline.tokenizer
         num_tokens = len(tokenizer(prompt_clean(text), truncation=False, verbose=False).input_ids)
         if num_tokens <= self.max_sequence_length:

@@ -262,7 +262,7 @@ class TwoStagePipeline:
         # Within limits of memory the text encoder has its place only while a run goes on.
         if self.parts.memory is not None or "stage_one" not in self.parts.stages:
             texts = zip(("prompt", "negative prompt"), self._texts(request), strict=True)
-            cut = (self.parts.stage_one._cut_note(name, text or "") for name, text in texts)
+            cut = (self.parts.stage_one.cut_note(name, text or "") for name, text in texts)
             return (*empty, *(note for note in cut if note is not None))
         return (*empty, *self._encode_prompt(request).notes)
 

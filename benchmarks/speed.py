@@ -274,7 +274,6 @@ def sampler_overhead() -> float:
         predicted = predict_targets(
             transformer,
             segment=window.segment,
-            slots=window.reference,
             reference=window.reference,
             targets=targets,
             sigma=sigma,

@@ -70,6 +70,14 @@ class TestWhatTheNetworkSees:
         assert torch.equal(reference, window["reference"])
         assert torch.equal(window["slots"], slots_before)
 
+    def test_the_reference_is_the_context_where_no_other_is_given(self, window: dict[str, Any]) -> None:
+        seen = []
+        for slots in (None, window["reference"].clone()):
+            network = RecordingNetwork(2 * CHANNELS)
+            predict_targets(network, **window | {"slots": slots})
+            seen.append(network.seen["hidden_states"])
+        assert torch.equal(*seen)
+
     def test_a_residual_network_is_not_shown_pure_noise(self, window: dict[str, Any]) -> None:
         network = RecordingNetwork(2 * CHANNELS, prediction_type="residual")
         predict_targets(network, **window | {"sigma": torch.tensor([1.0, 0.25])})

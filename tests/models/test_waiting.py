@@ -50,7 +50,6 @@ def test_no_step_waits_for_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
         return predict_targets(
             network,
             segment=window.segment,
-            slots=window.reference,
             reference=window.reference,
             targets=targets,
             sigma=sigma,

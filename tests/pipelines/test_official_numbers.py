@@ -68,7 +68,6 @@ def final_latents(made: StageTwoTransformer) -> Tensor:
         return predict_targets(
             made,
             segment=window.segment,
-            slots=window.reference,
             reference=window.reference,
             targets=targets,
             sigma=sigma,

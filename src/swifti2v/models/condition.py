@@ -50,11 +50,11 @@ def predict_targets(  # noqa: PLR0913 - the segment, what it sees, and how
     transformer: StageTwoNetwork,
     *,
     segment: Segment,
-    slots: Tensor,
     reference: Tensor,
     targets: Tensor,
     sigma: float | Tensor,
     prompt_embeds: Tensor,
+    slots: Tensor | None = None,
     position_mode: PositionMode = "absolute",
     context_memory: ContextMemory | None = None,
 ) -> Tensor:
@@ -63,12 +63,13 @@ def predict_targets(  # noqa: PLR0913 - the segment, what it sees, and how
     Args:
         transformer: the network. With ``in_channels == C`` it gets no reference channels (training-free mode).
         segment: which latent frames the W frames of the window are.
-        slots: ``[B, C, W, h, w]``; anchor and finished neighbours hold finished latents, unrefined neighbours
-            reference latents; what stands in the places of the targets is ignored.
         reference: ``[B, C, W, h, w]``, `z_ref` of the window.
         targets: ``[B, C, M, h, w]``, the noisy targets ``x = (1 - sigma) * x0 + sigma * noise``.
         sigma: noise level in 0..1, one for all or ``[B]``.
         prompt_embeds: ``[B, T, text_dim]``.
+        slots: ``[B, C, W, h, w]``; anchor and finished neighbours hold finished latents, unrefined neighbours
+            reference latents; what stands in the places of the targets is ignored. None: `reference`, which holds just
+            that at inference, where what is finished is written back into it.
         position_mode: RoPE positions in time, see `Segment.positions`.
         context_memory: of this window and this prompt. The first call fills it; later ones do not look at the context
             in `slots` and `reference` any more.
@@ -79,6 +80,7 @@ def predict_targets(  # noqa: PLR0913 - the segment, what it sees, and how
     Raises:
         InvalidInputError: a shape or `sigma` does not fit.
     """
+    slots = reference if slots is None else slots
     _check_shapes(segment, slots, reference, targets, prompt_embeds)
     sigma_B = _sigma_per_sample(sigma, targets)
     places = segment.target_slice

@@ -143,7 +143,6 @@ class StageTwo:
             return predict_targets(
                 self.transformer,
                 segment=window.segment,
-                slots=window.reference,
                 reference=window.reference,
                 targets=targets,
                 sigma=sigma,

@@ -156,7 +156,6 @@ class RefinerValidation:
             return predict_targets(
                 self._transformer,
                 segment=window.segment,
-                slots=window.reference,
                 reference=window.reference,
                 targets=targets,
                 sigma=sigma,

@@ -20,20 +20,16 @@ from swifti2v.pipelines.in_turn import StagesInTurn, open_pipeline
 from swifti2v.pipelines.loading import load_parts
 from swifti2v.pipelines.options import GenerationOptions
 from swifti2v.pipelines.two_stage import TwoStagePipeline
+from tests.pipelines.whole_runs import frames_of
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
     from pathlib import Path
 
     from swifti2v.pipelines.loading import Parts
-    from swifti2v.pipelines.runs import FinishedFrames, Progress
+    from swifti2v.pipelines.runs import Progress
 
 OPTIONS = GenerationOptions(num_frames=13, seed=3, stage_one_steps=1, num_inference_steps=2, segment_size=1)
 IMAGE = PIL.Image.linear_gradient("L").convert("RGB").resize((64, 64))
-
-
-def frames_of(pieces: Iterator[FinishedFrames]) -> torch.Tensor:
-    return torch.cat([piece.frames for piece in pieces])
 
 
 @pytest.fixture

@@ -115,6 +115,43 @@ def test_loaded_networks_take_turns_by_group(
     assert call("first") == {"first"}
 
 
+def test_a_network_that_has_come_in_part_leaves_too(
+    tiny_wan_dit: Callable[..., WanTransformer3DModel], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a full device: a module moves its own parameters, the first in its list, after those of its parts."""
+    network = tiny_wan_dit(num_layers=2)
+    networks = PlacedNetworks(torch.device("meta"))
+    networks.place(network, "loaded", group="one")
+    moved: list[torch.Size] = []
+
+    def arrives(tensor: torch.Tensor) -> torch.Tensor:
+        if len(moved) == 10:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        moved.append(tensor.shape)
+        return tensor.to("meta")
+
+    monkeypatch.setattr(network, "to", lambda _device: network._apply(arrives))
+    with pytest.raises(torch.OutOfMemoryError):
+        network._hf_hook.pre_forward(network)
+    assert any(parameter.is_meta for parameter in network.parameters())
+    monkeypatch.setattr(network, "to", lambda device: network.to_empty(device=device))
+    networks.release()
+    assert not any(parameter.is_meta for parameter in network.parameters())
+
+
+def test_what_pytorch_has_reserved_is_given_back_when_the_networks_have_left(
+    tiny_wan_dit: Callable[..., WanTransformer3DModel], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Libraries and the driver, whose memory is their own, would find none of it in a run that follows."""
+    network = tiny_wan_dit(num_layers=1)
+    networks = PlacedNetworks(torch.device("cuda"))
+    networks.place(network, "loaded", group="one")
+    hooked: list[bool] = []
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: hooked.append(hasattr(network, "_hf_hook")))
+    networks.release()
+    assert hooked == [False]
+
+
 def test_inputs_come_along_on_every_call(tiny_wan_dit: Callable[..., WanTransformer3DModel]) -> None:
     network = tiny_wan_dit(num_layers=1)
     networks = PlacedNetworks(torch.device("meta"))

@@ -21,9 +21,9 @@ from swifti2v.errors import MemoryBudgetError
 from swifti2v.memory.normal_float import NormalFloatLinear, pack_blocks
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
-    from torch import nn
+    from torch import Tensor, nn
     from torch.utils.hooks import RemovableHandle
 
     from swifti2v.memory.budget import WeightDtype
@@ -93,7 +93,9 @@ class PlacedNetworks:
     def send_away(self, *, but: str | None = None) -> None:
         """Move loaded networks to the host, except those of a group; they come again when they are called."""
         for group, network in self._loaded:
-            if group != but and next(network.parameters()).device.type != "cpu":
+            # All of them are asked: on a full device a network has come in part, and not its first parameter, as a
+            # module moves those of its own last.
+            if group != but and any(tensor.device.type != "cpu" for tensor in _tensors(network)):
                 network.to("cpu")
                 if self.device.type == "cuda":
                     torch.cuda.empty_cache()
@@ -108,6 +110,10 @@ class PlacedNetworks:
             remove_group_offloading(network)
         self._loaded.clear()
         self._streamed.clear()
+        if self.device.type == "cuda":
+            # What libraries and the driver take for themselves does not come from PyTorch's reserve, and would not be
+            # there for the next, tighter plan.
+            torch.cuda.empty_cache()
 
     def _stream(self, network: nn.Module, *, by_leaf: bool) -> None:
         network.to("cpu")
@@ -172,7 +178,11 @@ def stored_narrow(network: nn.Module) -> WeightDtype | None:
     """
     if any(isinstance(module, NormalFloatLinear) for module in network.modules()):
         return "nf4"
-    held = {tensor.dtype for tensor in chain(network.parameters(), network.buffers())}
+    held = {tensor.dtype for tensor in _tensors(network)}
     if NARROW in held:
         return "float8"
     return "int8" if torch.int8 in held else None
+
+
+def _tensors(network: nn.Module) -> Iterator[Tensor]:
+    return chain(network.parameters(), network.buffers())

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from swifti2v.errors import MemoryBudgetError
-from swifti2v.memory.placement import PlacedNetworks, store_weights
+from swifti2v.memory.placement import Pace, PlacedNetworks, store_weights
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -81,6 +81,39 @@ def test_streamed_blocks_pass_through_the_device_one_by_one(
     wan_output(network)
     assert len(held) > 3  # each block, and what is around the blocks
     assert max(held) <= 2
+
+
+def test_the_host_waits_for_the_block_before_the_last(
+    tiny_wan_dit: Callable[..., WanTransformer3DModel], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a device has still to read stays there: unless the host waits, that may be every block."""
+    calls: list[tuple[str, int]] = []
+
+    class Event:
+        """Stands for a CUDA event, and says what is done with it."""
+
+        def __init__(self) -> None:
+            self.number = sum(name == "end" for name, _ in calls)
+
+        def record(self, stream: str) -> None:
+            calls.append((stream, self.number))
+
+        def synchronize(self) -> None:
+            calls.append(("wait", self.number))
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: "end" if device == second else "elsewhere")
+    second = torch.device("cuda:1")
+    network = tiny_wan_dit(num_layers=3)
+    handles = Pace(second).keep(network)
+    for _ in range(2):
+        wan_output(network)
+    assert calls[:2] == [("end", 0), ("end", 1)]
+    assert calls[2:] == [call for block in range(2, 6) for call in (("wait", block - 2), ("end", block))]
+    for handle in handles:
+        handle.remove()
+    wan_output(network)
+    assert len(calls) == 10
 
 
 def test_a_text_encoder_streams_by_layer(tiny_text_encoder: UMT5EncoderModel) -> None:

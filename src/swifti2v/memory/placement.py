@@ -82,12 +82,12 @@ class Pace:
         waits = [block.register_forward_pre_hook(self._wait) for block in blocks]
         return [*waits, *(block.register_forward_hook(self._note) for block in blocks)]
 
-    @torch.compiler.disable
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _wait(self, *_: Any) -> None:
         if len(self._ends) == BLOCKS_AHEAD:
             self._ends.popleft().synchronize()
 
-    @torch.compiler.disable
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _note(self, *_: Any) -> None:
         end = torch.cuda.Event()  # type: ignore[no-untyped-call]
         end.record(torch.cuda.current_stream(self.device))

@@ -23,6 +23,7 @@ EXPECTED = {
     "JobError": LookupError,
     "QueueFullError": RuntimeError,
     "MemoryBudgetError": ValueError,
+    "DeviceLostError": RuntimeError,
     "GenerationCancelled": Exception,
 }
 CLASSES = dict(inspect.getmembers(errors, inspect.isclass))

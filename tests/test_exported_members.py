@@ -17,6 +17,7 @@ PUBLIC = [
     "AdapterError",
     "CheckpointError",
     "ConfigurationError",
+    "DeviceLostError",
     "GenerationCancelled",
     "GenerationOptions",
     "ImageInputError",

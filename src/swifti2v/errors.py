@@ -62,5 +62,9 @@ class MemoryBudgetError(SwiftI2VError, ValueError):
     """No plan fits into the memory budget; the message says which budget would."""
 
 
+class DeviceLostError(SwiftI2VError, RuntimeError):
+    """The card of this process has failed; only another process can use it again, if any."""
+
+
 class GenerationCancelled(SwiftI2VError):  # noqa: N818 - not a failure: the name says what happened, as asyncio's CancelledError does
     """The caller asked to stop; everything finished before that is kept."""

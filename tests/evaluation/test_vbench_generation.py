@@ -250,20 +250,22 @@ def test_a_record_that_cannot_be_written(tmp_path: Path) -> None:
 
 
 def test_memory_and_seconds_of_a_card(suite: Suite, run: VideoRun, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A stand-in for `torch.cuda` that was used before: its peak is reset before a clip and read after it."""
-    calls: list[str] = []
+    """A stand-in for `torch.cuda` with two cards in use of three: a peak is reset before a clip and read after it."""
+    calls: list[tuple[str, int]] = []
     cuda = SimpleNamespace(
-        is_initialized=lambda: True,
-        synchronize=lambda: calls.append("synchronize"),
-        reset_peak_memory_stats=lambda: calls.append("reset"),
-        max_memory_allocated=lambda: calls.append("read") or 123,  # type: ignore[func-returns-value]
-        get_device_name=lambda: "a card",
+        device_count=lambda: 3,
+        memory_reserved=lambda card: 1000 * card,
+        synchronize=lambda card: calls.append(("synchronize", card)),
+        reset_peak_memory_stats=lambda card: calls.append(("reset", card)),
+        max_memory_allocated=lambda card: 100 * card,
+        get_device_name=lambda card: f"card {card}",
     )
     with monkeypatch.context() as patched:
         patched.setattr("swifti2v.evaluation.vbench.generation._cuda_in_use", lambda: cuda)
         record = run.make(clips_of(suite)[0], StillMaker(SHAPE))
-    assert calls == ["synchronize", "reset", "synchronize", "read"]
-    assert (record.peak_gpu_bytes, record.device, record.gpu_seconds) == (123, "a card", record.seconds)
+    before = [("synchronize", 1), ("reset", 1), ("synchronize", 2), ("reset", 2)]
+    assert calls == [*before, ("synchronize", 1), ("synchronize", 2)]
+    assert (record.peak_gpu_bytes, record.device, record.gpu_seconds) == (200, "card 2", record.seconds)
 
 
 @pytest.mark.slow

@@ -191,8 +191,10 @@ def test_attention_is_chosen_by_trial(device: torch.device, tiny_checkpoint: Pat
 def test_runs_do_not_take_more_and_more_memory(device: torch.device, tiny_checkpoint: Path) -> None:
     """Freed blocks belong to their stream: a new stream a run would find none of them."""
     parts = load_parts(tiny_checkpoint, device=device)
+    loaded = torch.cuda.memory_allocated(device)
     reserved = []
     for _run in range(4):
         frames_of(parts)
         reserved.append(torch.cuda.memory_reserved(device))
-    assert reserved[-1] == reserved[1]
+    # Threads meet otherwise in every run, and blocks lie otherwise; a new stream would add what a run holds.
+    assert reserved[-1] - reserved[1] < (reserved[1] - loaded) / 4

@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
+import gc
 import signal
 import subprocess
 import sys
+import weakref
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import PIL.Image
 import pytest
+import torch
 
 from swifti2v.config import to_mapping
+from swifti2v.errors import DeviceLostError
 from swifti2v.geometry import Size
 from swifti2v.jobs.pictures import Spritesheet, _shrunk, save_thumbnail
 from swifti2v.jobs.runner import PipelineRunner, ProgressGauge
 from swifti2v.jobs.state import Job, JobProgress, JobRequest, JobState
 from swifti2v.jobs.worker import Outcome, Task, Worker, WorkerOptions
 from swifti2v.media.video_reader import VideoReader
+from swifti2v.pipelines.acceleration import transformers_of
 from swifti2v.pipelines.options import GenerationOptions
 from swifti2v.pipelines.runs import Progress
 from swifti2v.pipelines.two_stage import TwoStagePipeline
@@ -25,7 +31,6 @@ from tests.jobs.conftest import wait_for
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from pathlib import Path
 
     from swifti2v.jobs.queue import JobQueue
 
@@ -151,6 +156,49 @@ def test_options_that_do_not_fit_fail_the_job_at_once(
     failure = queue.store.get(job.id).failure
     assert failure is not None
     assert failure.code == "invalid_input"
+
+
+@pytest.mark.parametrize("error", [torch.AcceleratorError("CUDA error: an illegal memory access"), OSError("no video")])
+def test_a_card_that_has_failed_is_told_from_a_job_that_has(
+    queue: JobQueue,
+    pipeline: TwoStagePipeline,
+    photo: PIL.Image.Image,
+    monkeypatch: pytest.MonkeyPatch,
+    error: Exception,
+) -> None:
+    lost: list[int] = []
+    monkeypatch.setattr("swifti2v.jobs.runner.broken_devices", lambda: lost)
+
+    def fail(_task: Task, _progress: JobProgress) -> None:
+        raise error
+
+    submit(queue, photo)
+    worker = worker_of(queue, pipeline, fail)
+    worker.options = WorkerOptions(retry_seconds=0)
+    assert worker.run_one() is Outcome.RETRIED
+    lost.append(1)
+    with pytest.raises(DeviceLostError, match=rf"cuda:1 does not work any more \({error}\)"):
+        worker.run_one()
+
+
+def test_networks_are_gone_before_the_next_are_loaded(tiny_checkpoint: Path, photo: PIL.Image.Image) -> None:
+    """A run leaves circles among them; 67 GiB of a card would wait there for the collector."""
+    held: list[weakref.ref[Any]] = []
+
+    def load(_name: str) -> TwoStagePipeline:
+        assert all(network() is None for network in held)
+        loaded = TwoStagePipeline.from_pretrained(tiny_checkpoint, device="cpu")
+        held.extend(weakref.ref(network) for network in transformers_of(loaded.parts))
+        return loaded
+
+    runner = PipelineRunner(load)
+    gc.disable()
+    try:
+        runner.pipeline("a")(photo, "pan left", options=OPTIONS)
+        assert any(network() is not None for network in held)
+        runner.pipeline("b")
+    finally:
+        gc.enable()
 
 
 def test_one_pipeline_is_held_at_a_time() -> None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from swifti2v.errors import ImageInputError, JobError, OutputError, WorkDirectoryError
+from swifti2v.errors import DeviceLostError, ImageInputError, JobError, OutputError, WorkDirectoryError
 from swifti2v.jobs.state import Job, JobProgress, JobRequest, JobResult, JobState
 from swifti2v.jobs.worker import Outcome, Task, Worker, WorkerOptions
 from tests.jobs.conftest import StepRunner, wait_for
@@ -166,6 +166,23 @@ def test_other_failures_are_tried_again(queue: JobQueue, job: Job, error: Except
 
     worker = worker_of(queue, StepRunner(on_step=fail_at_first))
     assert [worker.run_one() for _ in range(3)] == [Outcome.RETRIED, Outcome.COMPLETED, None]
+
+
+def test_a_worker_whose_card_has_failed_takes_no_other_job(queue: JobQueue, job: Job, picture: PIL.Image.Image) -> None:
+    """Every job would fail there; this one is tried again, by a process that can use a card."""
+    waiting = queue.submit(picture, JobRequest("tiny"))
+
+    def fail(task: Task, step: int) -> None:
+        raise DeviceLostError("cuda:0 does not work any more")
+
+    runner = StepRunner(on_step=fail)
+    with pytest.raises(DeviceLostError):
+        worker_of(queue, runner).run(until_idle=True)
+    assert runner.started == [job.id]
+    assert (queue.store.get(job.id).state, queue.store.get(job.id).attempts) == (JobState.QUEUED, 1)
+    assert queue.store.get(waiting.id).attempts == 0
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("heartbeat")]
+    assert worker_of(queue, StepRunner()).run(until_idle=True) == 2
 
 
 def test_and_not_for_ever(queue: JobQueue, job: Job, caplog: pytest.LogCaptureFixture) -> None:

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from swifti2v.errors import MemoryBudgetError
-from swifti2v.memory.placement import PlacedNetworks, store_weights
+from swifti2v.memory.placement import Pace, PlacedNetworks, store_weights
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -83,6 +83,39 @@ def test_streamed_blocks_pass_through_the_device_one_by_one(
     assert max(held) <= 2
 
 
+def test_the_host_waits_for_the_block_before_the_last(
+    tiny_wan_dit: Callable[..., WanTransformer3DModel], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a device has still to read stays there: unless the host waits, that may be every block."""
+    calls: list[tuple[str, int]] = []
+
+    class Event:
+        """Stands for a CUDA event, and says what is done with it."""
+
+        def __init__(self) -> None:
+            self.number = sum(name == "end" for name, _ in calls)
+
+        def record(self, stream: str) -> None:
+            calls.append((stream, self.number))
+
+        def synchronize(self) -> None:
+            calls.append(("wait", self.number))
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: "end" if device == second else "elsewhere")
+    second = torch.device("cuda:1")
+    network = tiny_wan_dit(num_layers=3)
+    handles = Pace(second).keep(network)
+    for _ in range(2):
+        wan_output(network)
+    assert calls[:2] == [("end", 0), ("end", 1)]
+    assert calls[2:] == [call for block in range(2, 6) for call in (("wait", block - 2), ("end", block))]
+    for handle in handles:
+        handle.remove()
+    wan_output(network)
+    assert len(calls) == 10
+
+
 def test_a_text_encoder_streams_by_layer(tiny_text_encoder: UMT5EncoderModel) -> None:
     ids = torch.arange(9).view(1, -1)
     with torch.no_grad():
@@ -113,6 +146,43 @@ def test_loaded_networks_take_turns_by_group(
     assert call("second") == {"second"}
     assert call("beside second") == {"second", "beside second"}
     assert call("first") == {"first"}
+
+
+def test_a_network_that_has_come_in_part_leaves_too(
+    tiny_wan_dit: Callable[..., WanTransformer3DModel], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a full device: a module moves its own parameters, the first in its list, after those of its parts."""
+    network = tiny_wan_dit(num_layers=2)
+    networks = PlacedNetworks(torch.device("meta"))
+    networks.place(network, "loaded", group="one")
+    moved: list[torch.Size] = []
+
+    def arrives(tensor: torch.Tensor) -> torch.Tensor:
+        if len(moved) == 10:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        moved.append(tensor.shape)
+        return tensor.to("meta")
+
+    monkeypatch.setattr(network, "to", lambda _device: network._apply(arrives))
+    with pytest.raises(torch.OutOfMemoryError):
+        network._hf_hook.pre_forward(network)
+    assert any(parameter.is_meta for parameter in network.parameters())
+    monkeypatch.setattr(network, "to", lambda device: network.to_empty(device=device))
+    networks.release()
+    assert not any(parameter.is_meta for parameter in network.parameters())
+
+
+def test_what_pytorch_has_reserved_is_given_back_when_the_networks_have_left(
+    tiny_wan_dit: Callable[..., WanTransformer3DModel], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Libraries and the driver, whose memory is their own, would find none of it in a run that follows."""
+    network = tiny_wan_dit(num_layers=1)
+    networks = PlacedNetworks(torch.device("cuda"))
+    networks.place(network, "loaded", group="one")
+    hooked: list[bool] = []
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: hooked.append(hasattr(network, "_hf_hook")))
+    networks.release()
+    assert hooked == [False]
 
 
 def test_inputs_come_along_on_every_call(tiny_wan_dit: Callable[..., WanTransformer3DModel]) -> None:

@@ -280,7 +280,7 @@ def test_weights_in_four_bits_by_hand() -> None:
 
 
 @pytest.mark.parametrize("dtype", STORED_DTYPES)
-def test_what_streams_has_room_for_two_blocks_and_what_is_in_none(dtype: Any) -> None:
+def test_what_streams_has_room_for_three_blocks_and_what_is_in_none(dtype: Any) -> None:
     """Embeddings stay in bfloat16, and come as a whole: beside blocks of four bits they are the larger part."""
     for way, network in ((1, WAN22.stage_one), (2, WAN22.stage_two)):
         streamed = next(
@@ -290,7 +290,7 @@ def test_what_streams_has_room_for_two_blocks_and_what_is_in_none(dtype: Any) ->
         )
         ends = stored_bytes(replace(network, num_layers=0), dtype)
         block = (stored_bytes(network, dtype) - ends) // network.num_layers
-        assert streamed.weight_bytes >= 2 * block + ends
+        assert streamed.weight_bytes >= 3 * block + ends
 
 
 def test_less_memory_says_what_it_gives_up() -> None:

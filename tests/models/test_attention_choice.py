@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 from diffusers.models.attention_dispatch import _AttentionBackendRegistry
 
 from swifti2v.errors import InvalidInputError
+from swifti2v.models import attention_choice
 from swifti2v.models.attention_choice import BACKENDS, EXACT, check_attention_name, fastest, set_attention
 
 if TYPE_CHECKING:
@@ -57,6 +59,21 @@ def test_one_network_is_set_and_the_process_is_left_as_it_was(
     assert _AttentionBackendRegistry.get_active_backend()[0] == before
     torch.testing.assert_close(output(network), expected)
     assert torch.equal(output(other), expected)
+
+
+def test_a_trial_that_fails_says_so_once(
+    tiny_wan_dit: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, recwarn: pytest.WarningsRecorder
+) -> None:
+    """PyTorch warns of each kernel that it has not, and of each that was not to be had."""
+
+    def refuse(*_arguments: Any, **_options: Any) -> None:
+        warnings.warn("cuDNN attention kernel not used because:", stacklevel=1)
+        raise RuntimeError("No available kernel. Aborting execution.")
+
+    monkeypatch.setattr(attention_choice, "dispatch_attention_fn", refuse)
+    with pytest.raises(InvalidInputError, match=r"'cudnn' cannot be used on cpu \(No available kernel"):
+        set_attention([tiny_wan_dit()], "cudnn", device=CPU)
+    assert not recwarn.list
 
 
 def test_auto_is_native_without_a_gpu(tiny_wan_dit: Callable[..., Any]) -> None:

@@ -223,6 +223,19 @@ def test_damage_is_named(checkpoint: Path, file: str, damage: Callable[[Path], o
     assert torch.get_default_dtype() == torch.float32
 
 
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("full"), torch.AcceleratorError("CUDA error: unknown error")])
+def test_what_the_device_says_is_not_the_fault_of_the_files(
+    saved: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    def fail(*_arguments: Any, **_options: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(StageTwoTransformer, "from_pretrained", fail)
+    with pytest.raises(type(error)) as caught:
+        load_stage_two_transformer(resolve(saved), dtype=torch.float32)
+    assert caught.value is error
+
+
 def test_half_matching_adapter_leaves_both_experts_as_they_are(checkpoint: Path) -> None:
     file = checkpoint / "adapters" / "low.safetensors"
     save_file(load_file(file) | {"diffusion_model.blocks.9.ffn.0.lora_down.weight": torch.ones(2, 24)}, file)

@@ -203,6 +203,24 @@ def test_devices_that_cannot_be_used(device: str) -> None:
     assert "\n" not in str(caught.value)
 
 
+def test_the_card_that_is_asked_for_becomes_the_one_of_the_thread(
+    tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Streams are made for the thread's own card; another one's would not run beside the work on this one."""
+    chosen: list[torch.device] = []
+
+    def choose(device: torch.device) -> None:
+        chosen.append(device)
+        raise InterruptedError
+
+    monkeypatch.setattr(torch.cuda, "set_device", choose)
+    load_parts(tiny_checkpoint, device="cpu")
+    monkeypatch.setattr(loading, "open_device", torch.device)
+    with pytest.raises(InterruptedError):
+        load_parts(tiny_checkpoint, device="cuda:1")
+    assert chosen == [torch.device("cuda", 1)]
+
+
 def test_checksums_tell_states_of_one_name_apart(edited: Callable[..., Path]) -> None:
     root = edited()
     write_checksums(root)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import signal
 import socket
@@ -13,8 +14,10 @@ from typing import TYPE_CHECKING
 import httpx2
 import pytest
 
+from swifti2v.errors import DeviceLostError
 from swifti2v.jobs.queue import JobQueue
 from swifti2v.jobs.state import JobStage, JobState
+from swifti2v.jobs.worker import Worker
 from swifti2v.models.light_decoder import LightDecoder
 from swifti2v.pipelines.acceleration import Acceleration
 from swifti2v.serving.settings import ClusterSettings, ServedModel, ServiceSettings
@@ -55,6 +58,31 @@ def test_a_replica_decodes_as_it_was_told(tmp_path: Path, tiny_checkpoint: Path)
     light = Acceleration("native", decoder="light", decoder_weights=str(weights))
     replica = ModelReplica(settings, ClusterSettings(acceleration=light))
     assert isinstance(replica._runner.pipeline(name).parts.decoder, LightDecoder)
+
+
+@pytest.mark.filterwarnings("ignore")  # as above
+def test_a_replica_whose_card_has_failed_is_to_be_replaced(
+    tmp_path: Path, tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from swifti2v.serving.deployment import ModelReplica
+
+    settings = ServiceSettings(data=tmp_path / "data", models=(ServedModel(str(tiny_checkpoint), DEFAULTS),))
+    replica = ModelReplica(settings, ClusterSettings())
+    assert asyncio.run(replica.work()) == 0
+    replica.check_health()
+    calls: list[object] = []
+
+    def fail(*_arguments: object, **_options: object) -> None:
+        calls.append(1)
+        raise DeviceLostError("cuda:0 does not work any more")
+
+    monkeypatch.setattr(Worker, "run", fail)
+    for _ in range(2):  # a call that comes before Ray has asked takes no job
+        with pytest.raises(DeviceLostError):
+            asyncio.run(replica.work())
+    with pytest.raises(DeviceLostError):
+        replica.check_health()
+    assert len(calls) == 1
 
 
 @contextmanager

@@ -17,6 +17,7 @@ from swifti2v.cli.progress import progress_bars
 from swifti2v.cli.stage_one_options import StageOneSampling, with_stage_one_options
 from swifti2v.errors import InvalidInputError, MemoryBudgetError
 from swifti2v.geometry import Size
+from swifti2v.memory.device_errors import is_out_of_memory
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -321,11 +322,11 @@ def quiet_libraries() -> None:
 @contextmanager
 def _memory_errors() -> Iterator[None]:
     """Turn the end of memory into one line that says what to do about it."""
-    import torch
-
     try:
         yield
-    except (MemoryError, torch.OutOfMemoryError) as error:
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
         msg = "there is not enough memory for this run; choose a smaller --size or --segment-size (see swifti2v plan)"
         raise MemoryBudgetError(msg) from error
 

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 from contextlib import closing
 from typing import TYPE_CHECKING, Any, Literal, Self
 
 from swifti2v.config import from_mapping
+from swifti2v.errors import DeviceLostError, GenerationCancelled
 from swifti2v.geometry import Size
 from swifti2v.jobs.pictures import Spritesheet, save_thumbnail
 from swifti2v.jobs.state import ALL_STAGES, JobProgress, JobResult, JobStage
 from swifti2v.media.video_writer import VideoWriter
+from swifti2v.memory.device_errors import broken_devices
 from swifti2v.pipelines.options import GenerationOptions
 from swifti2v.pipelines.run_store import RunStore
 
@@ -84,8 +87,22 @@ class PipelineRunner:
     def run(self, task: Task) -> JobResult | JobStage:
         """Make the video, or the motion reference of a preview; or that of a video, and hand it on.
 
-        Raises what the pipeline raises, and `GenerationCancelled` of the task.
+        Raises what the pipeline raises, and `GenerationCancelled` of the task; `DeviceLostError` where a card has
+        failed in it.
         """
+        try:
+            return self._run(task)
+        except GenerationCancelled:
+            raise
+        except Exception as error:
+            if not (lost := broken_devices()):
+                raise
+            said = (str(error).splitlines() or [type(error).__name__])[0]
+            cards = ", ".join(f"cuda:{index}" for index in lost)
+            msg = f"{cards} does not work any more ({said}); a new process may be able to use it"
+            raise DeviceLostError(msg) from error
+
+    def _run(self, task: Task) -> JobResult | JobStage:
         asked, files = task.job.request, task.files
         pipeline = self.pipeline(asked.model)
         request = pipeline.request(task.input, asked.prompt, options=from_mapping(GenerationOptions, asked.options))
@@ -121,6 +138,7 @@ class PipelineRunner:
         """Return the pipeline of a model, loading it if another one, or none, is loaded."""
         if self._loaded is None or self._loaded[0] != model:
             self._loaded = None  # two at once might not fit into memory
+            gc.collect()  # a network that has had hooks is a circle
             self._loaded = (model, self._load(model))
         return self._loaded[1]
 

@@ -13,7 +13,14 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import TYPE_CHECKING, Protocol
 
-from swifti2v.errors import GenerationCancelled, InvalidInputError, OutputError, SwiftI2VError, WorkDirectoryError
+from swifti2v.errors import (
+    DeviceLostError,
+    GenerationCancelled,
+    InvalidInputError,
+    OutputError,
+    SwiftI2VError,
+    WorkDirectoryError,
+)
 from swifti2v.jobs.state import ALL_STAGES, JobFailure, JobStage
 
 if TYPE_CHECKING:
@@ -63,7 +70,7 @@ class Runner(Protocol):
     def run(self, task: Task) -> JobResult | JobStage:
         """Do the job and return its result, or do what can be done here and return the stage that others go on with.
 
-        `GenerationCancelled` of `task.report` is to be let pass.
+        `GenerationCancelled` of `task.report` is to be let pass. `DeviceLostError` ends the worker.
         """
         ...
 
@@ -136,7 +143,11 @@ class Worker:
         return self._drain.is_set() and now >= self._drain_deadline
 
     def run(self, *, until_idle: bool = False, max_jobs: int | None = None) -> int:
-        """Work until `drain`, or until there is no job or enough are done; return how many claims were worked on."""
+        """Work until `drain`, or until there is no job or enough are done; return how many claims were worked on.
+
+        Raises:
+            DeviceLostError: the runner's device works no more; its process should end, and the job is tried again.
+        """
         count = 0
         while not self._drain.is_set() and (max_jobs is None or count < max_jobs):
             if self.run_one() is not None:
@@ -220,6 +231,9 @@ class _Claim:
             return self._stopped_early()
         except (KeyboardInterrupt, SystemExit):
             self._store.release(self.job)
+            raise
+        except DeviceLostError as error:
+            self._failed(error)  # this job is tried again elsewhere; the next ones would only fail here
             raise
         except Exception as error:  # noqa: BLE001 - whatever a job does, its worker lives on
             return self._failed(error)

@@ -6,6 +6,7 @@ blocks come one after the other, on a stream of their own where the device is a 
 
 from __future__ import annotations
 
+from collections import deque
 from contextlib import suppress
 from functools import partial
 from itertools import chain
@@ -16,14 +17,15 @@ from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_mod
 from accelerate.utils import send_to_device
 from diffusers import ModelMixin
 from diffusers.hooks import HookRegistry, apply_group_offloading, apply_layerwise_casting
+from torch import nn
 
 from swifti2v.errors import MemoryBudgetError
 from swifti2v.memory.normal_float import NormalFloatLinear, pack_blocks
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
-    from torch import nn
+    from torch import Tensor
     from torch.utils.hooks import RemovableHandle
 
     from swifti2v.memory.budget import WeightDtype
@@ -32,6 +34,9 @@ if TYPE_CHECKING:
 GROUP_HOOKS = ("group_offloading", "layer_execution_tracker", "lazy_prefetch_group_offloading")
 """Names under which diffusers keeps its hooks (``diffusers.hooks.group_offloading``)."""
 
+
+BLOCKS_AHEAD = 2
+"""The block whose weights come meanwhile, and the one that is started; the one before them may be at work."""
 
 NARROW = torch.float8_e4m3fn
 TEXT_ENCODER_EXACT = (r"\.wo$", "norm", r"(^|\.)(shared|embed_tokens)$")
@@ -56,6 +61,39 @@ class LoadOnCall(ModelHook):  # type: ignore[misc]
         return send_to_device(args, self.execution_device), send_to_device(kwargs, self.execution_device)
 
 
+class Pace:
+    """Keeps the host no further ahead of a CUDA device than `BLOCKS_AHEAD` blocks of a network that is streamed.
+
+    Weights that a kernel still has to read stay until it is done, and copies may be faster than the work: a host that
+    starts one block after the other would have them all there.
+
+    Args:
+        device: where the network works.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._ends: deque[torch.cuda.Event] = deque()
+
+    def keep(self, network: nn.Module) -> list[RemovableHandle]:
+        """Put hooks on the blocks of `network`, and return them to be removed."""
+        lists = (child for child in network.children() if isinstance(child, nn.ModuleList))
+        blocks = list(chain.from_iterable(lists))
+        waits = [block.register_forward_pre_hook(self._wait) for block in blocks]
+        return [*waits, *(block.register_forward_hook(self._note) for block in blocks)]
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _wait(self, *_: Any) -> None:
+        if len(self._ends) == BLOCKS_AHEAD:
+            self._ends.popleft().synchronize()
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _note(self, *_: Any) -> None:
+        end = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        end.record(torch.cuda.current_stream(self.device))
+        self._ends.append(end)
+
+
 class PlacedNetworks:
     """Networks that stand as a plan wants them, until they are released.
 
@@ -66,7 +104,7 @@ class PlacedNetworks:
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self._loaded: list[tuple[str, nn.Module]] = []
-        self._streamed: list[tuple[nn.Module, RemovableHandle]] = []
+        self._streamed: list[tuple[nn.Module, list[RemovableHandle]]] = []
 
     def place(self, network: nn.Module, placement: Placement, *, group: str, by_leaf: bool = False) -> None:
         """Place one network.
@@ -87,13 +125,17 @@ class PlacedNetworks:
             self._loaded.append((group, network))
         else:
             self._stream(network, by_leaf=by_leaf)
-            handle = network.register_forward_pre_hook(lambda *_: self.send_away(but=group))
-            self._streamed.append((network, handle))
+            handles = [network.register_forward_pre_hook(lambda *_: self.send_away(but=group))]
+            if self.device.type == "cuda" and not by_leaf:
+                handles += Pace(self.device).keep(network)
+            self._streamed.append((network, handles))
 
     def send_away(self, *, but: str | None = None) -> None:
         """Move loaded networks to the host, except those of a group; they come again when they are called."""
         for group, network in self._loaded:
-            if group != but and next(network.parameters()).device.type != "cpu":
+            # All of them are asked: on a full device a network has come in part, and not its first parameter, as a
+            # module moves those of its own last.
+            if group != but and any(tensor.device.type != "cpu" for tensor in _tensors(network)):
                 network.to("cpu")
                 if self.device.type == "cuda":
                     torch.cuda.empty_cache()
@@ -103,11 +145,16 @@ class PlacedNetworks:
         self.send_away()
         for _, network in self._loaded:
             remove_hook_from_module(network)
-        for network, handle in self._streamed:
-            handle.remove()
+        for network, handles in self._streamed:
+            for handle in handles:
+                handle.remove()
             remove_group_offloading(network)
         self._loaded.clear()
         self._streamed.clear()
+        if self.device.type == "cuda":
+            # What libraries and the driver take for themselves does not come from PyTorch's reserve, and would not be
+            # there for the next, tighter plan.
+            torch.cuda.empty_cache()
 
     def _stream(self, network: nn.Module, *, by_leaf: bool) -> None:
         network.to("cpu")
@@ -172,7 +219,11 @@ def stored_narrow(network: nn.Module) -> WeightDtype | None:
     """
     if any(isinstance(module, NormalFloatLinear) for module in network.modules()):
         return "nf4"
-    held = {tensor.dtype for tensor in chain(network.parameters(), network.buffers())}
+    held = {tensor.dtype for tensor in _tensors(network)}
     if NARROW in held:
         return "float8"
     return "int8" if torch.int8 in held else None
+
+
+def _tensors(network: nn.Module) -> Iterator[Tensor]:
+    return chain(network.parameters(), network.buffers())

@@ -33,8 +33,8 @@ if TYPE_CHECKING:
 OVERLAP_PIXELS = 128
 GRIDS = ((1, 1), (2, 1), (2, 2), (3, 2), (3, 3), (4, 4), (6, 6))
 """Columns and rows of codec tiles that are tried."""
-BLOCKS_IN_FLIGHT = 2
-"""Blocks of a streamed network on the device: the one at work and the one that is on its way."""
+BLOCKS_IN_FLIGHT = 3
+"""Blocks of a streamed network on the device: one at work, the next, and one on its way (`placement.Pace`)."""
 
 Placement = Literal["resident", "loaded", "streamed"]
 """Where weights stand: all of the run's on the device, those of a phase, or two blocks at a time."""
@@ -155,7 +155,7 @@ def _text_ways(
     table = weight_bytes(encoder.vocab_size * encoder.d_model, "bfloat16" if dtype != "float32" else dtype)
     block = (weights - table) // encoder.num_layers
     working = phase.activation_bytes + unpacking_bytes(encoder, dtype)
-    flight = table + BLOCKS_IN_FLIGHT * block
+    flight = table + 2 * block  # by layer, of which there are no more than in two blocks
     placements: tuple[tuple[Placement, int], ...] = (("loaded", weights), ("streamed", flight))
     for placement, held in placements:
         yield Way(
@@ -333,6 +333,5 @@ def tile_size(size: Size, columns: int, rows: int, *, multiple: int, overlap: in
 
 def _flight_bytes(transformer: TransformerDimensions, dtype: WeightDtype) -> int:
     """Bytes of a streamed transformer on the device: blocks, and what is not in a block, which comes as a whole."""
-    weights = stored_bytes(transformer, dtype)
-    block = weights // transformer.num_layers
-    return BLOCKS_IN_FLIGHT * block + max(block, stored_bytes(_without_blocks(transformer), dtype))
+    ends = stored_bytes(_without_blocks(transformer), dtype)
+    return BLOCKS_IN_FLIGHT * ((stored_bytes(transformer, dtype) - ends) // transformer.num_layers) + ends

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
@@ -89,7 +90,8 @@ def _try(name: str, device: torch.device, *, heads: int, width: int, tokens: int
     query = torch.randn(1, tokens, heads, width, device=device, dtype=dtype)
     best = float("inf")
     try:
-        with attention_backend(BACKENDS[name]):
+        with attention_backend(BACKENDS[name]), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # in several PyTorch says why it has no such kernel; an error follows
             for _ in range(TRIAL_RUNS):
                 started = perf_counter()
                 dispatch_attention_fn(query, query, query)

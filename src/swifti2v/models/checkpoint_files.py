@@ -157,8 +157,8 @@ def as_checkpoint_error(place: Path) -> Iterator[None]:
     default_dtype = torch.get_default_dtype()
     try:
         yield
-    except (CheckpointError, AdapterError, torch.OutOfMemoryError):
-        raise
+    except (CheckpointError, AdapterError, torch.OutOfMemoryError, torch.AcceleratorError):
+        raise  # not the fault of the files
     except _LOADING_ERRORS as error:
         reason = " ".join(str(error).split())[:300] or type(error).__name__
         msg = f"cannot load {place}: {reason}; the files do not fit together: get them again"

@@ -14,6 +14,7 @@ from swifti2v.errors import MemoryBudgetError
 from swifti2v.memory.amounts import format_bytes, parse_bytes
 from swifti2v.memory.budget import PipelineDimensions
 from swifti2v.memory.checkpoint_dimensions import codec_from_config
+from swifti2v.memory.device_errors import is_out_of_memory
 from swifti2v.memory.devices import DEVICES, DeviceRates
 from swifti2v.memory.light_cost import LightDecoderDimensions
 from swifti2v.memory.placement import PlacedNetworks, store_weights, stored_narrow
@@ -71,9 +72,11 @@ class MemoryLimits:
         """Return the limits in bytes, read off `device` now where they are automatic."""
         if not self.is_automatic:
             return self
+        if device.type != "cuda":
+            return MemoryLimits(None, self.host_bytes)
+        torch.cuda.empty_cache()  # what PyTorch keeps of networks that are gone counts as taken otherwise
         # Plans keep bytes for the driver's own, and those are taken already.
-        free = torch.cuda.mem_get_info(device)[0] + CONTEXT_BYTES if device.type == "cuda" else None
-        return MemoryLimits(free, self.host_bytes)
+        return MemoryLimits(torch.cuda.mem_get_info(device)[0] + CONTEXT_BYTES, self.host_bytes)
 
 
 def frames_within_limits(
@@ -105,7 +108,9 @@ def frames_within_limits(
                         num_done += 1
                         yield frames
             return
-        except torch.OutOfMemoryError as error:
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
             plan = _tighter(parts, settings, plan, error)
             LOGGER.warning(
                 "the device ran out of memory; going on with a plan of %s: %s",
@@ -241,5 +246,7 @@ def _tighter(parts: Parts, settings: GenerationSettings, plan: MemoryPlan, error
     try:
         return plan_for(parts, settings, limits)
     except MemoryBudgetError as refusal:
-        msg = f"the device ran out of memory with the smallest plan ({format_bytes(plan.peak_bytes)}); {refusal}"
+        said = (str(error).splitlines() or [type(error).__name__])[0]
+        smallest = format_bytes(plan.peak_bytes)
+        msg = f"the device ran out of memory ({said}) with the smallest plan ({smallest}); {refusal}"
         raise MemoryBudgetError(msg) from error

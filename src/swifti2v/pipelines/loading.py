@@ -167,6 +167,8 @@ class _Way:
         local_files_only: bool = False,
     ) -> _Way:
         place = open_device(device)
+        if place.index is not None and place.type == "cuda":
+            torch.cuda.set_device(place)  # diffusers streams blocks on a stream of the card that is the thread's own
         # With limits, networks come to the device when a run needs them (`fitting.py`).
         home = place if memory is None else torch.device("cpu")
         dtype = dtype or (torch.float32 if place.type == "cpu" else torch.bfloat16)

@@ -26,7 +26,7 @@ import ray
 from ray import serve
 from ray.exceptions import RayError
 
-from swifti2v.errors import ConfigurationError, OutputError
+from swifti2v.errors import ConfigurationError, DeviceLostError, OutputError
 from swifti2v.jobs.queue import JobQueue
 from swifti2v.jobs.runner import PipelineRunner
 from swifti2v.jobs.state import ALL_STAGES
@@ -75,13 +75,23 @@ class ModelReplica:
             lease_seconds=cluster.lease_seconds,
             grace_seconds=cluster.grace_seconds,
         )
+        self._lost: DeviceLostError | None = None
+
+    def check_health(self) -> None:
+        """Raise if the card has failed; Ray then starts another replica."""
+        if self._lost is not None:
+            raise self._lost
 
     async def work(self) -> int:
         """Work on jobs until there are none, but not for ever; return how many. Cancelling it gives the job back."""
+        self.check_health()
         worker = Worker(self._queue.store, self._queue.files, self._runner, options=self._options)
         working = asyncio.create_task(asyncio.to_thread(worker.run, until_idle=True, max_jobs=JOBS_PER_CALL))
         try:
             return await asyncio.shield(working)
+        except DeviceLostError as error:
+            self._lost = error
+            raise
         except asyncio.CancelledError:
             worker.drain()
             await asyncio.wait([working])  # or the next call would find the card in use

@@ -29,6 +29,7 @@ from swifti2v.errors import (
     VideoInputError,
     WorkDirectoryError,
 )
+from swifti2v.memory.device_errors import is_out_of_memory
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -247,8 +248,7 @@ def memory_errors(purpose: str) -> Iterator[None]:
     try:
         yield
     except (MemoryError, RuntimeError) as error:
-        torch = sys.modules.get("torch")
-        if not isinstance(error, MemoryError) and not (torch and isinstance(error, torch.OutOfMemoryError)):
+        if not is_out_of_memory(error):
             raise
         msg = (
             f"there is not enough memory {purpose}; use fewer --frames, a suite of a smaller size, or a smaller "
@@ -258,31 +258,38 @@ def memory_errors(purpose: str) -> Iterator[None]:
 
 
 class _Meter:
-    """Context manager: seconds, and the most that was allocated on the card, if there is one in use."""
+    """Context manager: seconds, and the most that was allocated on the card that was used most, if any was."""
 
     def __enter__(self) -> _Meter:
         self.peak_gpu_bytes: int | None = None
         self.device = "cpu"
         self.seconds = 0.0
         self._cuda = _cuda_in_use()
-        if self._cuda is not None:
-            self._cuda.synchronize()
-            self._cuda.reset_peak_memory_stats()
+        for card in _cards_in_use(self._cuda):
+            self._cuda.synchronize(card)
+            self._cuda.reset_peak_memory_stats(card)
         self._started = time.perf_counter()
         return self
 
     def __exit__(self, *_error: object) -> None:
-        if self._cuda is not None:
-            self._cuda.synchronize()
-            self.peak_gpu_bytes = self._cuda.max_memory_allocated()
-            self.device = self._cuda.get_device_name()
+        cards = _cards_in_use(self._cuda)
+        for card in cards:
+            self._cuda.synchronize(card)
         self.seconds = time.perf_counter() - self._started
+        if cards:
+            self.peak_gpu_bytes, most_used = max((self._cuda.max_memory_allocated(card), card) for card in cards)
+            self.device = self._cuda.get_device_name(most_used)
 
 
 def _cuda_in_use() -> Any:
     """`torch.cuda` if this process has begun to use it; a control made without a model needs no torch."""
     torch = sys.modules.get("torch")
     return torch.cuda if torch is not None and torch.cuda.is_initialized() else None
+
+
+def _cards_in_use(cuda: Any) -> list[int]:
+    """Return the cards on which this process holds memory; others would be begun to be used by a question."""
+    return [] if cuda is None else [card for card in range(cuda.device_count()) if cuda.memory_reserved(card)]
 
 
 def _peak_process_bytes() -> int:

@@ -225,14 +225,14 @@ def test_damage_is_named(checkpoint: Path, file: str, damage: Callable[[Path], o
 
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError("full"), torch.AcceleratorError("CUDA error: unknown error")])
 def test_what_the_device_says_is_not_the_fault_of_the_files(
-    saved: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+    tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
 ) -> None:
     def fail(*_arguments: Any, **_options: Any) -> None:
         raise error
 
     monkeypatch.setattr(StageTwoTransformer, "from_pretrained", fail)
     with pytest.raises(type(error)) as caught:
-        load_stage_two_transformer(resolve(saved), dtype=torch.float32)
+        load_stage_two_transformer(resolve(tiny_checkpoint), dtype=torch.float32)
     assert caught.value is error
 
 

@@ -23,9 +23,10 @@ from functools import wraps
 from typing import TYPE_CHECKING, Any
 
 from benchmarks import full_size_networks as networks
-from benchmarks.full_size_account import GIB, Row, account_checks, accounts
+from benchmarks.full_size_account import Row, account_checks, accounts
 from benchmarks.results import Check, add_result_arguments, checks_table, markdown_table, number, say, settings_of
 from benchmarks.results import write_results as write
+from swifti2v.memory.amounts import GIB
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from benchmarks import full_size_networks as networks
 from benchmarks.results import Check
+from swifti2v.memory.amounts import GIB
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -16,8 +17,6 @@ if TYPE_CHECKING:
 
     from swifti2v.geometry import Size
     from swifti2v.models.vae import CodecSettings
-
-GIB = 2**30
 
 
 @dataclass(frozen=True)

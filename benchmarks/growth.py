@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from benchmarks.full_size import BF16_TFLOP_PER_SECOND
 from benchmarks.results import add_result_arguments, markdown_table, number, say, settings_of, write_results
 from swifti2v.geometry import CodecGeometry, Size
+from swifti2v.memory.amounts import GIB
 from swifti2v.memory.budget import WAN22, plan_run, stored_bytes
 from swifti2v.memory.devices import DEVICES, device_rates
 from swifti2v.memory.light_cost import with_light_decoder
@@ -26,7 +27,6 @@ if TYPE_CHECKING:
 
     from swifti2v.memory.devices import DeviceRates
 
-GIB = 2**30
 SIZE = Size(2560, 1408)
 FRAMES = (81, 161, 321, 641, 1281)
 BUDGET_BYTES = 24 * GIB

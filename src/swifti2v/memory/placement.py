@@ -21,6 +21,7 @@ from torch import nn
 
 from swifti2v.errors import MemoryBudgetError
 from swifti2v.memory.normal_float import NormalFloatLinear, pack_blocks
+from swifti2v.memory.plan import STORED_DTYPES
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -210,6 +211,11 @@ def store_weights(network: nn.Module, dtype: WeightDtype, *, compute_dtype: torc
             network.enable_layerwise_casting(storage_dtype=NARROW, compute_dtype=compute_dtype)
         else:
             apply_layerwise_casting(network, NARROW, compute_dtype, skip_modules_pattern=TEXT_ENCODER_EXACT)
+
+
+def storable_dtypes(dtype: torch.dtype) -> tuple[WeightDtype, ...]:
+    """Return how the weights of networks that work in `dtype` can be stored, the most exact first: as they are."""
+    return ("float32" if dtype == torch.float32 else "bfloat16", *STORED_DTYPES[1:])
 
 
 def stored_narrow(network: nn.Module) -> WeightDtype | None:

@@ -17,8 +17,8 @@ from swifti2v.memory.checkpoint_dimensions import codec_from_config
 from swifti2v.memory.device_errors import is_out_of_memory
 from swifti2v.memory.devices import DEVICES, DeviceRates
 from swifti2v.memory.light_cost import LightDecoderDimensions
-from swifti2v.memory.placement import PlacedNetworks, store_weights, stored_narrow
-from swifti2v.memory.plan import CONTEXT_BYTES, STORED_DTYPES, MemoryPlan, plan_memory, tighter_budget
+from swifti2v.memory.placement import PlacedNetworks, storable_dtypes, store_weights, stored_narrow
+from swifti2v.memory.plan import CONTEXT_BYTES, MemoryPlan, plan_memory, tighter_budget
 from swifti2v.memory.run_settings import RunSettings
 from swifti2v.memory.transformer_cost import TextEncoderDimensions, TransformerDimensions
 from swifti2v.models.light_decoder import LightDecoder
@@ -33,7 +33,6 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from swifti2v.memory.budget import WeightDtype
     from swifti2v.memory.codec_cost import CodecCost
     from swifti2v.pipelines.loading import Overlap, Parts
     from swifti2v.pipelines.options import GenerationSettings
@@ -131,8 +130,7 @@ def plan_for(parts: Parts, settings: GenerationSettings, limits: MemoryLimits) -
     transformer = parts.stage_two.transformer
     # Where there is a text encoder, it is stored whenever the transformers are, and has no products of its own.
     stored = parts.stage_one.pipeline.text_encoder if "stage_one" in parts.stages else transformer
-    loaded: WeightDtype = "float32" if transformer.dtype == torch.float32 else "bfloat16"
-    dtypes = (loaded, *STORED_DTYPES[1:])
+    dtypes = storable_dtypes(transformer.dtype)
     held = stored_narrow(stored)
     return plan_memory(
         dimensions_of(parts),

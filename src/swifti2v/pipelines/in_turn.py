@@ -17,18 +17,18 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 
 from swifti2v.memory.heap import trim_heap
-from swifti2v.memory.plan import STORED_DTYPES, plan_stages
+from swifti2v.memory.placement import storable_dtypes
+from swifti2v.memory.plan import plan_stages
 from swifti2v.models.checkpoints import PARTS, resolve
-from swifti2v.pipelines.fitting import ASSUMED_RATES, dimensions_of, run_settings_of
+from swifti2v.pipelines.fitting import ASSUMED_RATES, MemoryLimits, dimensions_of, run_settings_of
 from swifti2v.pipelines.loading import load_parts
+from swifti2v.pipelines.options import GenerationOptions
 from swifti2v.pipelines.run_store import RunStore
 from swifti2v.pipelines.two_stage import TwoStagePipeline
 
 if TYPE_CHECKING:
     from swifti2v.models.checkpoints import Part
     from swifti2v.pipelines.acceleration import Acceleration
-    from swifti2v.pipelines.fitting import MemoryLimits
-    from swifti2v.pipelines.options import GenerationOptions
     from swifti2v.pipelines.runs import FinishedFrames, GenerationRequest, OnProgress
 
 
@@ -83,15 +83,15 @@ class StagesInTurn(TwoStagePipeline):
             InvalidInputError: an option is out of its range.
             MemoryBudgetError: not even one stage at a time fits.
         """
-        settings, limits = self.defaults.settled(options), self.parts.memory
-        is_exact = self.parts.stage_two.transformer.dtype == torch.float32
+        options, limits = options or GenerationOptions(), self.parts.memory or MemoryLimits()
+        settings = self.parts.defaults_of(options.few_step).settled(options)
         plans = plan_stages(
             replace(dimensions_of(self.parts), stages=PARTS, products=self._products),
             run_settings_of(self.parts, settings),
             ASSUMED_RATES,
-            budget_bytes=limits.device_bytes if limits is not None else None,
-            host_bytes=limits.host_bytes if limits is not None else None,
-            dtypes=("float32" if is_exact else "bfloat16", *STORED_DTYPES[1:]),
+            budget_bytes=limits.device_bytes,
+            host_bytes=limits.host_bytes,
+            dtypes=storable_dtypes(self.parts.stage_two.transformer.dtype),
         )
         return len(plans) > 1
 

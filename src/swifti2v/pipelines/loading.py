@@ -14,8 +14,7 @@ import torch
 from swifti2v.errors import InvalidInputError
 from swifti2v.geometry import Size, motion_size
 from swifti2v.memory.checkpoint_dimensions import read_pipeline_dimensions
-from swifti2v.memory.placement import store_weights
-from swifti2v.memory.plan import STORED_DTYPES
+from swifti2v.memory.placement import storable_dtypes, store_weights
 from swifti2v.models.checkpoint_files import read_json
 from swifti2v.models.checkpoints import (
     PARTS,
@@ -178,7 +177,7 @@ class _Way:
     @property
     def loaded_dtype(self) -> WeightDtype:
         """How weights are stored where nothing is short."""
-        return "float32" if self.dtype == torch.float32 else "bfloat16"
+        return storable_dtypes(self.dtype)[0]
 
     def reader(self, stored: WeightDtype) -> PiecewiseReader | None:
         """Return what reads networks tensor by tensor into `stored`; None where they stay as they are loaded."""
@@ -288,7 +287,7 @@ def _stored_dtype(
         text_tokens=one.max_sequence_length,
     )
     dimensions = replace(dimensions, products=quantization, stages=stages)
-    dtypes = (loaded, *STORED_DTYPES[1:])
+    dtypes = storable_dtypes(way.dtype)
     fitting = (dtype for dtype in dtypes if dimensions.stored_bytes(dtype) <= memory.host_bytes)
     stored = next(fitting, dtypes[-1])
     if quantization != "none" and stored != loaded:

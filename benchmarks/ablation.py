@@ -28,9 +28,9 @@ from benchmarks import pictures
 from benchmarks.baselines import Baseline, judged, made_frames, means
 from benchmarks.fidelity import add_clip_arguments, embedded_caption, known_clips
 from benchmarks.results import add_result_arguments, markdown_table, number, say, settings_of, write_results
-from swifti2v.models.transformer import StageTwoTransformer
 from swifti2v.pipelines.stage_two import StageTwo
 from swifti2v.pipelines.two_stage import TwoStagePipeline
+from swifti2v.wan.transformer import StageTwoTransformer
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 Array = np.ndarray[Any, Any]
 
-# Training holds wider clips back (`swifti2v.training.embedded.recipes.SourceOptions.max_clip_width`).
+# Training holds wider clips back (`swifti2v.mini.recipes.SourceOptions.max_clip_width`).
 MIN_HELD_BACK_WIDTH = 1152
 REDUCTION = 4
 

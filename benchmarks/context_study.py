@@ -39,15 +39,15 @@ from benchmarks.results import add_result_arguments, markdown_table, mean, numbe
 from swifti2v.config import load_yaml
 from swifti2v.evaluation.metrics import psnr
 from swifti2v.geometry import Size
-from swifti2v.models.checkpoints import resolve
-from swifti2v.models.motion_codec import MotionCodec
+from swifti2v.mini.motion_codec import MotionCodec
+from swifti2v.mini.recipes import StageTwoRun, train_stage_two
+from swifti2v.mini.reference_pairs import through_codec
 from swifti2v.pipelines.options import GenerationOptions
 from swifti2v.pipelines.two_stage import TwoStagePipeline
 from swifti2v.pixels import from_uint8
 from swifti2v.reference.replace import replace_first_frame
 from swifti2v.reference.resample import reduce_frames
-from swifti2v.training.embedded.recipes import StageTwoRun, train_stage_two
-from swifti2v.training.embedded.reference_pairs import through_codec
+from swifti2v.wan.checkpoints import resolve
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence

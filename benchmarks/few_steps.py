@@ -26,13 +26,13 @@ from benchmarks.context_study import BIDIRECTIONAL, SHORT_FRAMES, settings_for, 
 from benchmarks.fidelity import known_clip
 from benchmarks.results import add_result_arguments, markdown_table, mean, number, say, settings_of, write_results
 from swifti2v.evaluation.metrics import psnr
-from swifti2v.models.transformer import StageTwoTransformer
+from swifti2v.mini.reference_pairs import ReferencePair
 from swifti2v.pipelines.two_stage import TwoStagePipeline
-from swifti2v.training.embedded.reference_pairs import ReferencePair
 from swifti2v.training.engine.loop import LoopOptions, TrainingLoop
 from swifti2v.training.refiner.distillation import DistillationObjective, DistillationOptions
 from swifti2v.training.refiner.distribution_matching import DistributionMatchingObjective, DistributionMatchingOptions
 from swifti2v.training.refiner.window_source import WindowSource, WindowSourceOptions
+from swifti2v.wan.transformer import StageTwoTransformer
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence

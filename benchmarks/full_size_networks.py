@@ -13,10 +13,10 @@ if TYPE_CHECKING:
     from diffusers import AutoencoderKLWan, WanImageToVideoPipeline, WanTransformer3DModel
     from transformers import PreTrainedTokenizerFast
 
-    from swifti2v.models.light_decoder import LightDecoder
-    from swifti2v.models.transformer import StageTwoTransformer
     from swifti2v.pipelines.fitting import MemoryLimits
     from swifti2v.pipelines.loading import Parts
+    from swifti2v.wan.light_decoder import LightDecoder
+    from swifti2v.wan.transformer import StageTwoTransformer
 
 EXPERT = {
     "num_attention_heads": 40,
@@ -71,7 +71,7 @@ def expert(device: str) -> WanTransformer3DModel:
 
 def stage_two(device: str) -> StageTwoTransformer:
     """Stage II with the reference as channels."""
-    from swifti2v.models.transformer import StageTwoTransformer
+    from swifti2v.wan.transformer import StageTwoTransformer
 
     with built_on(device):
         return StageTwoTransformer(**(TI2V_5B | {"in_channels": 96}), reference_channels=48).eval()
@@ -95,7 +95,7 @@ def codec(settings: dict[str, Any], device: str) -> AutoencoderKLWan:
 
 def light_decoder(device: str, *, wide: bool = False) -> LightDecoder:
     """TAEHV's decoder of Wan2.2's latents: ``taew2_2``, or ``taew2_2_super``."""
-    from swifti2v.models.light_decoder import LightDecoder, LightDecoderNetwork, LightLayout
+    from swifti2v.wan.light_decoder import LightDecoder, LightDecoderNetwork, LightLayout
 
     widths = (512, 256, 128, 64) if wide else (256, 128, 64, 64)
     with built_on(device):
@@ -105,11 +105,11 @@ def light_decoder(device: str, *, wide: bool = False) -> LightDecoder:
 def parts(device: str, memory: MemoryLimits | None, *, light: bool = False) -> Parts:
     """Both stages, as a checkpoint would give them; with limits the weights wait in host memory."""
     from swifti2v.geometry import Size
-    from swifti2v.models.vae import open_codec
     from swifti2v.pipelines.loading import Parts
     from swifti2v.pipelines.options import GenerationSettings
     from swifti2v.pipelines.stage_one import StageOne
     from swifti2v.pipelines.stage_two import StageTwo
+    from swifti2v.wan.vae import open_codec
 
     home = device if memory is None else "cpu"
     return Parts(
@@ -127,7 +127,7 @@ def _stage_one_pipeline(device: str, home: str) -> WanImageToVideoPipeline:
     from diffusers import WanImageToVideoPipeline
     from transformers import UMT5Config, UMT5EncoderModel
 
-    from swifti2v.models.scheduler import FixedSigmaScheduler
+    from swifti2v.wan.scheduler import FixedSigmaScheduler
 
     text = UMT5Config(
         vocab_size=256384,

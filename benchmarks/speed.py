@@ -43,7 +43,7 @@ def stage_two_forward(repeats: int, *, targets_only: bool) -> Ratio:
     import torch
     from diffusers import WanTransformer3DModel
 
-    from swifti2v.models.transformer import StageTwoTransformer
+    from swifti2v.wan.transformer import StageTwoTransformer
 
     torch.manual_seed(0)
     stock = WanTransformer3DModel(in_channels=48, out_channels=48, **TINY).eval()
@@ -74,8 +74,8 @@ def compiled_forwards(repeats: int) -> list[Ratio]:
     import torch
     from diffusers import WanTransformer3DModel
 
-    from swifti2v.models.transformer import StageTwoTransformer
     from swifti2v.pipelines.acceleration import compile_blocks
+    from swifti2v.wan.transformer import StageTwoTransformer
 
     def theirs() -> WanTransformer3DModel:
         torch.manual_seed(0)
@@ -109,7 +109,7 @@ def kept_text(repeats: int) -> Ratio:
     """Compare a five-frame forward that knows its text, 512 tokens, with one that reads it, with equal output."""
     import torch
 
-    from swifti2v.models.transformer import StageTwoTransformer
+    from swifti2v.wan.transformer import StageTwoTransformer
 
     torch.manual_seed(0)
     network = StageTwoTransformer(in_channels=96, reference_channels=48, out_channels=48, **TINY).eval()
@@ -146,9 +146,9 @@ def segments_against_full_sequence(
     """
     import torch
 
-    from swifti2v.models.transformer import StageTwoTransformer
     from swifti2v.pipelines.acceleration import compile_blocks
     from swifti2v.segments import plan_segments
+    from swifti2v.wan.transformer import StageTwoTransformer
 
     torch.manual_seed(0)
     network = StageTwoTransformer(in_channels=96, reference_channels=48, out_channels=48, **TINY).eval()
@@ -183,9 +183,9 @@ def kept_context(num_latent_frames: int, goal: float, *, repeats: int) -> Ratio:
     """Compare four steps by segments whose context runs in the first of them with four over the whole clip."""
     import torch
 
-    from swifti2v.models.context_attention import ContextMemory
-    from swifti2v.models.transformer import StageTwoTransformer
     from swifti2v.segments import Segment, plan_segments
+    from swifti2v.wan.context_attention import ContextMemory
+    from swifti2v.wan.transformer import StageTwoTransformer
 
     torch.manual_seed(0)
     network = StageTwoTransformer(in_channels=96, reference_channels=48, out_channels=48, **TINY).eval()
@@ -227,7 +227,7 @@ def streaming_decode(repeats: int) -> Ratio:
     from diffusers import AutoencoderKLWan
 
     from benchmarks.full_size_networks import VAE22
-    from swifti2v.models.vae import WanStreamingCodec
+    from swifti2v.wan.vae import WanStreamingCodec
 
     torch.manual_seed(0)
     vae = AutoencoderKLWan(**(VAE22 | {"base_dim": 20, "decoder_base_dim": 32})).eval()
@@ -245,12 +245,12 @@ def sampler_overhead() -> float:
     """Return what share of refining 49 frames with `mini` its sampler takes: neither network, nor codec, nor noise."""
     import torch
 
-    from swifti2v.models.condition import predict_targets
     from swifti2v.pipelines.loading import load_parts
     from swifti2v.sampling import segmented
     from swifti2v.sampling.schedules import shifted_sigmas
     from swifti2v.sampling.segmented import sample_segments
     from swifti2v.segments import plan_segments
+    from swifti2v.wan.condition import predict_targets
 
     parts = load_parts("mini", device="cpu")
     transformer, settings = parts.stage_two.transformer, parts.defaults

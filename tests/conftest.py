@@ -156,7 +156,7 @@ def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: An
     from safetensors.torch import save_file
     from transformers import UMT5Config, UMT5EncoderModel
 
-    from swifti2v.models.transformer import StageTwoTransformer
+    from swifti2v.wan.transformer import StageTwoTransformer
 
     torch.manual_seed(0)
     root = tmp_path_factory.mktemp("tiny")

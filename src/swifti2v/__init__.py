@@ -30,10 +30,10 @@ from swifti2v.errors import (
 from swifti2v.geometry import Size
 
 if TYPE_CHECKING:
-    from swifti2v.models.transformer import StageTwoTransformer
     from swifti2v.pipelines.options import GenerationOptions
     from swifti2v.pipelines.runs import Video
     from swifti2v.pipelines.two_stage import TwoStagePipeline
+    from swifti2v.wan.transformer import StageTwoTransformer
 
 __version__ = "0.1.0"
 
@@ -64,7 +64,7 @@ __all__ = [
 
 _LAZY = {
     "GenerationOptions": "swifti2v.pipelines.options",
-    "StageTwoTransformer": "swifti2v.models.transformer",
+    "StageTwoTransformer": "swifti2v.wan.transformer",
     "TwoStagePipeline": "swifti2v.pipelines.two_stage",
     "Video": "swifti2v.pipelines.runs",
 }

@@ -38,11 +38,11 @@ from benchmarks.fidelity import known_clip
 from swifti2v.config import load_yaml
 from swifti2v.geometry import Size
 from swifti2v.media.video_writer import VideoWriter
-from swifti2v.models.checkpoints import resolve
-from swifti2v.models.motion_codec import MotionCodec
-from swifti2v.models.transformer import StageTwoTransformer
+from swifti2v.mini.motion_codec import MotionCodec
+from swifti2v.mini.recipes import StageTwoRun
 from swifti2v.pipelines.loading import Parts, load_parts
-from swifti2v.training.embedded.recipes import StageTwoRun
+from swifti2v.wan.checkpoints import resolve
+from swifti2v.wan.transformer import StageTwoTransformer
 
 if TYPE_CHECKING:
     from pathlib import Path

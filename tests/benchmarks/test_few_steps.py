@@ -11,9 +11,9 @@ import torch
 from benchmarks import few_steps
 from benchmarks.ablation import DOCUMENT
 from benchmarks.few_steps import BATCH_SIZE, BEGIN, CROP, END, LABELS, PairCrops, Student, distilled, judge, table
-from swifti2v.models.transformer import StageTwoTransformer
+from swifti2v.mini.reference_pairs import ReferencePair
 from swifti2v.pipelines.loading import Parts, load_parts
-from swifti2v.training.embedded.reference_pairs import ReferencePair
+from swifti2v.wan.transformer import StageTwoTransformer
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -17,7 +17,7 @@ from benchmarks.speed import (
     segments_against_full_sequence,
     stage_two_forward,
 )
-from swifti2v.models.text_attention import TextKeysValues
+from swifti2v.wan.text_attention import TextKeysValues
 
 if TYPE_CHECKING:
     import torch
@@ -45,7 +45,7 @@ def test_ways_take_turns_and_turn_round(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_a_forward_that_differed_from_diffusers_would_be_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    from swifti2v.models.transformer import StageTwoTransformer
+    from swifti2v.wan.transformer import StageTwoTransformer
 
     assert stage_two_forward(1, targets_only=True).seconds > 0
     head = StageTwoTransformer._head
@@ -86,7 +86,7 @@ def test_a_kept_text_that_changed_the_output_would_be_found(monkeypatch: pytest.
 
 
 def test_segments_see_every_frame_and_the_full_sequence_sees_them_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    from swifti2v.models.transformer import StageTwoTransformer
+    from swifti2v.wan.transformer import StageTwoTransformer
 
     seen: list[int] = []
     made: list[int] = []
@@ -103,7 +103,7 @@ def test_segments_see_every_frame_and_the_full_sequence_sees_them_once(monkeypat
 
 
 def test_kept_context_is_seen_in_the_first_step_of_a_segment(monkeypatch: pytest.MonkeyPatch) -> None:
-    from swifti2v.models.transformer import StageTwoTransformer
+    from swifti2v.wan.transformer import StageTwoTransformer
 
     seen: list[int] = []
     forward = StageTwoTransformer.forward

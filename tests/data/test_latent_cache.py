@@ -19,8 +19,8 @@ from swifti2v.data.clips import Clip, ClipRequest, read_clips
 from swifti2v.data.latent_cache import CacheOptions, CacheProgress, LatentCache
 from swifti2v.errors import InvalidInputError, LatentCacheError
 from swifti2v.geometry import Size
-from swifti2v.models.vae import open_codec
 from swifti2v.pixels import from_uint8
+from swifti2v.wan.vae import open_codec
 from tests.data.cache_building import FINGERPRINT, Counting, build, contents, encode, shards
 
 if TYPE_CHECKING:

@@ -38,9 +38,9 @@ from swifti2v.memory.transformer_cost import (
     TextEncoderDimensions,
     TransformerDimensions,
 )
-from swifti2v.models.context_attention import ContextMemory
-from swifti2v.models.transformer import StageTwoTransformer
 from swifti2v.segments import plan_segments
+from swifti2v.wan.context_attention import ContextMemory
+from swifti2v.wan.transformer import StageTwoTransformer
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -309,7 +309,7 @@ def test_feature_caches_against_the_module(name: str, request: pytest.FixtureReq
 
 
 def test_block_transform_against_the_module() -> None:
-    from swifti2v.models.transform_codec import BlockTransformCodec
+    from swifti2v.mini.transform_codec import BlockTransformCodec
 
     codec = BlockTransformCodec(band_channels=(7, 5, 3, 0))
     dimensions = codec_from_config({"_class_name": "BlockTransformCodec", **codec.config})
@@ -322,7 +322,7 @@ def test_block_transform_against_the_module() -> None:
 
 
 def test_motion_codec_against_the_module() -> None:
-    from swifti2v.models.motion_codec import MotionCodec
+    from swifti2v.mini.motion_codec import MotionCodec
 
     codec = MotionCodec(image_channels=15, residual_band_channels=(7, 5, 3, 0))
     dimensions = codec_from_config({"_class_name": "MotionCodec", **codec.config})

@@ -32,8 +32,8 @@ from swifti2v.memory.plan import (
 )
 from swifti2v.memory.run_settings import RunSettings
 from swifti2v.memory.ways import GRIDS, phase_ways, stage_two_seconds, tile_size
-from swifti2v.models.quantized_products import use_quantized_products
-from swifti2v.models.transformer import StageTwoTransformer
+from swifti2v.wan.quantized_products import use_quantized_products
+from swifti2v.wan.transformer import StageTwoTransformer
 
 if TYPE_CHECKING:
     from swifti2v.memory.budget import PipelineDimensions
@@ -336,7 +336,7 @@ def test_tiles_cover_the_frame_with_their_overlap(columns: int, rows: int) -> No
         assert count == 1 or count * (side - 16) - (count - 1) * 128 < length
 
 
-# Counted from live tensors of the network on the meta device (tests/models/test_lean_vae.py holds the network to them).
+# Counted from live tensors of the network on the meta device (tests/wan/test_lean_vae.py holds the network to them).
 @pytest.mark.parametrize(
     ("size", "decode_gib", "encode_gib"), [(TWO_K, 17.09, 6.45), (Size(1344, 768), 4.98, 1.90)], ids=str
 )

@@ -13,8 +13,8 @@ import torch
 from diffusers import WanTransformer3DModel
 
 from swifti2v.errors import InvalidInputError
-from swifti2v.models.transformer import StageTwoTransformer
 from swifti2v.pipelines.acceleration import share_sequence
+from swifti2v.wan.transformer import StageTwoTransformer
 
 TINY: dict[str, Any] = {
     "num_attention_heads": 2,

@@ -14,7 +14,6 @@ import torch
 
 from swifti2v.errors import InvalidInputError
 from swifti2v.geometry import Size
-from swifti2v.models.transformer import StageTwoTransformer
 from swifti2v.pipelines.acceleration import (
     Acceleration,
     accelerated,
@@ -26,6 +25,7 @@ from swifti2v.pipelines.acceleration import (
 from swifti2v.pipelines.ahead import made_ahead
 from swifti2v.pipelines.loading import load_parts
 from swifti2v.pipelines.options import GenerationOptions
+from swifti2v.wan.transformer import StageTwoTransformer
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

@@ -11,14 +11,14 @@ import torch
 from swifti2v.errors import CheckpointError, InvalidInputError
 from swifti2v.geometry import Size
 from swifti2v.memory.placement import PlacedNetworks
-from swifti2v.models.light_decoder import LightDecoder
-from swifti2v.models.vae import WanStreamingCodec
 from swifti2v.pipelines.acceleration import Acceleration
 from swifti2v.pipelines.decoders import Undecoded, open_light_decoder
 from swifti2v.pipelines.fitting import MemoryLimits, dimensions_of, place, plan_for
 from swifti2v.pipelines.loading import load_parts
 from swifti2v.pipelines.options import GenerationOptions
 from swifti2v.pipelines.two_stage import TwoStagePipeline
+from swifti2v.wan.light_decoder import LightDecoder
+from swifti2v.wan.vae import WanStreamingCodec
 from tests.pipelines.light_weights import write_light_weights
 
 if TYPE_CHECKING:

@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from swifti2v.models.checkpoint_index import CheckpointIndex
 from swifti2v.pipelines.recommended import default_settings
 from swifti2v.sampling.schedules import shifted_sigmas
+from swifti2v.wan.checkpoint_index import CheckpointIndex
 
 GUIDE = (Path(__file__).parents[2] / "docs" / "guides" / "few_steps.md").read_text(encoding="utf-8")
 FAST, TURBO = (json.loads(block) for block in re.findall(r"```json\n(.*?)```", GUIDE, flags=re.DOTALL))

@@ -12,7 +12,6 @@ import pytest
 import torch
 
 from swifti2v.errors import MemoryBudgetError, WorkDirectoryError
-from swifti2v.models.checkpoints import PARTS
 from swifti2v.pipelines import in_turn
 from swifti2v.pipelines.acceleration import transformers_of
 from swifti2v.pipelines.fitting import MemoryLimits, dimensions_of
@@ -20,6 +19,7 @@ from swifti2v.pipelines.in_turn import StagesInTurn, open_pipeline
 from swifti2v.pipelines.loading import load_parts
 from swifti2v.pipelines.options import GenerationOptions
 from swifti2v.pipelines.two_stage import TwoStagePipeline
+from swifti2v.wan.checkpoints import PARTS
 from tests.pipelines.whole_runs import frames_of
 
 if TYPE_CHECKING:

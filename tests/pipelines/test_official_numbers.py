@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING
 import pytest
 import torch
 
-from swifti2v.models.condition import predict_targets
-from swifti2v.models.transformer import StageTwoTransformer
 from swifti2v.sampling.schedules import shifted_sigmas
 from swifti2v.sampling.segmented import sample_segments
 from swifti2v.segments import plan_segments
+from swifti2v.wan.condition import predict_targets
+from swifti2v.wan.transformer import StageTwoTransformer
 
 if TYPE_CHECKING:
     from torch import Tensor

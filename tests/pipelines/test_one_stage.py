@@ -12,11 +12,11 @@ import pytest
 import torch
 
 from swifti2v.errors import InvalidInputError, WorkDirectoryError
-from swifti2v.models.light_decoder import LightDecoder
 from swifti2v.pipelines.acceleration import Acceleration, transformers_of
 from swifti2v.pipelines.fitting import MemoryLimits, dimensions_of, plan_for
 from swifti2v.pipelines.options import GenerationOptions
 from swifti2v.pipelines.two_stage import TwoStagePipeline
+from swifti2v.wan.light_decoder import LightDecoder
 from tests.pipelines.light_weights import write_light_weights
 from tests.pipelines.whole_runs import frames_of
 

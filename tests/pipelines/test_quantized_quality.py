@@ -10,12 +10,12 @@ import torch
 
 from swifti2v.geometry import Size
 from swifti2v.memory.placement import PlacedNetworks, store_weights, stored_narrow
-from swifti2v.models.quantized_products import Quantization, quantization_of, use_quantized_products
 from swifti2v.pipelines.acceleration import Acceleration, transformers_of
 from swifti2v.pipelines.fitting import MemoryLimits, dimensions_of, place, plan_for
 from swifti2v.pipelines.loading import load_parts
 from swifti2v.pipelines.options import GenerationOptions
 from swifti2v.pipelines.two_stage import TwoStagePipeline
+from swifti2v.wan.quantized_products import Quantization, quantization_of, use_quantized_products
 
 PHOTO = Path(__file__).parents[2] / "examples" / "lake-sherburne.jpg"
 OPTIONS = GenerationOptions(size=Size(320, 192), num_frames=17, seed=1)

@@ -18,9 +18,9 @@ from swifti2v.errors import InvalidInputError
 from swifti2v.geometry import Size
 from swifti2v.media.images import fit_image, image_to_tensor
 from swifti2v.media.video_reader import VideoReader
-from swifti2v.models.checkpoint_index import WAN_NEGATIVE_PROMPT
 from swifti2v.pipelines.ahead import THREAD_NAME
 from swifti2v.pipelines.two_stage import TwoStagePipeline
+from swifti2v.wan.checkpoint_index import WAN_NEGATIVE_PROMPT
 from tests.pipelines.whole_runs import OPTIONS, frames_of, stage_two_calls, stop_at
 
 if TYPE_CHECKING:

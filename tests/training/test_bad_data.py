@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 from swifti2v.cli.main import app
 from swifti2v.data.latent_cache import LatentCache
 from swifti2v.media import atomic_files
-from swifti2v.training.embedded.recipes import StageOneRun, StageTwoRun
+from swifti2v.mini.recipes import StageOneRun, StageTwoRun
 from swifti2v.training.low_res.run import LowResCacheRun, LowResLoraRun
 from swifti2v.training.refiner import network
 from swifti2v.training.refiner.run import DistillationRun, RefinerRun, TransitionRun

@@ -8,7 +8,7 @@ import pytest
 
 from swifti2v.config import load_yaml
 from swifti2v.errors import ConfigurationError
-from swifti2v.training.embedded.recipes import StageOneRun, StageTwoRun
+from swifti2v.mini.recipes import StageOneRun, StageTwoRun
 from swifti2v.training.low_res.run import LowResCacheRun, LowResLoraRun
 from swifti2v.training.refiner.run import DistillationRun, RefinerRun, TransitionRun
 

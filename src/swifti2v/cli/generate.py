@@ -252,9 +252,9 @@ class _Job:
         load_image(self.image)
         quiet_libraries()
 
-        from swifti2v.models.quantized_products import check_quantized_device
         from swifti2v.pipelines.loading import open_device, settings_of
         from swifti2v.pipelines.run_store import RunStore
+        from swifti2v.wan.quantized_products import check_quantized_device
 
         settings_of(model, self.options, few_step=few_step)
         quantization = speed.options.quantization

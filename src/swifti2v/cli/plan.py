@@ -202,7 +202,7 @@ def planned_model(model: str) -> PlannedModel:
 
 def _read_checkpoint(folder: Path) -> PlannedModel:
     from swifti2v.memory.checkpoint_dimensions import read_pipeline_dimensions
-    from swifti2v.models.checkpoint_index import INDEX_NAME, read_index
+    from swifti2v.wan.checkpoint_index import INDEX_NAME, read_index
 
     index = read_index(folder / INDEX_NAME)
     stage_two = _local(folder, index.stage_two.source)
@@ -219,7 +219,7 @@ def _read_checkpoint(folder: Path) -> PlannedModel:
 
 
 def _local(folder: Path, source: str) -> Path:
-    from swifti2v.models.checkpoint_index import is_hub_id
+    from swifti2v.wan.checkpoint_index import is_hub_id
 
     if is_hub_id(source):
         msg = f"{source} is a hub repository, and plan loads nothing; give a checkpoint whose parts are folders"

@@ -107,7 +107,7 @@ def _fit_as_mapping(cost: TrainingCost, fit: Fit) -> dict[str, Any]:
 
 def _kind_of(recipe: Path) -> type[Any]:
     """Return the kind of recipe that has most of the keys of a file; it need not have all of them."""
-    from swifti2v.training.embedded.recipes import StageOneRun, StageTwoRun
+    from swifti2v.mini.recipes import StageOneRun, StageTwoRun
     from swifti2v.training.low_res.run import LowResCacheRun, LowResLoraRun
     from swifti2v.training.refiner.run import DistillationRun, RefinerRun, TransitionRun
 

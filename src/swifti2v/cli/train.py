@@ -57,7 +57,7 @@ def stage_one(
     _check_one_source(cache, data, "train low-res-cache")
     with _training() as on_step:
         if data is not None:
-            from swifti2v.training.embedded.recipes import StageOneRun, train_stage_one
+            from swifti2v.mini.recipes import StageOneRun, train_stage_one
 
             run = _read_recipe(StageOneRun, recipe)
             train_stage_one(run, index=data, output=output, initial=initial, on_step=on_step)
@@ -88,7 +88,7 @@ def stage_two(
     _check_one_source(cache, data, "train transition")
     with _training() as on_step:
         if data is not None:
-            from swifti2v.training.embedded.recipes import StageTwoRun, train_stage_two
+            from swifti2v.mini.recipes import StageTwoRun, train_stage_two
 
             run = _read_recipe(StageTwoRun, recipe)
             train_stage_two(run, index=data, output=output, initial=initial, on_step=on_step)
@@ -113,7 +113,7 @@ def distill(recipe: RecipeArgument, *, cache: CacheOption, output: OutputOption,
 @app.command()
 def export(run: Annotated[Path, typer.Argument(help="Folder of a run.")], *, output: OutputOption) -> None:
     """Put the trained parts of the embedded model together as a checkpoint folder."""
-    from swifti2v.training.embedded.recipes import export_mini
+    from swifti2v.mini.recipes import export_mini
 
     export_mini(run, output)
 

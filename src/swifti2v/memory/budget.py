@@ -35,7 +35,7 @@ WeightDtype = Literal["float32", "bfloat16", "float8", "int8", "nf4"]
 BITS_PER_WEIGHT: dict[WeightDtype, float] = {"float32": 32, "bfloat16": 16, "float8": 8, "int8": 8, "nf4": 4.25}
 """Storage of one weight; nf4 with the scales of its blocks (`normal_float.py`)."""
 Products = Literal["none", "float8", "int8"]
-"""Arithmetic of the linear layers of the transformers' blocks (`models/quantized_products.py`)."""
+"""Arithmetic of the linear layers of the transformers' blocks (`wan/quantized_products.py`)."""
 
 
 @dataclass(frozen=True)
@@ -365,5 +365,5 @@ def _coding_bytes(
     lean: Callable[[WanCodecDimensions, Size], int],
     otherwise: Callable[[Size], int],
 ) -> int:
-    """Bytes of a stream through Stage II's codec, untiled: Wan's runs lean (`models/lean_vae.py`)."""
+    """Bytes of a stream through Stage II's codec, untiled: Wan's runs lean (`wan/lean_vae.py`)."""
     return lean(codec, size) if isinstance(codec, WanCodecDimensions) else otherwise(size)

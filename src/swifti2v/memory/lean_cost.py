@@ -1,4 +1,4 @@
-"""Peak bytes of the lean codec (`models/lean_vae.py`), by counting what is alive at its worst lines. Arithmetic only.
+"""Peak bytes of the lean codec (`wan/lean_vae.py`), by counting what is alive at its worst lines. Arithmetic only.
 
 The tests hold these against the live bytes of the network itself on the meta device.
 """

@@ -1,4 +1,4 @@
-"""Cost of the light decoder (`models/light_decoder.py`), from its sizes. Arithmetic only.
+"""Cost of the light decoder (`wan/light_decoder.py`), from its sizes. Arithmetic only.
 
 Every latent frame costs the same, the first included: the frames that it does not show are needed as memory.
 """

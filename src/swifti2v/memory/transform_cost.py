@@ -1,4 +1,4 @@
-"""Cost of the embedded model's fitted codecs (`models/transform_codec.py`, `models/motion_codec.py`). Arithmetic only.
+"""Cost of the embedded model's fitted codecs (`mini/transform_codec.py`, `mini/motion_codec.py`). Arithmetic only.
 
 Only matrix products count. Optical flow and warping, most of the time of the motion codec, are pointwise work.
 """

@@ -253,7 +253,7 @@ def _refinement_ways(
 
 
 def _text_bytes(dimensions: PipelineDimensions, settings: RunSettings) -> int:
-    """Bytes of the keys and values of the text, which every block keeps for the clip (`models/text_attention.py`)."""
+    """Bytes of the keys and values of the text, which every block keeps for the clip (`wan/text_attention.py`)."""
     return guided_passes(settings.guidance_scale) * dimensions.stage_two.kept_bytes(dimensions.text_tokens)
 
 

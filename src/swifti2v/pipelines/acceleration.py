@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 import torch
 
 from swifti2v.errors import InvalidInputError
-from swifti2v.models.attention_choice import check_attention_name, set_attention
-from swifti2v.models.quantized_products import Quantization, use_quantized_products
+from swifti2v.wan.attention_choice import check_attention_name, set_attention
+from swifti2v.wan.quantized_products import Quantization, use_quantized_products
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -30,15 +30,15 @@ class Acceleration:
     """Ways to run faster; all but a light decoder and quantization give the same video.
 
     Args:
-        attention: `auto`, or a name of `swifti2v.models.attention_choice.BACKENDS`.
+        attention: `auto`, or a name of `swifti2v.wan.attention_choice.BACKENDS`.
         compile_blocks: compile the block of each transformer once (`torch.compile`, regional). Shapes are static: every
             length of window is a graph of its own. With M targets and one neighbour before, those are the first window
             (1 + M), the ones in the middle (1 + 1 + M) and, where M does not divide the clip, a shorter last one.
         quantization: `float8`, `int8`: the linear layers of the transformers' blocks hold and multiply these
-            (`models/quantized_products.py`), inexactly; with `compile_blocks` rounding costs less. `none`: as they are.
+            (`wan/quantized_products.py`), inexactly; with `compile_blocks` rounding costs less. `none`: as they are.
         overlap: decode and hand out frames beside the denoising of the next segment.
         num_processes: that share the sequence of every forward (Ulysses), one a card, as torchrun starts them.
-        decoder: `exact` is Stage II's codec; `light` a small network of lower fidelity (`models/light_decoder.py`).
+        decoder: `exact` is Stage II's codec; `light` a small network of lower fidelity (`wan/light_decoder.py`).
         decoder_weights: of the light decoder: a file, or ``OWNER/NAME/FILE`` on the hub; None: the public one.
         decode_device: where finished segments are decoded, ``cuda:1`` for instance; None: where they are made.
 

@@ -21,12 +21,12 @@ from swifti2v.memory.placement import PlacedNetworks, storable_dtypes, store_wei
 from swifti2v.memory.plan import CONTEXT_BYTES, MemoryPlan, plan_memory, tighter_budget
 from swifti2v.memory.run_settings import RunSettings
 from swifti2v.memory.transformer_cost import TextEncoderDimensions, TransformerDimensions
-from swifti2v.models.light_decoder import LightDecoder
-from swifti2v.models.quantized_products import quantization_of
-from swifti2v.models.tiling import Tiling
-from swifti2v.models.vae import CodecSettings, WanStreamingCodec
 from swifti2v.pipelines.acceleration import transformers_of
 from swifti2v.pipelines.stage_two import StageTwo
+from swifti2v.wan.light_decoder import LightDecoder
+from swifti2v.wan.quantized_products import quantization_of
+from swifti2v.wan.tiling import Tiling
+from swifti2v.wan.vae import CodecSettings, WanStreamingCodec
 
 if TYPE_CHECKING:
     from collections.abc import Generator

@@ -15,24 +15,24 @@ from swifti2v.errors import InvalidInputError
 from swifti2v.geometry import Size, motion_size
 from swifti2v.memory.checkpoint_dimensions import read_pipeline_dimensions
 from swifti2v.memory.placement import storable_dtypes, store_weights
-from swifti2v.models.checkpoint_files import read_json
-from swifti2v.models.checkpoints import (
+from swifti2v.pipelines.acceleration import Acceleration, accelerated
+from swifti2v.pipelines.decoders import decoder_elsewhere, open_light_decoder
+from swifti2v.pipelines.recommended import default_settings
+from swifti2v.pipelines.stage_one import FEW_STEP_ADAPTER, StageOne
+from swifti2v.pipelines.stage_two import StageTwo
+from swifti2v.wan.checkpoint_files import read_json
+from swifti2v.wan.checkpoints import (
     PARTS,
     load_stage_one_pipeline,
     load_stage_two_transformer,
     load_stage_two_vae,
     resolve,
 )
-from swifti2v.models.described import described_stage_one, described_stage_two
-from swifti2v.models.piecewise_reader import PiecewiseReader, read_stage_one_networks
-from swifti2v.models.quantized_products import Quantization, stored_already
-from swifti2v.models.scheduler import FixedSigmaScheduler
-from swifti2v.models.vae import open_codec
-from swifti2v.pipelines.acceleration import Acceleration, accelerated
-from swifti2v.pipelines.decoders import decoder_elsewhere, open_light_decoder
-from swifti2v.pipelines.recommended import default_settings
-from swifti2v.pipelines.stage_one import FEW_STEP_ADAPTER, StageOne
-from swifti2v.pipelines.stage_two import StageTwo
+from swifti2v.wan.described import described_stage_one, described_stage_two
+from swifti2v.wan.piecewise_reader import PiecewiseReader, read_stage_one_networks
+from swifti2v.wan.quantized_products import Quantization, stored_already
+from swifti2v.wan.scheduler import FixedSigmaScheduler
+from swifti2v.wan.vae import open_codec
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -40,12 +40,12 @@ if TYPE_CHECKING:
     from diffusers import WanImageToVideoPipeline
 
     from swifti2v.memory.budget import WeightDtype
-    from swifti2v.models.checkpoint_index import CheckpointIndex, Refiner, StageOneEntry
-    from swifti2v.models.checkpoints import Part, ResolvedCheckpoint
-    from swifti2v.models.transformer import StageTwoTransformer
-    from swifti2v.models.vae import StreamingCodec, VideoDecoder
     from swifti2v.pipelines.fitting import MemoryLimits
     from swifti2v.pipelines.options import GenerationOptions, GenerationSettings
+    from swifti2v.wan.checkpoint_index import CheckpointIndex, Refiner, StageOneEntry
+    from swifti2v.wan.checkpoints import Part, ResolvedCheckpoint
+    from swifti2v.wan.transformer import StageTwoTransformer
+    from swifti2v.wan.vae import StreamingCodec, VideoDecoder
 
 
 Overlap = Literal["decode", "write", "none"]

@@ -8,7 +8,7 @@ from swifti2v.geometry import Size
 from swifti2v.pipelines.options import GenerationSettings
 
 if TYPE_CHECKING:
-    from swifti2v.models.checkpoint_index import CheckpointIndex, StageOneEntry
+    from swifti2v.wan.checkpoint_index import CheckpointIndex, StageOneEntry
 
 
 def default_settings(index: CheckpointIndex, *, few_step: bool = True) -> GenerationSettings:

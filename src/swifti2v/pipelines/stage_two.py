@@ -16,23 +16,23 @@ from diffusers.utils.torch_utils import get_module_execution_device
 from swifti2v.errors import InvalidInputError
 from swifti2v.geometry import CodecGeometry
 from swifti2v.memory.heap import trim_heap
-from swifti2v.models.condition import predict_targets
-from swifti2v.models.context_attention import ContextMemory
 from swifti2v.sampling.schedules import shifted_sigmas
 from swifti2v.sampling.segmented import nothing_finished, sample_segments
 from swifti2v.sampling.solvers import euler, renoise
 from swifti2v.segments import plan_segments
+from swifti2v.wan.condition import predict_targets
+from swifti2v.wan.context_attention import ContextMemory
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
 
     from torch import Tensor
 
-    from swifti2v.models.transformer import StageTwoTransformer
-    from swifti2v.models.vae import StreamingCodec
     from swifti2v.pipelines.options import GenerationSettings
     from swifti2v.sampling.segmented import OnSegmentStep, Window
     from swifti2v.segments import Segment
+    from swifti2v.wan.transformer import StageTwoTransformer
+    from swifti2v.wan.vae import StreamingCodec
 
 SOLVERS = {"euler": euler, "renoise": renoise}
 

@@ -15,7 +15,6 @@ from torch import Tensor
 
 from swifti2v.errors import InvalidInputError, WorkDirectoryError
 from swifti2v.media.images import as_loaded_image, fit_image, fit_notes, image_to_tensor
-from swifti2v.models.quantized_products import quantization_of
 from swifti2v.pipelines.ahead import made_ahead
 from swifti2v.pipelines.fitting import frames_within_limits
 from swifti2v.pipelines.loading import load_parts
@@ -26,15 +25,16 @@ from swifti2v.pipelines.stage_one import PromptEmbeds, StageOneOptions
 from swifti2v.pixels import to_uint8
 from swifti2v.reference.hybrid import hybrid_reference
 from swifti2v.reference.options import ReferenceOptions
+from swifti2v.wan.quantized_products import quantization_of
 
 if TYPE_CHECKING:
-    from swifti2v.models.checkpoints import Part
     from swifti2v.pipelines.acceleration import Acceleration
     from swifti2v.pipelines.fitting import MemoryLimits
     from swifti2v.pipelines.loading import Parts
     from swifti2v.pipelines.options import GenerationSettings
     from swifti2v.pipelines.runs import OnProgress
     from swifti2v.segments import Segment
+    from swifti2v.wan.checkpoints import Part
 
 MAX_PROMPT_CHARACTERS = 100_000
 
@@ -69,7 +69,7 @@ class TwoStagePipeline:
         """Load a checkpoint: a name (`mini`, `wan2.2`), a folder, or a Hugging Face repository.
 
         Args:
-            name_or_path: see `swifti2v.models.checkpoints`.
+            name_or_path: see `swifti2v.wan.checkpoints`.
             device: default: the CUDA device if there is one, else the CPU.
             dtype: of the networks; default: bfloat16 on CUDA, float32 on the CPU.
             revision: of a repository.

@@ -5,13 +5,13 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from swifti2v.models.checkpoint_index import is_within
+from swifti2v.wan.checkpoint_index import is_within
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from swifti2v.models.checkpoint_index import CheckpointIndex
-    from swifti2v.models.checkpoints import ResolvedCheckpoint
+    from swifti2v.wan.checkpoint_index import CheckpointIndex
+    from swifti2v.wan.checkpoints import ResolvedCheckpoint
 
 CHECKPOINT_FOLDER = "checkpoint"
 """Where in the folder of a run the checkpoint lies that it makes."""

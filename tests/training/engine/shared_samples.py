@@ -10,12 +10,12 @@ from unittest import mock
 import torch
 from diffusers import WanTransformer3DModel
 
-from swifti2v.models.transformer import StageTwoTransformer
 from swifti2v.training.engine.distributed import Processes, joined_processes, whole
 from swifti2v.training.engine.learner import Learner
 from swifti2v.training.engine.loop import LoopOptions, TrainingLoop
 from swifti2v.training.low_res.lora import LoraOptions, LowResLoraObjective, add_lora
 from swifti2v.training.refiner.segment_flow import SegmentFlowObjective, SegmentFlowOptions
+from swifti2v.wan.transformer import StageTwoTransformer
 
 STEPS = 2
 KINDS = ("replicate", "checkpointed", "bfloat16", "lora")

@@ -20,11 +20,11 @@ from swifti2v.data.latent_cache import LatentCache, build_cache
 from swifti2v.geometry import Size
 from swifti2v.media.video_reader import VideoReader
 from swifti2v.media.video_writer import VideoWriter
-from swifti2v.models.checkpoint_index import AdapterEntry, read_index
-from swifti2v.models.checkpoints import load_stage_one_pipeline, resolve
 from swifti2v.training.engine.loop import LoopOptions
 from swifti2v.training.low_res.lora import LoraOptions
 from swifti2v.training.low_res.run import LowResLoraRun, open_low_res_encoder, train_low_res_lora
+from swifti2v.wan.checkpoint_index import AdapterEntry, read_index
+from swifti2v.wan.checkpoints import load_stage_one_pipeline, resolve
 
 if TYPE_CHECKING:
     from pathlib import Path

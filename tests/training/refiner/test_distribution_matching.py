@@ -27,7 +27,7 @@ from swifti2v.training.refiner.window_source import WindowSourceOptions
 from tests.training.engine.matching_runs import CHANNELS, OPTIONS, matching_objective, stage_two
 
 if TYPE_CHECKING:
-    from swifti2v.models.transformer import StageTwoTransformer
+    from swifti2v.wan.transformer import StageTwoTransformer
 
 LOOP = LoopOptions(num_steps=4, learning_rate=1e-3, warmup_steps=1, checkpoint_every=4, log_every=1, bfloat16=False)
 

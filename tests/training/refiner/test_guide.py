@@ -19,7 +19,7 @@ from swifti2v.cli.main import app
 from swifti2v.geometry import Size
 from swifti2v.media.video_reader import VideoReader
 from swifti2v.media.video_writer import VideoWriter
-from swifti2v.models.checkpoint_index import read_index
+from swifti2v.wan.checkpoint_index import read_index
 
 ROOT = Path(__file__).parents[3]
 GUIDE = ROOT / "docs" / "guides" / "training.md"

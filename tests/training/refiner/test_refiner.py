@@ -20,7 +20,6 @@ from swifti2v.data.latent_cache import LatentCache
 from swifti2v.data.shards import FreshSample, write_shard
 from swifti2v.errors import CheckpointError, ConfigurationError, InvalidInputError, LatentCacheError
 from swifti2v.geometry import Size
-from swifti2v.models.transformer import StageTwoTransformer
 from swifti2v.pipelines.loading import settings_of
 from swifti2v.pipelines.options import GenerationOptions
 from swifti2v.pipelines.two_stage import TwoStagePipeline
@@ -47,6 +46,7 @@ from swifti2v.training.refiner.segment_flow import SegmentFlowOptions
 from swifti2v.training.refiner.transition import TransitionOptions
 from swifti2v.training.refiner.validation import HeldOut, RefinerValidation, ValidationOfRefiner
 from swifti2v.training.videos import VideoSelection
+from swifti2v.wan.transformer import StageTwoTransformer
 from tests.training.sliding_clips import write_clips
 
 if TYPE_CHECKING:

@@ -13,7 +13,6 @@ from torch import Tensor
 
 from swifti2v.config import from_mapping
 from swifti2v.errors import ConfigurationError, LatentCacheError
-from swifti2v.models.transformer import StageTwoTransformer
 from swifti2v.sampling.schedules import shifted_sigmas
 from swifti2v.segments import Segment
 from swifti2v.training.refiner import window_batches
@@ -30,6 +29,7 @@ from swifti2v.training.refiner.window_batches import (
 )
 from swifti2v.training.refiner.window_source import WindowSource
 from swifti2v.training.refiner.windows import WindowOptions
+from swifti2v.wan.transformer import StageTwoTransformer
 from tests.training.engine.matching_runs import CHANNELS, Sample, Steps, make_sample
 
 if TYPE_CHECKING:

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from swifti2v.data.latent_cache import LatentCache
-from swifti2v.models.transformer import StageTwoTransformer
+from swifti2v.wan.transformer import StageTwoTransformer
 from tests.training.sliding_clips import write_clips
 from tests.training.torchrun import run_on_two
 

@@ -13,17 +13,17 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING, get_args
 
-from swifti2v.models.checkpoint_index import INDEX_NAME, AdapterEntry, write_index
 from swifti2v.training.derived_index import derived_index
 from swifti2v.training.engine.writing import writing
 from swifti2v.training.low_res.lora import Expert
 from swifti2v.training.low_res.lora_files import LORA_NAME
+from swifti2v.wan.checkpoint_index import INDEX_NAME, AdapterEntry, write_index
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterator
     from pathlib import Path
 
-    from swifti2v.models.checkpoints import ResolvedCheckpoint
+    from swifti2v.wan.checkpoints import ResolvedCheckpoint
 
 LOW_RES = "low_res"
 """Role of the adapters."""

@@ -10,10 +10,10 @@ from diffusers import WanImageToVideoPipeline
 from peft.utils import get_peft_model_state_dict
 from safetensors.torch import save_file
 
-from swifti2v.models.adapter_keys import native_name
-from swifti2v.models.adapters import load_adapter, read_adapter_file
 from swifti2v.training.engine.distributed import whole
 from swifti2v.training.engine.writing import writing
+from swifti2v.wan.adapter_keys import native_name
+from swifti2v.wan.adapters import load_adapter, read_adapter_file
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -67,7 +67,7 @@ def export_comfyui(lora: Path, transformer: Any, output: Path, *, dtype: torch.d
     """Write a LoRA with ComfyUI's keys: ``diffusion_model.blocks.0.self_attn.q.lora_down.weight``, ``.alpha``, ...
 
     Args:
-        lora: file or folder in any format that `swifti2v.models.adapters` reads.
+        lora: file or folder in any format that `swifti2v.wan.adapters` reads.
         transformer: the network it is for; its names are needed, so it may be on the meta device.
         output: the file.
         dtype: of the matrices.

@@ -13,7 +13,6 @@ from swifti2v.data.batches import BucketBatches
 from swifti2v.data.fingerprint import fingerprint_of, weights_digest
 from swifti2v.data.latent_cache import CacheOptions, LatentCache, build_cache
 from swifti2v.errors import ConfigurationError
-from swifti2v.models.checkpoints import Part, resolve
 from swifti2v.training.derived_index import CHECKPOINT_FOLDER
 from swifti2v.training.engine.distributed import BatchesOfProcess, Processes, joined_processes
 from swifti2v.training.engine.loop import LoopOptions, StepReport, TrainingLoop
@@ -22,13 +21,14 @@ from swifti2v.training.low_res.encoding import LowResEncoder
 from swifti2v.training.low_res.lora import Expert, ExpertNoise, LoraOptions, LowResLoraObjective, add_lora
 from swifti2v.training.low_res.lora_files import COMFYUI_NAME, export_comfyui, lora_state, save_lora
 from swifti2v.training.videos import VideoSelection
+from swifti2v.wan.checkpoints import Part, resolve
 
 if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
     from swifti2v.data.latent_cache import CacheProgress
-    from swifti2v.models.checkpoints import ResolvedCheckpoint
+    from swifti2v.wan.checkpoints import ResolvedCheckpoint
 
 STAGE_ONE: tuple[Part, ...] = ("stage_one",)
 COMPONENTS: dict[Expert, str] = {"high": "transformer", "low": "transformer_2"}

@@ -21,8 +21,8 @@ from swifti2v.training.refiner.few_steps import FewStepOptions, Teacher
 from swifti2v.training.refiner.window_batches import WindowBatch, noise_like, predicted
 
 if TYPE_CHECKING:
-    from swifti2v.models.transformer import StageTwoTransformer
     from swifti2v.training.refiner.window_source import WindowSource
+    from swifti2v.wan.transformer import StageTwoTransformer
 
 
 @dataclass(frozen=True)

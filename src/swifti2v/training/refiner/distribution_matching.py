@@ -22,8 +22,8 @@ from swifti2v.training.refiner.few_steps import FewStepOptions, Teacher
 from swifti2v.training.refiner.window_batches import WindowBatch, noise_like, predicted
 
 if TYPE_CHECKING:
-    from swifti2v.models.transformer import StageTwoTransformer
     from swifti2v.training.refiner.window_source import WindowSource
+    from swifti2v.wan.transformer import StageTwoTransformer
 
 SIGMA_LOW, SIGMA_HIGH = 0.02, 0.98
 """Levels at which teacher and critic are asked (published settings): at the ends their difference says nothing."""

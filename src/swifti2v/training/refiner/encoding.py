@@ -22,22 +22,22 @@ from swifti2v.data.fingerprint import weights_digest
 from swifti2v.errors import LatentCacheError
 from swifti2v.geometry import CodecGeometry, Size, motion_size
 from swifti2v.media.atomic_files import write_atomically
-from swifti2v.models.checkpoint_files import read_json
-from swifti2v.models.checkpoints import load_stage_one_pipeline, load_stage_two_vae, resolve
-from swifti2v.models.vae import open_codec
 from swifti2v.pipelines.stage_one import StageOne
 from swifti2v.pixels import from_uint8
 from swifti2v.reference.hybrid import hybrid_reference
 from swifti2v.reference.options import ReferenceMode, ReferenceOptions
 from swifti2v.training.refiner.transition import TransitionOptions, lightly_denoised
 from swifti2v.training.refiner.window_source import LATENTS, PROMPT, REFERENCE
+from swifti2v.wan.checkpoint_files import read_json
+from swifti2v.wan.checkpoints import load_stage_one_pipeline, load_stage_two_vae, resolve
+from swifti2v.wan.vae import open_codec
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
-    from swifti2v.models.vae import StreamingCodec
     from swifti2v.pipelines.stage_one import PromptEmbeds
+    from swifti2v.wan.vae import StreamingCodec
 
 
 EMPTY_PROMPT_NAME = "empty_prompt.safetensors"

@@ -15,7 +15,7 @@ from swifti2v.training.refiner.window_source import WindowSource, WindowSourceOp
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from swifti2v.models.transformer import StageTwoTransformer
+    from swifti2v.wan.transformer import StageTwoTransformer
 
 
 @dataclass(frozen=True)

@@ -11,18 +11,18 @@ from peft.tuners.lora import LoraLayer
 from safetensors.torch import save_file
 
 from swifti2v.errors import ConfigurationError
-from swifti2v.models.checkpoints import load_stage_two_transformer, resolve
-from swifti2v.models.transformer import StageTwoTransformer
 from swifti2v.pipelines.loading import trained_refiner
 from swifti2v.training.engine.distributed import whole
 from swifti2v.training.engine.writing import writing
+from swifti2v.wan.checkpoints import load_stage_two_transformer, resolve
+from swifti2v.wan.transformer import StageTwoTransformer
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from torch import Tensor
 
-    from swifti2v.models.checkpoints import Part
+    from swifti2v.wan.checkpoints import Part
 
 PARTS_LOADED: tuple[Part, ...] = ("stage_two",)
 ADAPTER = "default"

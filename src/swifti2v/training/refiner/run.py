@@ -17,8 +17,6 @@ from swifti2v.config import to_mapping
 from swifti2v.data.batches import BucketBatches
 from swifti2v.data.latent_cache import CacheOptions, LatentCache, build_cache, fingerprint_of
 from swifti2v.errors import ConfigurationError, LatentCacheError
-from swifti2v.models.checkpoint_index import INDEX_NAME, write_index
-from swifti2v.models.checkpoints import load_stage_two_vae, resolve
 from swifti2v.training.derived_index import CHECKPOINT_FOLDER, derived_index
 from swifti2v.training.engine.distributed import BatchesOfProcess, Processes, joined_processes
 from swifti2v.training.engine.loop import LoopOptions, TrainingLoop
@@ -39,6 +37,8 @@ from swifti2v.training.refiner.segment_flow import SegmentFlowObjective, Segment
 from swifti2v.training.refiner.validation import HeldOut, RefinerValidation, ValidationOfRefiner
 from swifti2v.training.refiner.window_source import LATENTS, WindowSource
 from swifti2v.training.videos import VideoSelection
+from swifti2v.wan.checkpoint_index import INDEX_NAME, write_index
+from swifti2v.wan.checkpoints import load_stage_two_vae, resolve
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -47,10 +47,10 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from swifti2v.data.latent_cache import CacheProgress
-    from swifti2v.models.checkpoints import Part
-    from swifti2v.models.transformer import StageTwoTransformer
     from swifti2v.training.engine.learner import Critic, Objective
     from swifti2v.training.engine.loop import StepReport
+    from swifti2v.wan.checkpoints import Part
+    from swifti2v.wan.transformer import StageTwoTransformer
 
 STAGE_TWO: tuple[Part, ...] = ("stage_two",)
 

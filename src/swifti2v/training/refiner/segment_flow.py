@@ -18,7 +18,7 @@ from swifti2v.training.refiner.window_source import Batches, Samples, WindowSour
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from swifti2v.models.transformer import StageTwoTransformer
+    from swifti2v.wan.transformer import StageTwoTransformer
 
 
 @dataclass(frozen=True)

@@ -12,11 +12,11 @@ import torch
 
 from swifti2v.data.cache_index import read_index
 from swifti2v.errors import ConfigurationError
-from swifti2v.models.condition import predict_targets
 from swifti2v.sampling.schedules import shifted_sigmas
 from swifti2v.sampling.segmented import Window, sample_segments
 from swifti2v.segments import plan_segments
 from swifti2v.training.refiner.window_source import LATENTS, PROMPT, REFERENCE
+from swifti2v.wan.condition import predict_targets
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -24,8 +24,8 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from swifti2v.data.latent_cache import LatentCache
-    from swifti2v.models.transformer import StageTwoTransformer
     from swifti2v.training.engine.distributed import Processes
+    from swifti2v.wan.transformer import StageTwoTransformer
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 Context comes from the truth, or from the network itself (`with_own_context`): at inference a finished neighbour is the
 network's own output, and what it gets wrong is handed on from segment to segment (exposure bias).
-Shape suffixes as in `models/condition.py`: B batch, C channels, W window frames, M target frames, T latent frames of
+Shape suffixes as in `wan/condition.py`: B batch, C channels, W window frames, M target frames, T latent frames of
 the clip, L text tokens.
 """
 
@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from swifti2v.models.condition import predict_targets
 from swifti2v.sampling.solvers import euler
 from swifti2v.segments import FrameKind, Segment
 from swifti2v.training.refiner.windows import context_slots, with_finished
+from swifti2v.wan.condition import predict_targets
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

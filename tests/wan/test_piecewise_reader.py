@@ -1,0 +1,185 @@
+"""Networks read tensor by tensor are those that diffusers and transformers load, and are never whole on the way."""
+
+from __future__ import annotations
+
+import shutil
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+from diffusers import WanTransformer3DModel
+from safetensors.torch import load_file, save_file
+from transformers import UMT5Config, UMT5EncoderModel
+
+from swifti2v.errors import AdapterError, CheckpointError
+from swifti2v.memory.live_bytes import LiveBytes
+from swifti2v.memory.placement import store_weights
+from swifti2v.wan.checkpoints import load_stage_one_pipeline, load_stage_two_transformer, resolve
+from swifti2v.wan.piecewise_reader import PiecewiseReader, read_stage_one_networks
+from swifti2v.wan.transformer import StageTwoTransformer
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from swifti2v.memory.budget import WeightDtype
+
+AS_LOADED = PiecewiseReader(lambda _: None)
+
+
+def narrow(dtype: WeightDtype, compute_dtype: torch.dtype) -> PiecewiseReader:
+    return PiecewiseReader(partial(store_weights, dtype=dtype, compute_dtype=compute_dtype))
+
+
+def assert_equal(network: nn.Module, expected: nn.Module) -> None:
+    tensors, others = (dict(each.state_dict()) for each in (network, expected))
+    assert tensors.keys() == others.keys()
+    for name, tensor in tensors.items():
+        assert tensor.dtype == others[name].dtype, name
+        assert tensor.device.type == "cpu", name
+        assert torch.equal(tensor.float(), others[name].float()), name
+    for name, buffer in network.named_buffers():  # those that are not saved, too
+        assert torch.equal(buffer.float(), dict(expected.named_buffers())[name].float()), name
+    assert not network.training
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    ("kind", "folder"),
+    [
+        (WanTransformer3DModel, "stage_one/transformer"),
+        (StageTwoTransformer, "stage_two/transformer"),
+        (StageTwoTransformer, "stock/transformer"),
+        (UMT5EncoderModel, "stage_one/text_encoder"),
+    ],
+)
+def test_a_network_is_the_one_that_its_library_loads(
+    tiny_checkpoint: Path, kind: Any, folder: str, dtype: torch.dtype
+) -> None:
+    expected = kind.from_pretrained(tiny_checkpoint / folder, dtype=dtype).eval()
+    network = AS_LOADED.read(kind, tiny_checkpoint / folder, dtype)
+    assert_equal(network, expected)
+    assert network.dtype == expected.dtype
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("stored", ["float8", "nf4"])
+def test_what_is_stored_is_what_a_loaded_network_would_store(
+    tiny_checkpoint: Path, stored: WeightDtype, dtype: torch.dtype
+) -> None:
+    """LoRAs included: they are in the weights before these are rounded."""
+    resolved = resolve(tiny_checkpoint)
+    expected = load_stage_one_pipeline(resolved, dtype=dtype)
+    networks = read_stage_one_networks(resolved, narrow(stored, dtype), dtype=dtype)
+    pipeline = load_stage_one_pipeline(resolved, dtype=dtype, networks=networks)
+    for name in ("text_encoder", "transformer", "transformer_2"):
+        other = getattr(expected, name)
+        store_weights(other, stored, compute_dtype=dtype)
+        assert_equal(getattr(pipeline, name), other)
+        assert getattr(pipeline, name) is networks[name]
+    second = load_stage_two_transformer(resolved, dtype=dtype)
+    store_weights(second, stored, compute_dtype=dtype)
+    assert_equal(load_stage_two_transformer(resolved, dtype=dtype, read=narrow(stored, dtype).read), second)
+
+
+def test_roles_choose_the_adapters(tiny_checkpoint: Path) -> None:
+    resolved = resolve(tiny_checkpoint)
+    for roles in (set(), {"few_step"}, {"low_res"}, None):
+        networks = read_stage_one_networks(resolved, AS_LOADED, dtype=torch.float32, roles=roles)
+        expected = load_stage_one_pipeline(resolved, dtype=torch.float32, roles=roles)
+        for name in ("transformer", "transformer_2"):
+            assert_equal(networks[name], getattr(expected, name))
+
+
+def test_the_whole_network_is_never_there_as_it_was_saved(tmp_path: Path) -> None:
+    """Counted while it is read: what is kept, and a few tensors of the size of the largest beside it."""
+    torch.manual_seed(0)
+    network = WanTransformer3DModel(
+        num_attention_heads=4,
+        attention_head_dim=64,
+        ffn_dim=1024,
+        num_layers=12,
+        text_dim=32,
+        freq_dim=16,
+        rope_max_seq_len=32,
+    )
+    network.save_pretrained(tmp_path, max_shard_size="20MB")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 2
+    whole = 2 * network.num_parameters()
+    del network
+    reader = narrow("nf4", torch.bfloat16)
+    made = reader.build(WanTransformer3DModel, tmp_path, torch.bfloat16)
+    with LiveBytes() as live:  # counts tensors on the meta device too: those of layers that are packed later
+        reader.fill(made, tmp_path)
+    kept = sum(tensor.nbytes for tensor in (*made.parameters(), *made.buffers()))
+    largest = 256 * 1024
+    assert kept < 0.4 * whole
+    # bfloat16, and what packing makes: float32 and its scaled copy, codes in int32, and bytes.
+    assert live.peak_bytes < kept + 24 * largest
+    assert live.peak_bytes < 0.75 * whole
+
+
+def edited(root: Path, folder: Path, **changes: torch.Tensor | None) -> Path:
+    copy = Path(shutil.copytree(folder, root / "copy"))
+    file = next(copy.glob("*.safetensors"))
+    tensors = load_file(file)
+    for name, value in changes.items():
+        if value is None:
+            del tensors[name]
+        else:
+            tensors[name] = value
+    save_file(tensors, file, metadata={"format": "pt"})
+    return copy
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"blocks.0.attn1.to_q.weight": None},
+            r"[12] missing, 0 without a place, for instance blocks\.0\.attn1\.to_q\.",
+        ),
+        ({"proj_out.bias": None}, "1 missing"),
+        ({"blocks.0.extra": torch.zeros(2)}, "0 missing, 1 without a place, for instance blocks.0.extra"),
+        ({"blocks.0.attn1.to_q.weight": torch.zeros(24, 8)}, r"to_q.weight in .* is \[24, 8\] and not \[24, 24\]; get"),
+    ],
+)
+@pytest.mark.parametrize("stored", ["bfloat16", "float8", "nf4"])
+def test_weights_that_do_not_belong(
+    tiny_checkpoint: Path, tmp_path: Path, changes: dict[str, Any], message: str, stored: WeightDtype
+) -> None:
+    folder = edited(tmp_path, tiny_checkpoint / "stage_one" / "transformer", **changes)
+    with pytest.raises(CheckpointError, match=message):
+        narrow(stored, torch.bfloat16).read(WanTransformer3DModel, folder, torch.bfloat16)
+
+
+def test_files_that_are_cut_short(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    folder = edited(tmp_path, tiny_checkpoint / "stage_one" / "transformer")
+    file = next(folder.glob("*.safetensors"))
+    file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(CheckpointError, match="damaged or cut short: get it again"):
+        AS_LOADED.read(WanTransformer3DModel, folder, torch.float32)
+
+
+def test_an_adapter_that_does_not_match_stops_before_anything_is_read(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_file({"unknown.lora_A.weight": torch.zeros(1, 2)}, checkpoint / "adapters" / "small.safetensors")
+    monkeypatch.setattr(PiecewiseReader, "fill", lambda *_: pytest.fail("read"))
+    with pytest.raises(AdapterError):
+        read_stage_one_networks(resolve(checkpoint), AS_LOADED, dtype=torch.float32)
+
+
+@pytest.mark.parametrize("name", ["shared.weight", "encoder.embed_tokens.weight"])
+def test_a_table_of_words_under_either_of_its_names(tmp_path: Path, name: str) -> None:
+    config = UMT5Config(vocab_size=64, d_model=32, d_kv=8, d_ff=37, num_layers=1, num_heads=4)
+    encoder = UMT5EncoderModel(config).eval()
+    encoder.save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    tensors = load_file(file)
+    table = next(tensors.pop(key) for key in ("shared.weight", "encoder.embed_tokens.weight") if key in tensors)
+    save_file(tensors | {name: table}, file, metadata={"format": "pt"})
+    network = AS_LOADED.read(UMT5EncoderModel, tmp_path, torch.float32)
+    assert network.shared.weight is network.encoder.embed_tokens.weight
+    assert torch.equal(network.shared.weight, encoder.shared.weight)

@@ -127,7 +127,7 @@ def _stage_one_pipeline(device: str, home: str) -> WanImageToVideoPipeline:
     from diffusers import WanImageToVideoPipeline
     from transformers import UMT5Config, UMT5EncoderModel
 
-    from swifti2v.wan.scheduler import FixedSigmaScheduler
+    from swifti2v.schedulers import FixedSigmaScheduler
 
     text = UMT5Config(
         vocab_size=256384,

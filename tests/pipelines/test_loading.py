@@ -22,10 +22,10 @@ from swifti2v.pipelines import loading
 from swifti2v.pipelines.loading import load_parts, open_device, settings_of
 from swifti2v.pipelines.options import GenerationOptions
 from swifti2v.pipelines.two_stage import TwoStagePipeline
+from swifti2v.schedulers import FixedSigmaScheduler
 from swifti2v.wan.checkpoint_files import write_checksums
 from swifti2v.wan.checkpoint_index import WAN_NEGATIVE_PROMPT
 from swifti2v.wan.checkpoints import resolve
-from swifti2v.wan.scheduler import FixedSigmaScheduler
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -113,7 +113,7 @@ def test_few_step_schedule_is_that_of_the_index(edited: Callable[..., Path], own
     if own:
         FixedSigmaScheduler(shift=3.0).save_pretrained(root / "stage_one" / "scheduler")
         path = root / "stage_one" / "model_index.json"
-        scheduler = {"scheduler": ["swifti2v.wan.scheduler", "FixedSigmaScheduler"]}
+        scheduler = {"scheduler": ["swifti2v.schedulers", "FixedSigmaScheduler"]}
         path.write_text(json.dumps(json.loads(path.read_text()) | scheduler))
     parts = load_parts(root, device="cpu")
     scheduler = parts.stage_one.pipeline.scheduler

@@ -77,7 +77,7 @@ def test_a_schedule_that_is_not_one_is_an_error_that_names_the_fix(sigmas, fix):
 def test_few_step_sigmas_are_those_of_the_scheduler():
     import inspect
 
-    from swifti2v.wan.scheduler import FixedSigmaScheduler
+    from swifti2v.schedulers import FixedSigmaScheduler
 
     default = inspect.signature(FixedSigmaScheduler.__init__).parameters["fixed_sigmas"].default
     assert tuple(default) == FEW_STEP_SIGMAS

@@ -119,7 +119,7 @@ def test_refiner_must_fit_the_network(checkpoint: Path) -> None:
 
 def test_own_classes_in_both_stages(checkpoint: Path) -> None:
     from swifti2v.mini.transform_codec import BlockTransformCodec
-    from swifti2v.wan.scheduler import FixedSigmaScheduler
+    from swifti2v.schedulers import FixedSigmaScheduler
 
     shutil.rmtree(checkpoint / "stage_two" / "vae")
     codec = BlockTransformCodec(band_channels=(2, 1, 1, 1))
@@ -132,12 +132,12 @@ def test_own_classes_in_both_stages(checkpoint: Path) -> None:
     FixedSigmaScheduler(fixed_sigmas=[1.0, 0.5]).save_pretrained(checkpoint / "stage_one" / "scheduler")
     path = checkpoint / "stage_one" / "model_index.json"
     data = json.loads(path.read_text())
-    data["scheduler"] = ["swifti2v.wan.scheduler", "FixedSigmaScheduler"]
+    data["scheduler"] = ["swifti2v.schedulers", "FixedSigmaScheduler"]
     path.write_text(json.dumps(data))
     pipeline = load_stage_one_pipeline(resolve(checkpoint), dtype=torch.float32)
     assert list(pipeline.scheduler.config.fixed_sigmas) == [1.0, 0.5]
 
-    data["scheduler"] = ["swifti2v.wan.scheduler", "NoSuchScheduler"]
+    data["scheduler"] = ["swifti2v.schedulers", "NoSuchScheduler"]
     path.write_text(json.dumps(data))
     with pytest.raises(CheckpointError, match="NoSuchScheduler"):
         load_stage_one_pipeline(resolve(checkpoint))

@@ -40,6 +40,7 @@ from swifti2v.mini.train_stage_two import (
 )
 from swifti2v.mini.transform_codec import BlockTransformCodec
 from swifti2v.pixels import from_uint8
+from swifti2v.schedulers import FixedSigmaScheduler
 from swifti2v.training.engine.loop import LoopOptions, TrainingLoop
 from swifti2v.wan.checkpoint_files import write_checksums
 from swifti2v.wan.checkpoint_index import (
@@ -51,7 +52,6 @@ from swifti2v.wan.checkpoint_index import (
     write_index,
 )
 from swifti2v.wan.checkpoints import Part, resolve
-from swifti2v.wan.scheduler import FixedSigmaScheduler
 from swifti2v.wan.transformer import StageTwoTransformer
 
 if TYPE_CHECKING:

@@ -20,6 +20,7 @@ from swifti2v.pipelines.decoders import decoder_elsewhere, open_light_decoder
 from swifti2v.pipelines.recommended import default_settings
 from swifti2v.pipelines.stage_one import FEW_STEP_ADAPTER, StageOne
 from swifti2v.pipelines.stage_two import StageTwo
+from swifti2v.schedulers import FixedSigmaScheduler
 from swifti2v.wan.checkpoint_files import read_json
 from swifti2v.wan.checkpoints import (
     PARTS,
@@ -31,7 +32,6 @@ from swifti2v.wan.checkpoints import (
 from swifti2v.wan.described import described_stage_one, described_stage_two
 from swifti2v.wan.piecewise_reader import PiecewiseReader, read_stage_one_networks
 from swifti2v.wan.quantized_products import Quantization, stored_already
-from swifti2v.wan.scheduler import FixedSigmaScheduler
 from swifti2v.wan.vae import open_codec
 
 if TYPE_CHECKING:

@@ -20,9 +20,9 @@ from swifti2v.errors import AdapterError, InvalidInputError
 from swifti2v.geometry import CodecGeometry, Size
 from swifti2v.pipelines.windows import cross_fade, match_color
 from swifti2v.sampling.segmented import derived_seed
+from swifti2v.schedulers import FixedSigmaScheduler, WanUniPCScheduler
 from swifti2v.segments import plan_windows
 from swifti2v.wan.checkpoint_index import WAN_NEGATIVE_PROMPT
-from swifti2v.wan.scheduler import FixedSigmaScheduler, WanUniPCScheduler
 
 if TYPE_CHECKING:
     from diffusers import WanImageToVideoPipeline

@@ -14,8 +14,8 @@ from peft import LoraConfig
 from swifti2v.errors import GenerationCancelled, InvalidInputError
 from swifti2v.geometry import Size
 from swifti2v.pipelines.stage_one import PromptEmbeds, StageOne, StageOneOptions
+from swifti2v.schedulers import FixedSigmaScheduler
 from swifti2v.wan.checkpoint_index import WAN_NEGATIVE_PROMPT
-from swifti2v.wan.scheduler import FixedSigmaScheduler
 from tests.pipelines.stage_one.short_runs import SIZE, TEXT_LENGTH, make, make_image, watched
 
 

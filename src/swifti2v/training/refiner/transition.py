@@ -19,7 +19,7 @@ from swifti2v.errors import ConfigurationError, InvalidInputError
 from swifti2v.pipelines.stage_one import StageOneOptions, borrowed
 from swifti2v.pixels import from_uint8, to_uint8
 from swifti2v.sampling.schedules import FEW_STEP_SIGMAS
-from swifti2v.wan.scheduler import FixedSigmaScheduler
+from swifti2v.schedulers import FixedSigmaScheduler
 
 if TYPE_CHECKING:
     from torch import Tensor

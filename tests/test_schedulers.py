@@ -10,7 +10,7 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
 
 from swifti2v.errors import InvalidInputError
-from swifti2v.wan.scheduler import FixedSigmaScheduler, WanUniPCScheduler
+from swifti2v.schedulers import FixedSigmaScheduler, WanUniPCScheduler
 
 
 def run(scheduler, sample: torch.Tensor, velocity) -> torch.Tensor:

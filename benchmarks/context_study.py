@@ -42,8 +42,8 @@ from swifti2v.geometry import Size
 from swifti2v.mini.motion_codec import MotionCodec
 from swifti2v.mini.recipes import StageTwoRun, train_stage_two
 from swifti2v.mini.reference_pairs import through_codec
-from swifti2v.pipelines.options import GenerationOptions
-from swifti2v.pipelines.two_stage import TwoStagePipeline
+from swifti2v.runner.options import GenerationOptions
+from swifti2v.runner.two_stage import TwoStagePipeline
 from swifti2v.pixels import from_uint8
 from swifti2v.reference.replace import replace_first_frame
 from swifti2v.reference.resample import reduce_frames
@@ -53,8 +53,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
     from benchmarks.fidelity import Array, Numbers
-    from swifti2v.pipelines.loading import Parts
-    from swifti2v.pipelines.options import GenerationSettings
+    from swifti2v.runner.loading import Parts
+    from swifti2v.runner.options import GenerationSettings
     from swifti2v.training.engine.loop import StepReport
 
 ROOT = Path(__file__).parents[1]

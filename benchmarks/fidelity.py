@@ -45,8 +45,8 @@ from benchmarks.results import (
 )
 from swifti2v.evaluation.metrics import high_frequency_energy, psnr
 from swifti2v.geometry import Size
-from swifti2v.pipelines.options import GenerationOptions
-from swifti2v.pipelines.two_stage import TwoStagePipeline
+from swifti2v.runner.options import GenerationOptions
+from swifti2v.runner.two_stage import TwoStagePipeline
 from swifti2v.pixels import from_uint8, to_uint8
 from swifti2v.reference.options import ReferenceOptions
 from swifti2v.reference.replace import replace_first_frame
@@ -57,8 +57,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from swifti2v.data.sources import MediaItem
-    from swifti2v.pipelines.loading import Parts
-    from swifti2v.pipelines.options import GenerationSettings
+    from swifti2v.runner.loading import Parts
+    from swifti2v.runner.options import GenerationSettings
 
 Array = np.ndarray[Any, Any]
 Numbers = dict[str, float]

@@ -44,13 +44,13 @@ from swifti2v.evaluation.motion import FramePair, consecutive_pairs
 from swifti2v.evaluation.seams import frame_change, seam_ratio_of_changes
 from swifti2v.geometry import Size
 from swifti2v.mini.procedural import PHRASES, MotionName, find_horizon
-from swifti2v.pipelines.options import GenerationOptions
-from swifti2v.pipelines.two_stage import TwoStagePipeline
+from swifti2v.runner.options import GenerationOptions
+from swifti2v.runner.two_stage import TwoStagePipeline
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
-    from swifti2v.pipelines.runs import FinishedFrames, GenerationRequest
+    from swifti2v.runs import FinishedFrames, GenerationRequest
 
 Array = np.ndarray[Any, Any]
 

@@ -29,14 +29,14 @@ from benchmarks.clips import held_back_clips, truth_frames
 from benchmarks.results import add_result_arguments, markdown_table, mean, number, say, settings_of, write_results
 from swifti2v.evaluation.metrics import psnr
 from swifti2v.geometry import Size
-from swifti2v.pipelines.two_stage import TwoStagePipeline
+from swifti2v.runner.two_stage import TwoStagePipeline
 from swifti2v.training.refiner.encoding import resized
 from swifti2v.training.refiner.transition import lightly_denoised
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from swifti2v.pipelines.loading import Parts
+    from swifti2v.runner.loading import Parts
 
 Array = np.ndarray[Any, Any]
 

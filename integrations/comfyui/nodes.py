@@ -18,7 +18,7 @@ from swifti2v import GenerationOptions, InvalidInputError, Size, TwoStagePipelin
 from swifti2v.media.images import image_to_tensor
 from swifti2v.media.video_writer import VideoWriter
 from swifti2v.memory.placement import PlacedNetworks
-from swifti2v.pipelines.fitting import MemoryLimits, place, plan_for
+from swifti2v.runner.fitting import MemoryLimits, place, plan_for
 from swifti2v.reference.hybrid import hybrid_reference
 from swifti2v.reference.options import ReferenceOptions
 
@@ -27,9 +27,9 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from swifti2v.pipelines.loading import Parts
-    from swifti2v.pipelines.options import GenerationSettings
-    from swifti2v.pipelines.runs import GenerationRequest, Progress
+    from swifti2v.runner.loading import Parts
+    from swifti2v.runner.options import GenerationSettings
+    from swifti2v.runs import GenerationRequest, Progress
 
 CATEGORY = "SwiftI2V"
 PIPELINE, REQUEST = "SWIFTI2V_PIPELINE", "SWIFTI2V_REQUEST"

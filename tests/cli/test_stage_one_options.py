@@ -10,7 +10,7 @@ import pytest
 from swifti2v.cli.generate import generate, preview
 from swifti2v.cli.jobs import submit
 from swifti2v.cli.stage_one_options import StageOneSampling
-from swifti2v.pipelines.options import GenerationOptions
+from swifti2v.runner.options import GenerationOptions
 
 NAMES = {each.name for each in fields(StageOneSampling)}
 

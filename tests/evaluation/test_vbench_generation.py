@@ -28,7 +28,7 @@ from swifti2v.evaluation.vbench.suite import Suite, prepare_suite
 from swifti2v.geometry import Size
 from swifti2v.media.images import load_image
 from swifti2v.media.video_reader import VideoReader
-from swifti2v.pipelines.options import GenerationOptions
+from swifti2v.runner.options import GenerationOptions
 from tests.evaluation.vbench_checkout import PROMPTS, make_checkout
 
 if TYPE_CHECKING:

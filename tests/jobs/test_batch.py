@@ -14,7 +14,7 @@ from swifti2v.geometry import Size
 from swifti2v.jobs.batch import Batch, pictures_in
 from swifti2v.jobs.queue import JobQueue
 from swifti2v.jobs.worker import Worker, WorkerOptions
-from swifti2v.pipelines.options import GenerationOptions
+from swifti2v.runner.options import GenerationOptions
 from tests.jobs.conftest import StepRunner, wait_for
 
 if TYPE_CHECKING:

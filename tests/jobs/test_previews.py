@@ -15,14 +15,14 @@ from swifti2v.jobs.runner import PipelineRunner
 from swifti2v.jobs.state import Job, JobProgress, JobRequest, JobState
 from swifti2v.jobs.worker import Outcome, Task, Worker
 from swifti2v.media.video_reader import VideoReader
-from swifti2v.pipelines.options import GenerationOptions
+from swifti2v.runner.options import GenerationOptions
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from swifti2v.jobs.files import AttemptFiles
     from swifti2v.jobs.queue import JobQueue
-    from swifti2v.pipelines.two_stage import TwoStagePipeline
+    from swifti2v.runner.two_stage import TwoStagePipeline
 
 OPTIONS = GenerationOptions(num_frames=17, segment_size=1, num_inference_steps=1, stage_one_steps=2, seed=3)
 

@@ -17,8 +17,8 @@ from swifti2v.geometry import Size
 from swifti2v.jobs.runner import PipelineRunner
 from swifti2v.jobs.state import ALL_STAGES, Job, JobProgress, JobRequest, JobResult, JobStage, JobState
 from swifti2v.jobs.worker import Outcome, Task, Worker, WorkerOptions
-from swifti2v.pipelines.options import GenerationOptions
-from swifti2v.pipelines.two_stage import TwoStagePipeline
+from swifti2v.runner.options import GenerationOptions
+from swifti2v.runner.two_stage import TwoStagePipeline
 from tests.jobs.conftest import BROKEN, LEASE_SECONDS, StepRunner, claim, submit, wait_for
 from tests.jobs.test_chaos import AUDIT
 

@@ -13,7 +13,7 @@ from starlette.testclient import TestClient
 
 from swifti2v.geometry import Size
 from swifti2v.jobs.worker import Worker, WorkerOptions
-from swifti2v.pipelines.options import GenerationSettings
+from swifti2v.runner.options import GenerationSettings
 from swifti2v.serving.application import create_app
 from swifti2v.serving.decoding import PictureDecoder
 from swifti2v.serving.keys import add_key

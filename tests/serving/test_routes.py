@@ -17,8 +17,8 @@ from openai.types.model import Model
 from swifti2v.config import to_mapping
 from swifti2v.geometry import Size
 from swifti2v.jobs.state import Job, JobProgress, JobRequest, JobResult, JobState
-from swifti2v.pipelines import two_stage
-from swifti2v.pipelines.options import GenerationOptions
+from swifti2v.runner import two_stage
+from swifti2v.runner.options import GenerationOptions
 from swifti2v.serving import schemas
 from swifti2v.serving.application import create_app
 from swifti2v.serving.events import event_stream

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from swifti2v.jobs.runner import PipelineRunner
     from swifti2v.jobs.state import Job, JobStage
     from swifti2v.jobs.worker import Worker
-    from swifti2v.pipelines.acceleration import Acceleration
+    from swifti2v.runner.acceleration import Acceleration
 
 DEFAULT_DATA = Path("swifti2v-data")
 
@@ -72,8 +72,8 @@ def submit(  # noqa: PLR0913 - typer makes an option of each parameter
     from swifti2v.config import to_mapping
     from swifti2v.jobs.state import JobRequest
     from swifti2v.media.images import load_image
-    from swifti2v.pipelines.loading import settings_of
-    from swifti2v.pipelines.options import GenerationOptions
+    from swifti2v.runner.loading import settings_of
+    from swifti2v.runner.options import GenerationOptions
 
     options = GenerationOptions(
         size=Size.parse(size) if size is not None else None,
@@ -111,11 +111,11 @@ def batch(  # noqa: PLR0913 - as above
     database: DatabaseOption = None,
 ) -> None:
     """Make a video of every picture in a folder, on all workers of the queue; a repeated call goes on where it was."""
-    from swifti2v.pipelines.loading import settings_of
+    from swifti2v.runner.loading import settings_of
 
     queue = _open(data, database)  # says what to install, before the module below needs it
     from swifti2v.jobs.batch import Batch, pictures_in
-    from swifti2v.pipelines.options import GenerationOptions
+    from swifti2v.runner.options import GenerationOptions
 
     options = GenerationOptions(size=Size.parse(size) if size is not None else None, num_frames=frames, seed=seed)
     settings_of(model, options)

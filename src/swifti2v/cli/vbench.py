@@ -15,7 +15,7 @@ from swifti2v.geometry import Size
 if TYPE_CHECKING:
     from swifti2v.evaluation.vbench.generation import ClipRecord
     from swifti2v.evaluation.vbench.total import Totals
-    from swifti2v.pipelines.options import GenerationOptions
+    from swifti2v.runner.options import GenerationOptions
 
 SuiteArgument = Annotated[Path, typer.Argument(help="Folder that `prepare` made.")]
 CheckoutOption = Annotated[Path, typer.Option("--vbench", help="A git checkout of Vchitect/VBench.")]
@@ -158,7 +158,7 @@ def _print_totals(totals: Totals) -> None:
 
 def _options(path: Path | None, frames: int | None, fps: float | None) -> GenerationOptions:
     from swifti2v.config import load_yaml
-    from swifti2v.pipelines.options import GenerationOptions
+    from swifti2v.runner.options import GenerationOptions
 
     options = GenerationOptions() if path is None else load_yaml(GenerationOptions, path)
     if options.size is not None or options.seed is not None:

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from swifti2v.jobs.queue import JobQueue
-    from swifti2v.pipelines.options import GenerationOptions
+    from swifti2v.runner.options import GenerationOptions
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".avif", ".tif", ".tiff", ".bmp")
 

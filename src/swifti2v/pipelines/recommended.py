@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from swifti2v.geometry import Size
-from swifti2v.pipelines.options import GenerationSettings
+from swifti2v.runner.options import GenerationSettings
 
 if TYPE_CHECKING:
     from swifti2v.wan.checkpoint_index import CheckpointIndex, StageOneEntry

@@ -12,7 +12,7 @@ from swifti2v.config import to_mapping
 from swifti2v.errors import InvalidInputError
 from swifti2v.geometry import CodecGeometry, Size
 from swifti2v.jobs.state import Job, JobRequest, JobState
-from swifti2v.pipelines.options import GenerationOptions, GenerationSettings
+from swifti2v.runner.options import GenerationOptions, GenerationSettings
 from swifti2v.serving.problems import ApiProblem
 
 if TYPE_CHECKING:

@@ -12,8 +12,8 @@ from swifti2v.errors import InvalidInputError, JobError
 from swifti2v.geometry import Size
 from swifti2v.jobs.state import ACTIVE_STATES, Job, JobRequest
 from swifti2v.media.images import load_image
-from swifti2v.pipelines.loading import settings_of
-from swifti2v.pipelines.options import GenerationOptions
+from swifti2v.runner.loading import settings_of
+from swifti2v.runner.options import GenerationOptions
 from swifti2v.webapp.presets import Preset, preset_of, size_choices, summary
 from swifti2v.webapp.views import job_view, library_view
 

@@ -6,7 +6,7 @@ from contextlib import closing
 from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
-from swifti2v.pipelines.options import GenerationOptions
+from swifti2v.runner.options import GenerationOptions
 
 if TYPE_CHECKING:
     from collections.abc import Generator, Mapping
@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 
     from swifti2v.evaluation.vbench.clips import Clip
     from swifti2v.geometry import Size
-    from swifti2v.pipelines.options import GenerationSettings
-    from swifti2v.pipelines.two_stage import TwoStagePipeline
+    from swifti2v.runner.options import GenerationSettings
+    from swifti2v.runner.two_stage import TwoStagePipeline
 
 STILL_MODEL = "still"
 """Name of the control in place of a checkpoint's."""
@@ -68,7 +68,7 @@ class MakerSettings:
         if self.model == STILL_MODEL:
             num_frames, fps = self.options.num_frames or 81, self.options.fps or 16.0
             return StillMaker(ClipShape(self.size, num_frames, fps))
-        from swifti2v.pipelines.two_stage import TwoStagePipeline
+        from swifti2v.runner.two_stage import TwoStagePipeline
 
         pipeline = TwoStagePipeline.from_pretrained(self.model, device=self.device, few_step=self.few_step)
         return PipelineMaker(pipeline, self.options, size=self.size)

@@ -22,7 +22,7 @@ from swifti2v.data.fingerprint import weights_digest
 from swifti2v.errors import LatentCacheError
 from swifti2v.geometry import CodecGeometry, Size, motion_size
 from swifti2v.media.atomic_files import write_atomically
-from swifti2v.pipelines.stage_one import StageOne
+from swifti2v.stage_one import StageOne
 from swifti2v.pixels import from_uint8
 from swifti2v.reference.hybrid import hybrid_reference
 from swifti2v.reference.options import ReferenceMode, ReferenceOptions
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
-    from swifti2v.pipelines.stage_one import PromptEmbeds
+    from swifti2v.stage_one import PromptEmbeds
     from swifti2v.wan.vae import StreamingCodec
 
 

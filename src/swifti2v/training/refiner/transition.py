@@ -16,7 +16,7 @@ import torch
 from diffusers.pipelines.wan.pipeline_wan_i2v import retrieve_latents
 
 from swifti2v.errors import ConfigurationError, InvalidInputError
-from swifti2v.pipelines.stage_one import StageOneOptions, borrowed
+from swifti2v.stage_one import StageOneOptions, borrowed
 from swifti2v.pixels import from_uint8, to_uint8
 from swifti2v.sampling.schedules import FEW_STEP_SIGMAS
 from swifti2v.schedulers import FixedSigmaScheduler
@@ -24,7 +24,7 @@ from swifti2v.schedulers import FixedSigmaScheduler
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from swifti2v.pipelines.stage_one import PromptEmbeds, StageOne
+    from swifti2v.stage_one import PromptEmbeds, StageOne
 
 
 @dataclass(frozen=True)

@@ -37,8 +37,8 @@ if TYPE_CHECKING:
 
     from benchmarks.fidelity import Array, KnownClip, Numbers
     from swifti2v.evaluation.results import VideoResult
-    from swifti2v.runner.loading import Parts
-    from swifti2v.runner.options import GenerationSettings
+    from swifti2v.runner.parts import Parts
+    from swifti2v.settings import GenerationSettings
 
 TRUTH = "truth"
 

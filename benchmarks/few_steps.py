@@ -38,8 +38,8 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from benchmarks.fidelity import Numbers
-    from swifti2v.runner.loading import Parts
-    from swifti2v.runner.options import GenerationSettings
+    from swifti2v.runner.parts import Parts
+    from swifti2v.settings import GenerationSettings
     from swifti2v.training.engine.loop import StepReport
 
 BEGIN, END = "<!-- few steps: begin -->", "<!-- few steps: end -->"

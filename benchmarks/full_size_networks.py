@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
     from swifti2v.runner.fitting import MemoryLimits
-    from swifti2v.runner.loading import Parts
+    from swifti2v.runner.parts import Parts
     from swifti2v.wan.light_decoder import LightDecoder
     from swifti2v.wan.transformer import StageTwoTransformer
 
@@ -105,8 +105,8 @@ def light_decoder(device: str, *, wide: bool = False) -> LightDecoder:
 def parts(device: str, memory: MemoryLimits | None, *, light: bool = False) -> Parts:
     """Both stages, as a checkpoint would give them; with limits the weights wait in host memory."""
     from swifti2v.geometry import Size
-    from swifti2v.runner.loading import Parts
-    from swifti2v.runner.options import GenerationSettings
+    from swifti2v.runner.parts import Parts
+    from swifti2v.settings import GenerationSettings
     from swifti2v.stage_one import StageOne
     from swifti2v.stage_two import StageTwo
     from swifti2v.wan.vae import open_codec

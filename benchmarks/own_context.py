@@ -47,7 +47,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from benchmarks.fidelity import Array
-    from swifti2v.runner.loading import Parts
+    from swifti2v.runner.parts import Parts
 
 BEGIN, END = "<!-- own context: begin -->", "<!-- own context: end -->"
 LENGTHS = (LONG_FRAMES, 2 * LONG_FRAMES - 1)

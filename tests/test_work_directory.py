@@ -13,8 +13,8 @@ import pytest
 import torch
 
 from swifti2v.errors import OutputError, WorkDirectoryError
-from swifti2v.work_directory import WorkDirectory
 from swifti2v.segments import plan_segments
+from swifti2v.work_directory import WorkDirectory
 
 if TYPE_CHECKING:
     from pathlib import Path

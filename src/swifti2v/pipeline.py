@@ -68,7 +68,8 @@ class SwiftI2V:
 
     def encode_prompt(self, request: GenerationRequest, work: WorkDirectory) -> PromptEmbeds:
         """Return the prompt, and the negative prompt where a stage has guidance, as both stages read them."""
-        return PromptEmbeds(**work.prompt(request.texts, lambda: self.stage_one.encode_prompt(*request.texts).tensors()))
+        texts = request.texts
+        return PromptEmbeds(**work.prompt(texts, lambda: self.stage_one.encode_prompt(*texts).tensors()))
 
     def motion_reference(
         self, request: GenerationRequest, prompt: PromptEmbeds, work: WorkDirectory, report: OnProgress

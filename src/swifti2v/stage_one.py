@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any
 
 import PIL.Image
 import torch
@@ -18,17 +18,15 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 
 from swifti2v.errors import AdapterError, InvalidInputError
 from swifti2v.geometry import CodecGeometry, Size
-from swifti2v.stage_one import cross_fade, match_color
 from swifti2v.sampling.segmented import derived_seed
 from swifti2v.schedulers import FixedSigmaScheduler, WanUniPCScheduler
 from swifti2v.segments import plan_windows
-from swifti2v.wan.checkpoint_index import WAN_NEGATIVE_PROMPT
 
 if TYPE_CHECKING:
     from diffusers import WanImageToVideoPipeline
     from torch import Tensor
 
-    from swifti2v.runner.options import GenerationSettings
+    from swifti2v.settings import GenerationSettings
 
 FEW_STEP_ADAPTER = "few_step"
 """Role, and name or start of the name (``few_step_...``), of the adapters that only few-step sampling uses."""
@@ -38,84 +36,16 @@ OnStageOneStep = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
-class StageOneOptions:
-    """How Stage I samples.
-
-    Args:
-        num_inference_steps: steps, >= 1. Few-step mode uses the fixed schedule of the distillation when the number is
-            its own (4), and the same curve in other steps otherwise.
-        few_step: True: `FixedSigmaScheduler` with the few-step adapters on. False: `WanUniPCScheduler` with those off.
-        guidance_scale: classifier-free guidance, >= 1; 1 turns it off, and halves the time.
-        guidance_scale_2: the same for the low-noise expert; None: `guidance_scale`.
-        negative_prompt: what to steer away from; only with guidance.
-        flow_shift: time shift of the many-step schedule. Wan2.2's image-to-video configuration has 5.0 for all sizes;
-            its code advises 3.0 for 480p.
-
-    Raises:
-        InvalidInputError: a number is out of its range, or an option would be ignored.
-    """
-
-    num_inference_steps: int = 4
-    few_step: bool = True
-    guidance_scale: float = 1.0
-    guidance_scale_2: float | None = None
-    negative_prompt: str = ""
-    flow_shift: float = 5.0
-
-    def __post_init__(self) -> None:
-        for name, value in (
-            ("num_inference_steps", self.num_inference_steps),
-            ("guidance_scale", self.guidance_scale),
-            ("guidance_scale_2", 1.0 if self.guidance_scale_2 is None else self.guidance_scale_2),
-        ):
-            if not value >= 1:
-                msg = f"{name} is {value}; it must be at least 1"
-                raise InvalidInputError(msg)
-        if not self.flow_shift > 0:
-            msg = f"flow_shift is {self.flow_shift}; use a positive number, for instance 5.0"
-            raise InvalidInputError(msg)
-        if not self.uses_guidance and (self.negative_prompt or (self.guidance_scale_2 or 1.0) > 1):
-            msg = "negative_prompt and guidance_scale_2 have no effect without guidance; set guidance_scale above 1"
-            raise InvalidInputError(msg)
-
-    @classmethod
-    def many_step(cls, num_inference_steps: int = 40, *, guidance_scale: float = 3.5, **changes: Any) -> Self:
-        """Return the options of the undistilled network: Wan2.2's 40 steps, guidance 3.5 and negative prompt."""
-        if guidance_scale > 1:
-            changes = {"negative_prompt": WAN_NEGATIVE_PROMPT} | changes
-        return cls(num_inference_steps, few_step=False, guidance_scale=guidance_scale, **changes)
-
-    @classmethod
-    def of(cls, settings: GenerationSettings) -> Self:
-        """Return how Stage I samples in a run of `settings`; a negative prompt is left out where guidance is off."""
-        return cls(
-            num_inference_steps=settings.stage_one_steps,
-            few_step=settings.few_step,
-            guidance_scale=settings.stage_one_guidance_scale,
-            guidance_scale_2=settings.stage_one_guidance_scale_2,
-            negative_prompt=settings.negative_prompt if settings.stage_one_guidance_scale > 1 else "",
-            flow_shift=settings.stage_one_flow_shift,
-        )
-
-    @property
-    def uses_guidance(self) -> bool:
-        """Whether each step also runs the network on the negative prompt."""
-        return self.guidance_scale > 1
-
-
-@dataclass(frozen=True)
 class PromptEmbeds:
     """Prompts as the network reads them.
 
     Args:
         prompt: [1, max_sequence_length, D], zero beyond the prompt's tokens.
         negative: the same for the negative prompt, or None when it was not encoded.
-        notes: what was done to the prompts, one sentence each ("the prompt was cut ...").
     """
 
     prompt: Tensor
     negative: Tensor | None = None
-    notes: tuple[str, ...] = ()
 
     def tensors(self) -> dict[str, Tensor]:
         """Return what there is of them, by name."""
@@ -166,11 +96,13 @@ class StageOne:
             temporal=self.geometry.temporal,
         )
 
-    def check_options(self, options: StageOneOptions) -> None:
-        """Raise `InvalidInputError` if there is an option for a second expert that this checkpoint has not."""
-        if options.guidance_scale_2 is not None and self.pipeline.config.boundary_ratio is None:
-            msg = "guidance_scale_2 is for the second expert, and this checkpoint has one expert; leave it out"
-            raise InvalidInputError(msg)
+    def check_settings(self, settings: GenerationSettings) -> None:
+        """Raise `InvalidInputError` if there is a setting for a second expert that this checkpoint has not."""
+        second = settings.stage_one_guidance_scale_2
+        if second is not None and self.pipeline.config.boundary_ratio is None:
+            name = "stage_one_guidance_scale_2"
+            msg = f"{name} is for the second expert, and this checkpoint has one expert; leave it out"
+            raise InvalidInputError(msg, param=name, value=second)
 
     @torch.no_grad()
     def encode_prompt(self, prompt: str, negative_prompt: str | None = None) -> PromptEmbeds:
@@ -184,32 +116,25 @@ class StageOne:
             )
         finally:
             self.pipeline.maybe_free_model_hooks()
-        named = (("prompt", prompt), ("negative prompt", negative_prompt or ""))
-        notes = tuple(note for name, text in named if (note := self.cut_note(name, text)))
-        return PromptEmbeds(positive, negative, notes)
+        return PromptEmbeds(positive, negative)
 
     def generate(
         self,
         image: PIL.Image.Image,
-        prompt: str | None,
+        prompt: str | PromptEmbeds,
+        settings: GenerationSettings,
         *,
-        size: Size,
-        num_frames: int,
-        seed: int,
-        options: StageOneOptions | None = None,
-        prompt_embeds: PromptEmbeds | None = None,
         on_step: OnStageOneStep | None = None,
     ) -> Iterator[Tensor]:
         """Make the motion reference.
 
         Args:
-            image: RGB, already of `size` (`swifti2v.media.images.fit_image`).
-            prompt: text, or None with `prompt_embeds`.
-            size: pixels, multiples of the codec's factor times the patch (16 for Wan2.2-A14B).
-            num_frames: 4k+1.
-            seed: in [0, 2**63). The first window is exactly the pipeline's own result for a CPU generator of this seed.
-            options: default `StageOneOptions()`.
-            prompt_embeds: from `encode_prompt`, instead of `prompt`.
+            image: RGB, of the size of the motion reference (`swifti2v.media.images.fit_image`): multiples of the
+                codec's factor times the patch (16 for Wan2.2-A14B).
+            prompt: text, or what `encode_prompt` made of it.
+            settings: frames, seed, steps and guidance. Few steps are those of the distillation's fixed schedule if
+                there are as many, and follow the same curve otherwise. The first window is exactly the pipeline's own
+                result for a CPU generator of the seed.
             on_step: progress over all windows; to cancel, raise in it.
 
         Returns:
@@ -219,51 +144,45 @@ class StageOne:
             InvalidInputError: at the call, for an argument that cannot be used.
             AdapterError: while iterating, if adapters are merged so that the few-step ones cannot be turned on or off.
         """
-        options = options or StageOneOptions()
-        self.geometry.check_size(size)
-        windows = self.plan(num_frames)
-        self._check(image, size, seed)
-        self.check_options(options)
-        if (prompt is None) == (prompt_embeds is None):
-            msg = "give either prompt or prompt_embeds, not both or none; an empty prompt is written ''"
-            raise InvalidInputError(msg)
-        if prompt_embeds is not None and options.uses_guidance and prompt_embeds.negative is None:
+        self.geometry.check_size(Size(*image.size))
+        if image.mode != "RGB":
+            msg = f"the image is {image.mode}, not RGB; convert it with fit_image"
+            raise InvalidInputError(msg, param="image", value=image.mode)
+        windows = self.plan(settings.num_frames)
+        self.check_settings(settings)
+        if isinstance(prompt, PromptEmbeds) and _uses_guidance(settings) and prompt.negative is None:
             msg = "guidance needs negative embeddings; call encode_prompt with a negative_prompt (it may be empty)"
-            raise InvalidInputError(msg)
-
-        def make(index: int, start: PIL.Image.Image, embeds: PromptEmbeds) -> Tensor:
-            def step(step_index: int) -> None:
-                if on_step is not None:
-                    steps = options.num_inference_steps
-                    on_step(index * steps + step_index, len(windows) * steps)
-
-            window_seed = seed if index == 0 else derived_seed(seed, index)
-            return self._run(start, embeds, len(windows[index]), window_seed, options, step)
-
-        return self._windows(image, prompt, prompt_embeds, options, windows, make)
+            raise InvalidInputError(msg, param="prompt")
+        return self._windows(image, prompt, settings, windows, on_step)
 
     def _windows(
         self,
         image: PIL.Image.Image,
-        prompt: str | None,
-        embeds: PromptEmbeds | None,
-        options: StageOneOptions,
+        prompt: str | PromptEmbeds,
+        settings: GenerationSettings,
         windows: tuple[range, ...],
-        make: Callable[[int, PIL.Image.Image, PromptEmbeds], Tensor],
+        on_step: OnStageOneStep | None,
     ) -> Iterator[Tensor]:
-        if embeds is None:
-            embeds = self.encode_prompt(prompt or "", options.negative_prompt if options.uses_guidance else None)
+        if isinstance(prompt, str):
+            prompt = self.encode_prompt(prompt, settings.negative_prompt if _uses_guidance(settings) else None)
+        steps, start = settings.stage_one_steps, image
         held: Tensor | None = None
         for index, window in enumerate(windows):
-            if held is None:
-                frames = make(index, image, embeds)
-            else:
-                frames = make(index, PIL.Image.fromarray(_to_uint8(held[0]).numpy()), embeds)
+
+            def after_step(step: int, done: int = index * steps) -> None:
+                if on_step is not None:
+                    on_step(done + step, len(windows) * steps)
+
+            seed = settings.seed if index == 0 else derived_seed(settings.seed, index)
+            frames = self._run(start, prompt, len(window), seed, settings, after_step)
+            if held is not None:
                 frames = cross_fade(held, match_color(frames, held[0]))
             last = index == len(windows) - 1
             num_done = len(window) if last else len(window) - self.overlap_frames
-            # A clone: a view would keep the whole window alive while the next one is made.
-            held = None if last else frames[num_done:].clone()
+            if not last:
+                # A clone: a view would keep the whole window alive while the next one is made.
+                held = frames[num_done:].clone()
+                start = PIL.Image.fromarray(_to_uint8(held[0]).numpy())
             piece = _to_uint8(frames[:num_done])
             del frames
             yield piece
@@ -274,7 +193,7 @@ class StageOne:
         embeds: PromptEmbeds,
         num_frames: int,
         seed: int,
-        options: StageOneOptions,
+        settings: GenerationSettings,
         on_step: Callable[[int], None],
     ) -> Tensor:
         """Run the pipeline once; return float32 [n,h,w,3] in [0,1] on the CPU."""
@@ -283,32 +202,27 @@ class StageOne:
             on_step(step_index)
             return tensors
 
-        with borrowed(self.pipeline, options):
+        # Embeddings of an earlier run come from its work directory, and so from the CPU.
+        device = self.pipeline._execution_device
+        negative = embeds.negative if _uses_guidance(settings) else None
+        with borrowed(self.pipeline, few_step=settings.few_step, flow_shift=settings.stage_one_flow_shift):
             (video,) = self.pipeline(
                 image=image,
                 height=image.height,
                 width=image.width,
                 num_frames=num_frames,
-                num_inference_steps=options.num_inference_steps,
-                guidance_scale=options.guidance_scale,
-                guidance_scale_2=options.guidance_scale_2,
+                num_inference_steps=settings.stage_one_steps,
+                guidance_scale=settings.stage_one_guidance_scale,
+                guidance_scale_2=settings.stage_one_guidance_scale_2,
                 generator=torch.Generator("cpu").manual_seed(seed),
-                prompt_embeds=embeds.prompt,
-                negative_prompt_embeds=embeds.negative if options.uses_guidance else None,
+                prompt_embeds=embeds.prompt.to(device),
+                negative_prompt_embeds=None if negative is None else negative.to(device),
                 max_sequence_length=self.max_sequence_length,
                 output_type="pt",
                 return_dict=False,
                 callback_on_step_end=after_step,
             )
         return video[0].to("cpu", torch.float32).permute(0, 2, 3, 1)
-
-    def _check(self, image: PIL.Image.Image, size: Size, seed: int) -> None:
-        if image.size != tuple(size) or image.mode != "RGB":
-            msg = f"the image is {Size(*image.size)} {image.mode}, not {size} RGB; crop and resize it with fit_image"
-            raise InvalidInputError(msg)
-        if not 0 <= seed < 2**63:
-            msg = f"seed is {seed}; use an integer from 0 to 2**63 - 1"
-            raise InvalidInputError(msg)
 
     def cut_note(self, name: str, text: str) -> str | None:
         """Say that a text, called `name`, is longer than the encoder reads; None if it is not."""
@@ -320,8 +234,13 @@ class StageOne:
 
 
 @contextmanager
-def borrowed(pipeline: WanImageToVideoPipeline, options: StageOneOptions) -> Iterator[None]:
+def borrowed(pipeline: WanImageToVideoPipeline, *, few_step: bool = True, flow_shift: float = 5.0) -> Iterator[None]:
     """Set scheduler, adapters and progress bar of a pipeline for one run, and give it back as it was.
+
+    Args:
+        pipeline: of Stage I.
+        few_step: `FixedSigmaScheduler` with the few-step adapters on, or `WanUniPCScheduler` with those off.
+        flow_shift: time shift of the many-step schedule.
 
     Raises:
         AdapterError: see `few_step_adapters`.
@@ -330,9 +249,9 @@ def borrowed(pipeline: WanImageToVideoPipeline, options: StageOneOptions) -> Ite
     with ExitStack() as stack:
         for transformer in (pipeline.transformer, pipeline.transformer_2):
             if transformer is not None:
-                stack.enter_context(few_step_adapters(transformer, enabled=options.few_step))
+                stack.enter_context(few_step_adapters(transformer, enabled=few_step))
         try:
-            pipeline.scheduler = _scheduler(scheduler, options)
+            pipeline.scheduler = _scheduler(scheduler, few_step=few_step, flow_shift=flow_shift)
             pipeline.set_progress_bar_config(**{**progress, "disable": True})
             yield
         except BaseException:
@@ -385,13 +304,51 @@ def _few_step_names(layer: Any) -> list[str]:
     return [name for name in held if _is_few_step(name)]
 
 
-def _scheduler(current: Any, options: StageOneOptions) -> Any:
+def _uses_guidance(settings: GenerationSettings) -> bool:
+    """Return whether each step also runs the network on the negative prompt."""
+    return settings.stage_one_guidance_scale > 1
+
+
+def _scheduler(current: Any, *, few_step: bool, flow_shift: float) -> Any:
     """Return a fresh scheduler: a run leaves its state in the one it used."""
-    if not options.few_step:
-        return WanUniPCScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=options.flow_shift)
+    if not few_step:
+        return WanUniPCScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=flow_shift)
     if isinstance(current, FixedSigmaScheduler):
         return FixedSigmaScheduler.from_config(current.config)
     return FixedSigmaScheduler()
+
+
+def match_color(frames: Tensor, target: Tensor) -> Tensor:
+    """Shift and scale each color of a window so that its first frame has the mean and deviation of `target`.
+
+    The first frame repeats `target` up to the codec, whose small color error would add up from window to window. The
+    scale is kept within 10%, so that a first frame that differs for another reason is not forced into shape.
+
+    Args:
+        frames: [n,h,w,3] in [0,1].
+        target: [h,w,3] in [0,1], the frame that the window continues.
+
+    Returns:
+        [n,h,w,3] in [0,1].
+    """
+    mean, deviation = frames[0].mean(dim=(0, 1)), frames[0].std(dim=(0, 1), correction=0)
+    wanted_mean, wanted_deviation = target.mean(dim=(0, 1)), target.std(dim=(0, 1), correction=0)
+    gain = (wanted_deviation / deviation.clamp_min(1e-4)).clamp(0.9, 1.1)
+    return ((frames - mean) * gain + wanted_mean).clamp(0.0, 1.0)
+
+
+def cross_fade(held: Tensor, frames: Tensor) -> Tensor:
+    """Blend the start of a window into the end of the one before it.
+
+    Args:
+        held: [m,h,w,3], the last frames of the window before.
+        frames: [n,h,w,3] with n > m; its first m frames are those of `held` made again.
+
+    Returns:
+        [n,h,w,3]: frame 0 is ``held[0]``, then the share of `frames` grows by 1/m a frame until it is all at frame m.
+    """
+    share = (torch.arange(len(held), dtype=frames.dtype) / len(held)).view(-1, 1, 1, 1)
+    return torch.cat([torch.lerp(held, frames[: len(held)], share), frames[len(held) :]])
 
 
 def _to_uint8(frames: Tensor) -> Tensor:

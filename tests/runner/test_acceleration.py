@@ -24,7 +24,6 @@ from swifti2v.runner.acceleration import (
 )
 from swifti2v.runner.ahead import made_ahead
 from swifti2v.runner.loading import load_parts
-from swifti2v.runner.options import GenerationOptions
 from swifti2v.wan.transformer import StageTwoTransformer
 
 if TYPE_CHECKING:
@@ -60,7 +59,7 @@ def test_heads_that_do_not_divide(tiny_wan_dit: Callable[..., Any], monkeypatch:
 def test_runs_that_do_not_divide_are_refused_before_they_begin(tiny_checkpoint: Path) -> None:
     """Of 64x64, Stage I has one token a frame and three frames; of 128x64 twice as many."""
     parts = load_parts(tiny_checkpoint, device="cpu")
-    wide = GenerationOptions(size=Size(128, 64))
+    wide = {"size": Size(128, 64)}
     check_shared(parts, parts.defaults, 1)
     check_shared(parts, parts.defaults.settled(wide), 2)
     with pytest.raises(InvalidInputError, match="3 tokens of a window do not divide among 2 processes"):
@@ -123,7 +122,7 @@ def test_a_clip_takes_three_graphs_and_later_sizes_are_compiled_too(tiny_wan_dit
     before = counts["stats"]["unique_graphs"]
 
     def graphs_after_a_clip(width: int) -> int:
-        def produce(_notify: Callable[[int], None]) -> Iterator[torch.Tensor]:
+        def produce() -> Iterator[torch.Tensor]:
             with network.text_kept():
                 for frames in (4, 5, 5, 5, 5, 5, 4):
                     for _step in range(2):
@@ -131,7 +130,7 @@ def test_a_clip_takes_three_graphs_and_later_sizes_are_compiled_too(tiny_wan_dit
                         yield network(torch.randn(1, 48, frames, 4, width), timestep, text).sample
 
         # In the thread where Stage II works beside the decoder.
-        for _ in made_ahead(produce, on_event=lambda _event: None, device=torch.device("cpu")):
+        for _ in made_ahead(produce(), device=torch.device("cpu")):
             pass
         return int(counts["stats"]["unique_graphs"]) - before
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from swifti2v.errors import GenerationCancelled
-from swifti2v.runner.ahead import THREAD_NAME, made_ahead
+from swifti2v.runner.ahead import THREAD_NAME, in_readers_thread, made_ahead
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Iterator
@@ -63,7 +63,7 @@ def until(condition: Callable[[], bool]) -> None:
 
 
 def started(producer: Producer, on_event: Callable[[int], None] = lambda _number: None) -> Generator[torch.Tensor]:
-    return made_ahead(producer, on_event=on_event, device=CPU)
+    return made_ahead(producer(in_readers_thread(on_event)), device=CPU)
 
 
 def test_items_and_events_keep_their_order_and_events_come_in_the_readers_thread() -> None:
@@ -132,11 +132,11 @@ def test_cancelling_from_an_event_ends_the_producer_at_its_next_one() -> None:
 def test_gradients_stay_as_the_reader_has_them() -> None:
     seen = []
 
-    def produce(_notify: Callable[[int], None]) -> Iterator[torch.Tensor]:
+    def produce() -> Iterator[torch.Tensor]:
         seen.append(torch.is_grad_enabled())
         yield torch.ones(1)
 
-    for _ in made_ahead(produce, on_event=lambda _event: None, device=CPU):
+    for _ in made_ahead(produce(), device=CPU):
         assert torch.is_grad_enabled()
     assert seen == [False]
 
@@ -148,11 +148,11 @@ def test_settings_of_the_reader_hold_in_the_thread() -> None:
     with _dynamo.config.patch(recompile_limit=77):
         seen = []
 
-        def produce(_notify: Callable[[int], None]) -> Iterator[torch.Tensor]:
+        def produce() -> Iterator[torch.Tensor]:
             seen.append(_dynamo.config.recompile_limit)
             yield torch.ones(1)
 
-        list(made_ahead(produce, on_event=lambda _event: None, device=CPU))
+        list(made_ahead(produce(), device=CPU))
     assert seen == [77]
 
 
@@ -160,7 +160,7 @@ def test_an_error_keeps_nothing_alive_once_it_is_handled() -> None:
     """What a failed attempt had on the device must be free for the next one, without waiting for the collector."""
     kept: list[weakref.ref[torch.Tensor]] = []
 
-    def produce(_notify: Callable[[int], None]) -> Iterator[torch.Tensor]:
+    def produce() -> Iterator[torch.Tensor]:
         activation = torch.ones(1000)
         kept.append(weakref.ref(activation))
         yield torch.ones(1)
@@ -170,7 +170,7 @@ def test_an_error_keeps_nothing_alive_once_it_is_handled() -> None:
     gc.disable()
     try:
         with pytest.raises(torch.OutOfMemoryError) as caught:
-            list(made_ahead(produce, on_event=lambda _event: None, device=CPU))
+            list(made_ahead(produce(), device=CPU))
         del caught
         assert kept[0]() is None
     finally:
@@ -182,14 +182,14 @@ def test_producer_and_reader_work_at_the_same_time() -> None:
     count = 8
     meeting = threading.Barrier(2, timeout=PATIENCE_SECONDS)
 
-    def produce(_notify: Callable[[int], None]) -> Iterator[torch.Tensor]:
+    def produce() -> Iterator[torch.Tensor]:
         for number in range(count):
             if number:
                 meeting.wait()
             yield torch.full((1,), float(number))
 
     seen = []
-    for item in made_ahead(produce, on_event=lambda _event: None, device=CPU):
+    for item in made_ahead(produce(), device=CPU):
         seen.append(int(item))
         if len(seen) < count:
             meeting.wait()

@@ -18,10 +18,9 @@ from swifti2v.runner import fitting, loading
 from swifti2v.runner.acceleration import Acceleration, transformers_of
 from swifti2v.runner.fitting import MemoryLimits, dimensions_of, place, plan_for
 from swifti2v.runner.loading import load_parts
-from swifti2v.runner.options import GenerationOptions
+from swifti2v.runner.two_stage import TwoStagePipeline
 from swifti2v.stage_one import StageOne
 from swifti2v.stage_two import StageTwo
-from swifti2v.runner.two_stage import TwoStagePipeline
 from swifti2v.wan.tiling import Tiling
 from swifti2v.wan.vae import WanStreamingCodec
 
@@ -30,7 +29,7 @@ if TYPE_CHECKING:
 
     from swifti2v.memory.budget import WeightDtype
     from swifti2v.memory.plan import MemoryPlan
-    from swifti2v.runner.loading import Parts
+    from swifti2v.runner.parts import Parts
     from swifti2v.wan.quantized_products import Quantization
 
 LIMITLESS = MemoryLimits()
@@ -51,7 +50,7 @@ def frames_of(pipeline: TwoStagePipeline) -> torch.Tensor:
     return pipeline(image, "a wave").frames
 
 
-SMALL = GenerationOptions(size=Size(288, 224), num_frames=9, segment_size=1, seed=5)
+SMALL = {"size": Size(288, 224), "num_frames": 9, "segment_size": 1, "seed": 5}
 
 
 @dataclass
@@ -88,7 +87,7 @@ def exercised(monkeypatch: pytest.MonkeyPatch) -> Exercised:
 
 def small_frames(parts: Parts) -> torch.Tensor:
     image = PIL.Image.linear_gradient("L").convert("RGB").resize((288, 224))
-    return TwoStagePipeline(parts)(image, "a wave", options=SMALL).frames
+    return TwoStagePipeline(parts)(image, "a wave", **SMALL).frames
 
 
 def plan_within(parts: Parts, device_bytes: int | None) -> MemoryPlan:

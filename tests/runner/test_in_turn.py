@@ -12,12 +12,10 @@ import pytest
 import torch
 
 from swifti2v.errors import MemoryBudgetError, WorkDirectoryError
-from swifti2v.runner import in_turn
+from swifti2v.runner import two_stage
 from swifti2v.runner.acceleration import transformers_of
 from swifti2v.runner.fitting import MemoryLimits, dimensions_of
-from swifti2v.runner.in_turn import StagesInTurn, open_pipeline
 from swifti2v.runner.loading import load_parts
-from swifti2v.runner.options import GenerationOptions
 from swifti2v.runner.two_stage import TwoStagePipeline
 from swifti2v.wan.checkpoints import PARTS
 from tests.runner.whole_runs import frames_of
@@ -25,10 +23,10 @@ from tests.runner.whole_runs import frames_of
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from swifti2v.runner.loading import Parts
+    from swifti2v.runner.parts import Parts
     from swifti2v.runs import Progress
 
-OPTIONS = GenerationOptions(num_frames=13, seed=3, stage_one_steps=1, num_inference_steps=2, segment_size=1)
+OPTIONS = {"num_frames": 13, "seed": 3, "stage_one_steps": 1, "num_inference_steps": 2, "segment_size": 1}
 IMAGE = PIL.Image.linear_gradient("L").convert("RGB").resize((64, 64))
 
 
@@ -46,7 +44,7 @@ def loads(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, ...]]:
         alive.extend(map(weakref.ref, transformers_of(parts)))
         return parts
 
-    monkeypatch.setattr(in_turn, "load_parts", load)
+    monkeypatch.setattr(two_stage, "load_parts", load)
     return stages
 
 
@@ -64,12 +62,13 @@ def test_the_video_is_that_of_both_stages_at_once(
     tiny_checkpoint: Path, tmp_path: Path, loads: list[tuple[str, ...]], has_work_dir: bool
 ) -> None:
     whole = TwoStagePipeline.from_pretrained(tiny_checkpoint, device="cpu", memory=MemoryLimits(2**30))
-    expected = frames_of(whole.stream(whole.request(IMAGE, "pan left", options=OPTIONS)))
+    expected = frames_of(whole.stream(whole.request(IMAGE, "pan left", **OPTIONS)))
 
-    pipeline = open_pipeline(tiny_checkpoint, OPTIONS, device="cpu", memory=room_for_one(tiny_checkpoint))
-    assert isinstance(pipeline, StagesInTurn)
+    pipeline = TwoStagePipeline.describe(tiny_checkpoint, device="cpu", memory=room_for_one(tiny_checkpoint))
     phases: list[Progress] = []
-    request = pipeline.request(IMAGE, "pan left", options=OPTIONS)
+    request = pipeline.request(IMAGE, "pan left", **OPTIONS)
+    pipeline.load(request.settings)
+    assert pipeline.loads_in_turn
     work_dir = tmp_path / "work" if has_work_dir else None
     actual = frames_of(pipeline.stream(request, work_dir=work_dir, on_progress=phases.append))
 
@@ -81,8 +80,8 @@ def test_the_video_is_that_of_both_stages_at_once(
 
 
 def test_finished_work_is_not_done_again(tiny_checkpoint: Path, tmp_path: Path, loads: list[tuple[str, ...]]) -> None:
-    pipeline = StagesInTurn(tiny_checkpoint, device="cpu", memory=room_for_one(tiny_checkpoint))
-    request = pipeline.request(IMAGE, "pan left", options=OPTIONS)
+    pipeline = TwoStagePipeline.describe(tiny_checkpoint, device="cpu", memory=room_for_one(tiny_checkpoint))
+    request = pipeline.request(IMAGE, "pan left", **OPTIONS)
     assert frames_of(pipeline.preview(request, work_dir=tmp_path)).shape == (13, 16, 16, 3)
     pieces = pipeline.stream(request, work_dir=tmp_path)
     first = next(pieces).frames
@@ -91,20 +90,22 @@ def test_finished_work_is_not_done_again(tiny_checkpoint: Path, tmp_path: Path, 
     assert loads == [(), ("stage_one",), ("stage_two",), ("stage_two",)]
     assert torch.equal(video[: len(first)], first)
     with pytest.raises(WorkDirectoryError, match="another prompt"):
-        next(pipeline.stream(pipeline.request(IMAGE, "pan right", options=OPTIONS), work_dir=tmp_path))
+        next(pipeline.stream(pipeline.request(IMAGE, "pan right", **OPTIONS), work_dir=tmp_path))
     assert len(loads) == 4, "refused before anything is loaded"
 
 
 def test_both_are_loaded_where_there_is_room(tiny_checkpoint: Path) -> None:
     for limits in (None, MemoryLimits(2**30), MemoryLimits(2**30, 2**30)):
-        pipeline = open_pipeline(tiny_checkpoint, OPTIONS, device="cpu", memory=limits)
-        assert type(pipeline) is TwoStagePipeline
+        pipeline = TwoStagePipeline.describe(tiny_checkpoint, device="cpu", memory=limits)
+        pipeline.load(pipeline.request(IMAGE, **OPTIONS).settings)
+        assert not pipeline.loads_in_turn
         assert pipeline.parts.stages == PARTS
 
 
 def test_too_little_for_a_stage_is_refused_before_anything_is_loaded(
     tiny_checkpoint: Path, loads: list[tuple[str, ...]]
 ) -> None:
-    with pytest.raises(MemoryBudgetError, match=r"the weights take .* of host memory in nf4, .* allow"):
-        open_pipeline(tiny_checkpoint, OPTIONS, device="cpu", memory=MemoryLimits(2**30, 2**10))
+    pipeline = TwoStagePipeline.describe(tiny_checkpoint, device="cpu", memory=MemoryLimits(2**30, 2**10))
+    with pytest.raises(MemoryBudgetError):
+        pipeline.load(pipeline.request(IMAGE, **OPTIONS).settings)
     assert loads == [()]

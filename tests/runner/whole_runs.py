@@ -7,18 +7,22 @@ from typing import TYPE_CHECKING
 import torch
 
 from swifti2v.errors import GenerationCancelled
-from swifti2v.runner.options import GenerationOptions
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from pathlib import Path
 
-    from swifti2v.runs import FinishedFrames, Progress
     from swifti2v.runner.two_stage import TwoStagePipeline
+    from swifti2v.runs import FinishedFrames, Progress
 
-OPTIONS = GenerationOptions(
-    num_frames=13, seed=3, stage_one_steps=1, num_inference_steps=2, segment_size=1, flow_scale=1.0
-)
+OPTIONS = {
+    "num_frames": 13,
+    "seed": 3,
+    "stage_one_steps": 1,
+    "num_inference_steps": 2,
+    "segment_size": 1,
+    "flow_scale": 1.0,
+}
 
 
 def segments(folder: Path) -> dict[str, bytes]:

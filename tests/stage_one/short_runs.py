@@ -12,7 +12,12 @@ import torch
 from swifti2v.geometry import Size
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from swifti2v.stage_one import StageOne
+
+from swifti2v.settings import GenerationSettings
+from swifti2v.wan.checkpoint_index import WAN_NEGATIVE_PROMPT
 
 SIZE = Size(32, 16)
 TEXT_LENGTH = 16
@@ -24,8 +29,20 @@ def make_image(seed: int) -> PIL.Image.Image:
 
 
 def make(stage_one: StageOne, image: PIL.Image.Image, **changes) -> torch.Tensor:
-    settings = {"prompt": "pan left", "size": SIZE, "num_frames": 1, "seed": 3} | changes
-    return torch.cat(list(stage_one.generate(image, **settings)))
+    return torch.cat(list(pieces(stage_one, image, **changes)))
+
+
+def pieces(stage_one: StageOne, image: PIL.Image.Image, **changes) -> Iterator[torch.Tensor]:
+    """Begin a run; `changes` are a prompt, `on_step` and settings."""
+    prompt, on_step = changes.pop("prompt", "pan left"), changes.pop("on_step", None)
+    settings = GenerationSettings(**{"num_frames": 1, "seed": 3} | changes)
+    return stage_one.generate(image, prompt, settings, on_step=on_step)
+
+
+def many_steps(num_steps: int, **changes) -> dict[str, object]:
+    """Return the settings of the undistilled network, as an index has them."""
+    guided = {"stage_one_guidance_scale": 3.5, "negative_prompt": WAN_NEGATIVE_PROMPT}
+    return {"few_step": False, "stage_one_steps": num_steps} | guided | changes
 
 
 @contextmanager

@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from swifti2v.errors import InvalidInputError
-from swifti2v.stage_one import cross_fade, match_color
 from swifti2v.segments import plan_windows
+from swifti2v.stage_one import cross_fade, match_color
 
 
 @given(st.integers(0, 400), st.integers(1, 30), st.data())

@@ -75,7 +75,7 @@ def generate(  # noqa: PLR0913 - typer makes an option of each parameter
 
 
 @with_setting_options(only=STAGE_ONE_SETTINGS)
-def preview(  # noqa: PLR0913 - typer makes an option of each parameter
+def preview(
     image: ImageArgument,
     *,
     output: OutputOption,

@@ -59,7 +59,7 @@ class Alignment:
         if self.gain == (1.0, 1.0, 1.0) and self.offset == (0.0, 0.0, 0.0):
             return frames
         levels = np.arange(256, dtype=np.float32)[:, None]
-        table = levels * np.float32(self.gain) + 255 * np.float32(self.offset)
+        table = levels * np.array(self.gain, np.float32) + 255 * np.array(self.offset, np.float32)
         looked_up = np.clip(np.rint(table), 0, 255).astype(np.uint8)
         return np.stack([looked_up[frames[..., channel], channel] for channel in range(3)], axis=-1)
 
@@ -141,8 +141,8 @@ def _matched(photo: Floats, frame: Floats) -> Floats | None:
     good = [first for first, second in pairs if first.distance < _MATCH_RATIO * second.distance]
     if len(good) < _LEAST_MATCHES:
         return None
-    source = np.float32([points[0][match.queryIdx].pt for match in good])
-    target = np.float32([points[1][match.trainIdx].pt for match in good])
+    source = np.array([points[0][match.queryIdx].pt for match in good], np.float32)
+    target = np.array([points[1][match.trainIdx].pt for match in good], np.float32)
     matrix, agreeing = cv2.estimateAffinePartial2D(source, target, ransacReprojThreshold=2.0)
     if matrix is None or agreeing.sum() < _LEAST_MATCHES:
         return None

@@ -16,8 +16,8 @@ from swifti2v.wan.quantized_products import Quantization, use_quantized_products
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from swifti2v.runner.loading import Parts
-    from swifti2v.runner.options import GenerationSettings
+    from swifti2v.runner.parts import Parts
+    from swifti2v.settings import GenerationSettings
 
 
 MAX_GRAPHS = 64

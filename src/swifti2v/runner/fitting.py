@@ -34,8 +34,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from swifti2v.memory.codec_cost import CodecCost
-    from swifti2v.runner.loading import Overlap, Parts
-    from swifti2v.runner.options import GenerationSettings
+    from swifti2v.runner.ahead import Overlap
+    from swifti2v.runner.parts import Parts
+    from swifti2v.settings import GenerationSettings
 
 LOGGER = logging.getLogger("swifti2v")
 ASSUMED_RATES: DeviceRates = DEVICES["rtx4090"]

@@ -4,23 +4,22 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from swifti2v.errors import InvalidInputError
-from swifti2v.geometry import Size, motion_size
 from swifti2v.memory.checkpoint_dimensions import read_pipeline_dimensions
 from swifti2v.memory.placement import storable_dtypes, store_weights
 from swifti2v.runner.acceleration import Acceleration, accelerated
 from swifti2v.runner.decoders import decoder_elsewhere, open_light_decoder
-from swifti2v.runner.recommended import default_settings
+from swifti2v.runner.parts import Parts
+from swifti2v.schedulers import FixedSigmaScheduler
+from swifti2v.settings import checked_choices
 from swifti2v.stage_one import FEW_STEP_ADAPTER, StageOne
 from swifti2v.stage_two import StageTwo
-from swifti2v.schedulers import FixedSigmaScheduler
 from swifti2v.wan.checkpoint_files import read_json
 from swifti2v.wan.checkpoints import (
     PARTS,
@@ -35,86 +34,18 @@ from swifti2v.wan.quantized_products import Quantization, stored_already
 from swifti2v.wan.vae import open_codec
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
     from pathlib import Path
 
     from diffusers import WanImageToVideoPipeline
 
     from swifti2v.memory.budget import WeightDtype
     from swifti2v.runner.fitting import MemoryLimits
-    from swifti2v.runner.options import GenerationOptions, GenerationSettings
-    from swifti2v.wan.checkpoint_index import CheckpointIndex, Refiner, StageOneEntry
+    from swifti2v.settings import GenerationSettings, Refiner
+    from swifti2v.wan.checkpoint_index import CheckpointIndex, StageOneEntry
     from swifti2v.wan.checkpoints import Part, ResolvedCheckpoint
     from swifti2v.wan.transformer import StageTwoTransformer
     from swifti2v.wan.vae import StreamingCodec, VideoDecoder
-
-
-Overlap = Literal["decode", "write", "none"]
-
-
-@dataclass(frozen=True)
-class Parts:
-    """What a checkpoint gives a pipeline.
-
-    Args:
-        name: of the checkpoint, with a digest of its checksums where its index has them.
-        stage_one, stage_two: loaded, but for those not in `stages`, whose networks have no weights.
-        defaults: settings that the checkpoint recommends.
-        other_defaults: the same for the other value of `few_step`; None: there is none.
-        motion_reduction: output size over motion size.
-        motion_max_area: pixels of a motion frame at most, None for no limit.
-        known_motions: verbs of which a prompt should hold one, in any form; empty: any prompt will do.
-        few_step_ways: values of `few_step` that the loaded weights can sample with: one, where the few-step adapters
-            are in the weights or were left out of them, and both, where the checkpoint has none.
-        device: where hybrid reference and Stage II work.
-        memory: what a run may take; None: everything is on `device`.
-        overlap: what runs beside the denoising of the next segment: `decode` the decoding of the one before and the
-            reader of its frames, `write` the reader only, which takes no more memory of the device, or `none`.
-        decoder: what decodes finished segments; None: Stage II's codec.
-        stages: that can be run.
-    """
-
-    name: str
-    stage_one: StageOne
-    stage_two: StageTwo
-    defaults: GenerationSettings
-    other_defaults: GenerationSettings | None = None
-    motion_reduction: float = 4.0
-    motion_max_area: int | None = None
-    known_motions: tuple[str, ...] = ()
-    few_step_ways: tuple[bool, ...] = (True, False)
-    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
-    memory: MemoryLimits | None = None
-    overlap: Overlap = "decode"
-    decoder: VideoDecoder | None = None
-    stages: tuple[Part, ...] = PARTS
-
-    def defaults_of(self, few_step: bool | None) -> GenerationSettings:
-        """Return the settings that the checkpoint recommends for a way of Stage I; None: for that of `defaults`."""
-        if self.other_defaults is None or few_step in {None, self.defaults.few_step}:
-            return self.defaults
-        return self.other_defaults
-
-    def motion_size(self, size: Size) -> Size:
-        """Return the size of the motion reference of an output of `size`."""
-        multiple = self.stage_one.geometry.size_multiple
-        return motion_size(size, reduction=self.motion_reduction, max_area=self.motion_max_area, multiple=multiple)
-
-    def motion_notes(self, prompt: str) -> tuple[str, ...]:
-        """Say that the model knows none of the words of a prompt, and which it knows."""
-        words = re.findall(r"[a-z]+", prompt.lower())
-        stems = tuple(verb.removesuffix("e") for verb in self.known_motions)
-        if not words or not stems or any(word.startswith(stems) for word in words):
-            return ()
-        return (f"the model knows no motion in this prompt; it knows {', '.join(self.known_motions)}",)
-
-    def check_few_step(self, few_step: bool) -> None:
-        """Raise `InvalidInputError` if Stage I cannot sample in this way with the weights as they were loaded."""
-        if few_step in self.few_step_ways:
-            return
-        state = "are part of" if self.few_step_ways[0] else "were left out of"
-        way = "few steps" if few_step else "many steps"
-        msg = f"the few-step adapters {state} the loaded weights; load with few_step={few_step} for {way}"
-        raise InvalidInputError(msg)
 
 
 def load_parts(  # noqa: PLR0913 - the options of `from_pretrained`, and the stages
@@ -198,11 +129,12 @@ def _assembled(
         name=_identity(checkpoint.index),
         stage_one=StageOne(pipeline, window_frames=one.window_frames, max_sequence_length=one.max_sequence_length),
         stage_two=StageTwo(refiner, codec, uses_prompt=two.uses_prompt),
-        defaults=default_settings(checkpoint.index, few_step=way.few_step),
-        other_defaults=default_settings(checkpoint.index, few_step=not way.few_step),
+        defaults=checkpoint.index.default_settings(few_step=way.few_step),
+        other_defaults=checkpoint.index.default_settings(few_step=not way.few_step),
         motion_reduction=one.reference_reduction,
         motion_max_area=one.max_area,
         known_motions=one.known_motions,
+        quantization=acceleration.quantization,
         few_step_ways=(way.few_step,) if FEW_STEP_ADAPTER in _roles(one) else (True, False),
         device=way.place,
         memory=way.memory,
@@ -317,7 +249,7 @@ def open_device(device: str | torch.device | None) -> torch.device:
 
 def settings_of(
     name_or_path: str | Path,
-    options: GenerationOptions | None = None,
+    choices: Mapping[str, Any] | None = None,
     *,
     few_step: bool = True,
     revision: str | None = None,
@@ -327,12 +259,11 @@ def settings_of(
 
     Raises:
         CheckpointError: there is no such checkpoint.
-        InvalidInputError: an option is out of its range.
+        InvalidInputError: a choice is unknown or out of its range.
     """
     index = resolve(name_or_path, revision=revision, local_files_only=local_files_only, parts=()).index
-    if options is not None and options.few_step is not None:
-        few_step = options.few_step
-    return default_settings(index, few_step=few_step).settled(options)
+    chosen = checked_choices(choices or {})
+    return index.default_settings(few_step=chosen.get("few_step", few_step)).settled(chosen)
 
 
 def trained_refiner(checkpoint: ResolvedCheckpoint) -> Refiner:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import gc
 import hashlib
 from collections.abc import Callable, Generator, Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -24,12 +24,12 @@ from swifti2v.media.images import as_loaded_image, fit_image, fit_notes
 from swifti2v.memory.heap import trim_heap
 from swifti2v.pipeline import SwiftI2V
 from swifti2v.runner.ahead import decoder_ahead, in_readers_thread
-from swifti2v.runner.fitting import frames_within_limits, stages_fit_together
+from swifti2v.runner.fitting import frames_within_limits
+from swifti2v.runner.in_turn import stages_fit_together
 from swifti2v.runner.loading import load_parts
 from swifti2v.runs import FinishedFrames, GenerationRequest, Progress, Video
-from swifti2v.settings import MAX_PROMPT_CHARACTERS
+from swifti2v.settings import check_prompt, checked_choices
 from swifti2v.wan.checkpoints import PARTS
-from swifti2v.wan.quantized_products import quantization_of
 from swifti2v.work_directory import WorkDirectory
 
 if TYPE_CHECKING:
@@ -37,12 +37,12 @@ if TYPE_CHECKING:
 
     from swifti2v.runner.acceleration import Acceleration
     from swifti2v.runner.fitting import MemoryLimits
-    from swifti2v.runner.loading import Parts
+    from swifti2v.runner.parts import Parts
     from swifti2v.runs import OnProgress
     from swifti2v.settings import GenerationSettings
     from swifti2v.wan.checkpoints import Part
 
-    Attempt = Callable[[SwiftI2V], Iterator[Tensor]]
+    Make = Callable[[SwiftI2V, GenerationRequest, WorkDirectory, OnProgress], Iterator[Tensor]]
 
 
 class TwoStagePipeline:
@@ -115,7 +115,7 @@ class TwoStagePipeline:
 
     @classmethod
     def describe(cls, name_or_path: str | Path, **options: Any) -> TwoStagePipeline:
-        """Read the configurations of a checkpoint and no weights, so that requests are checked before minutes of loading.
+        """Read the configurations of a checkpoint and no weights: requests are checked before minutes of loading.
 
         `load` loads the weights; without it each stage is loaded for its turn in every run. Arguments as in
         `from_pretrained`.
@@ -187,17 +187,15 @@ class TwoStagePipeline:
         Raises:
             InvalidInputError: as in a call.
         """
-        parts = self.parts
-        settings = parts.defaults_of(choices.get("few_step")).settled(choices)
+        parts, chosen = self.parts, checked_choices(choices)
+        settings = parts.defaults_of(chosen.get("few_step")).settled(chosen)
         if generator is not None:
             seed = torch.randint(2**62, (1,), generator=generator, device=generator.device)
-            settings = settings.settled({"seed": int(seed)})
+            settings = replace(settings, seed=int(seed))
         parts.check(settings)
-        if len(prompt) > MAX_PROMPT_CHARACTERS:
-            msg = f"the prompt has {len(prompt)} characters; shorten it to at most {MAX_PROMPT_CHARACTERS}"
-            raise InvalidInputError(msg, param="prompt", value=len(prompt))
+        check_prompt(prompt)
         loaded = as_loaded_image(image)
-        notes = (*loaded.notes, *fit_notes(loaded.image, settings.size), *settings.notes(choices))
+        notes = (*loaded.notes, *fit_notes(loaded.image, settings.size), *settings.notes(chosen))
         fitted = fit_image(loaded.image, settings.size)
         request = GenerationRequest(fitted, prompt, settings, parts.motion_size(settings.size))
         return replace(request, notes=(*notes, *parts.prompt_notes(request)))
@@ -256,33 +254,14 @@ class TwoStagePipeline:
         request: GenerationRequest,
         work: WorkDirectory,
         report: OnProgress,
-        make: Callable[[SwiftI2V, GenerationRequest, WorkDirectory, OnProgress], Iterator[Tensor]],
+        make: Make,
     ) -> Generator[FinishedFrames, None, None]:
-        """Yield what `make` makes, with `stage` loaded and placed as the limits of memory have it."""
-        done = 0
-        with self._holding(stage) as parts:
-            if "stage_one" not in parts.stages and not work.has_stage_one(request.texts):
-                msg = f"{work.directory} holds no finished motion reference of this prompt; run Stage I there first"
-                raise WorkDirectoryError(msg, param="work_dir", value=str(work.directory))
-            if make is SwiftI2V.stream and request.settings.refiner != "none":
-                work.claim_segments(request.settings.stage_two_identity() | _inexactness(parts))
-
-            def attempt(placed: Parts) -> Iterator[Tensor]:
-                return make(_method(placed), request, work, in_readers_thread(report))
-
-            with closing(frames_within_limits(parts, request.settings, attempt)) as pieces:
-                for frames in pieces:
-                    yield FinishedFrames(done, frames)
-                    done += len(frames)
-
-    @contextmanager
-    def _holding(self, stage: Part) -> Iterator[Parts]:
-        """Yield parts in which `stage` is loaded; where stages are loaded in turn, let go of it at the end."""
+        """Yield what `make` makes of loaded stages; where they are loaded in turn, load `stage` and let go of it."""
         if self._load is None:
-            yield self.parts
+            yield from _frames(self.parts, request, work, report, make)
             return
         try:
-            yield self._load((stage,))
+            yield from _frames(self._load((stage,)), request, work, report, make)
         finally:
             _give_back()
 
@@ -296,15 +275,28 @@ class TwoStagePipeline:
         work.claim_motion(request.settings.stage_one_identity() | identity)
 
 
-def _method(parts: Parts) -> SwiftI2V:
-    decoder = decoder_ahead(parts.decoder or parts.stage_two.codec, parts.overlap, parts.device)
-    return SwiftI2V(parts.stage_one, parts.stage_two, decoder, parts.device)
+def _frames(
+    parts: Parts, request: GenerationRequest, work: WorkDirectory, report: OnProgress, make: Make
+) -> Generator[FinishedFrames, None, None]:
+    """Yield what `make` makes with networks placed as the limits of memory have it, in one attempt or more."""
+    if "stage_one" not in parts.stages and not work.has_stage_one(request.texts):
+        msg = f"{work.directory} holds no finished motion reference of this prompt; run Stage I there first"
+        raise WorkDirectoryError(msg, param="work_dir", value=str(work.directory))
+    if make is SwiftI2V.stream and request.settings.refiner != "none":
+        # Named only where Stage II is inexact: work directories of exact runs stay what they were.
+        inexact = {} if parts.quantization == "none" else {"quantization": parts.quantization}
+        work.claim_segments(request.settings.stage_two_identity() | inexact)
 
+    def attempt(placed: Parts) -> Iterator[Tensor]:
+        decoder = decoder_ahead(placed.decoder or placed.stage_two.codec, placed.overlap, placed.device)
+        method = SwiftI2V(placed.stage_one, placed.stage_two, decoder, placed.device)
+        return make(method, request, work, in_readers_thread(report))
 
-def _inexactness(parts: Parts) -> dict[str, str]:
-    """Return what makes Stage II inexact; nothing of an exact run, so that its work directory stays what it was."""
-    quantization = quantization_of(parts.stage_two.transformer)
-    return {} if quantization == "none" else {"quantization": quantization}
+    done = 0
+    with closing(frames_within_limits(parts, request.settings, attempt)) as pieces:
+        for frames in pieces:
+            yield FinishedFrames(done, frames)
+            done += len(frames)
 
 
 def _give_back() -> None:

@@ -14,14 +14,22 @@ import torch
 
 from swifti2v.errors import OutputError, WorkDirectoryError
 from swifti2v.segments import plan_segments
+from swifti2v.stage_two import FinishedLatents
 from swifti2v.work_directory import WorkDirectory
 
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from swifti2v.segments import Segment
+
 PLAN = plan_segments(7)
 MOTION = {"prompt": "pan left", "seed": 1}
 SEGMENTS = {"num_inference_steps": 4}
+
+
+def keep(store: WorkDirectory, segment: Segment, targets: torch.Tensor) -> None:
+    (yielded,) = store.keep_segments([FinishedLatents(segment, targets)])
+    assert yielded is targets
 
 
 def finish_motion(store: WorkDirectory) -> None:
@@ -34,7 +42,7 @@ def finished(directory: Path) -> WorkDirectory:
     store.claim_motion(MOTION)
     finish_motion(store)
     store.claim_segments(SEGMENTS)
-    store.save_segment(PLAN[0], torch.randn(1, 4, 3, 2, 2))
+    keep(store, PLAN[0], torch.randn(1, 4, 3, 2, 2))
     return store
 
 
@@ -47,12 +55,12 @@ def test_segments_come_back_bit_for_bit(tmp_path: Path) -> None:
     assert not store.has_segments
     assert store.segment(PLAN[0]) is None
     targets = torch.randn(1, 4, 3, 2, 2).transpose(3, 4)
-    store.save_segment(PLAN[0], targets)
+    keep(store, PLAN[0], targets)
     again = WorkDirectory(tmp_path)
     assert torch.equal(again.segment(PLAN[0]), targets)
-    assert again.has(PLAN[0])
+    assert again.segment(PLAN[0]) is not None
     assert again.has_segments
-    assert not again.has(PLAN[1])
+    assert again.segment(PLAN[1]) is None
     assert again.segment(PLAN[1]) is None
     assert [path.name for path in (tmp_path / "segments").iterdir()] == ["segment_0000.safetensors"]
 
@@ -62,7 +70,7 @@ def test_the_same_run_may_claim_again(tmp_path: Path) -> None:
     again = WorkDirectory(tmp_path)
     again.claim_motion(MOTION)
     again.claim_segments(SEGMENTS)
-    assert again.has(PLAN[0])
+    assert again.segment(PLAN[0]) is not None
 
 
 def test_another_run_is_told_what_differs(tmp_path: Path) -> None:
@@ -87,7 +95,7 @@ def test_nothing_finished_is_nothing_to_lose(tmp_path: Path) -> None:
         store.claim_motion(MOTION)
     store.claim_segments(SEGMENTS)
     store.claim_segments({"num_inference_steps": 2})
-    store.save_segment(PLAN[0], torch.zeros(1, 4, 3, 2, 2))
+    keep(store, PLAN[0], torch.zeros(1, 4, 3, 2, 2))
     with pytest.raises(WorkDirectoryError, match="another num_inference_steps"):
         store.claim_segments(SEGMENTS)
 
@@ -131,10 +139,37 @@ def test_full_disk_leaves_whole_files_only(tmp_path: Path, monkeypatch: pytest.M
     before = sorted(path.name for path in tmp_path.rglob("*"))
     monkeypatch.setattr(os, "fsync", full_disk)
     with pytest.raises(OutputError, match=r"No space left on device.*free some space"):
-        store.save_segment(PLAN[1], torch.zeros(1, 4, 3, 2, 2))
+        keep(store, PLAN[1], torch.zeros(1, 4, 3, 2, 2))
     assert sorted(path.name for path in tmp_path.rglob("*")) == before
     record = json.loads((tmp_path / "run.json").read_text())
     assert record == {"stage_one": {"prompt": "pan left", "seed": "1"}, "stage_two": {"num_inference_steps": "4"}}
+
+
+def test_what_is_kept_is_not_made_again(tmp_path: Path) -> None:
+    """Of a prompt, and of a motion reference that is complete; the prompt of another checkpoint is read anew."""
+    made: list[str] = []
+
+    def embeds() -> dict[str, torch.Tensor]:
+        made.append("prompt")
+        return {"prompt": torch.ones(1, 3, 2)}
+
+    def motion() -> list[torch.Tensor]:
+        made.append("motion")
+        return [torch.ones(1, 4, 4, 3, dtype=torch.uint8), torch.zeros(4, 4, 4, 3, dtype=torch.uint8)]
+
+    for _ in range(2):
+        store = WorkDirectory(tmp_path)
+        store.claim_motion(MOTION)
+        assert torch.equal(store.prompt(("pan", None), embeds)["prompt"], torch.ones(1, 3, 2))
+        assert torch.equal(torch.cat(list(store.motion_reference(motion))), torch.cat(motion()[:2]))
+        made.pop()
+        assert store.has_stage_one(("pan", None))
+        assert not store.has_stage_one(("pan", "blurry"))
+    assert made == ["prompt", "motion"]
+    store.motion.clear()
+    store.claim_motion(MOTION | {"checkpoint": "another"})
+    store.prompt(("pan", None), embeds)
+    assert made == ["prompt", "motion", "prompt"]
 
 
 def test_work_directory_that_is_a_file(tmp_path: Path) -> None:
@@ -147,12 +182,12 @@ def test_work_directory_that_is_a_file(tmp_path: Path) -> None:
 def test_without_a_directory_nothing_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     with WorkDirectory.open(None) as store:
-        store.save_segment(PLAN[0], torch.zeros(1, 4, 3, 2, 2))
+        keep(store, PLAN[0], torch.zeros(1, 4, 3, 2, 2))
         assert store.directory.parent == tmp_path
-        assert store.has(PLAN[0])
+        assert store.segment(PLAN[0]) is not None
     assert not list(tmp_path.iterdir())
     with WorkDirectory.open(tmp_path / "kept") as store:
-        store.save_segment(PLAN[0], torch.zeros(1, 4, 3, 2, 2))
+        keep(store, PLAN[0], torch.zeros(1, 4, 3, 2, 2))
     assert (tmp_path / "kept" / "segments" / "segment_0000.safetensors").is_file()
 
 

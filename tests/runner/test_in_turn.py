@@ -61,7 +61,7 @@ def room_for_one(checkpoint: Path) -> MemoryLimits:
 def test_the_video_is_that_of_both_stages_at_once(
     tiny_checkpoint: Path, tmp_path: Path, loads: list[tuple[str, ...]], has_work_dir: bool
 ) -> None:
-    whole = TwoStagePipeline.from_pretrained(tiny_checkpoint, device="cpu", memory=MemoryLimits(2**30))
+    whole = TwoStagePipeline(load_parts(tiny_checkpoint, device="cpu", memory=MemoryLimits(2**30)))
     expected = frames_of(whole.stream(whole.request(IMAGE, "pan left", **OPTIONS)))
 
     pipeline = TwoStagePipeline.describe(tiny_checkpoint, device="cpu", memory=room_for_one(tiny_checkpoint))

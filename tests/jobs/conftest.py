@@ -57,6 +57,30 @@ class StepRunner:
         return JobResult(task.files.directory.name, 64, 32, 9, 8.0, ("done",))
 
 
+def _ignore(_task: Task, _progress: JobProgress) -> None:
+    """See nothing."""
+
+
+@dataclass
+class Reporting:
+    """Another runner, of whose reports `before` sees each one before the worker does, and `after` when it has."""
+
+    runner: Any
+    before: Callable[[Task, JobProgress], object] = _ignore
+    after: Callable[[Task, JobProgress], object] = _ignore
+
+    def run(self, task: Task) -> Any:
+        report = task.report
+
+        def seen(progress: JobProgress) -> None:
+            self.before(task, progress)
+            report(progress)
+            self.after(task, progress)
+
+        task.report = seen  # type: ignore[method-assign]  # the runner sees the protocol only
+        return self.runner.run(task)
+
+
 @pytest.fixture
 def clock() -> Clock:
     return Clock()

@@ -156,6 +156,7 @@ class Worker:
                 break
             else:
                 self._drain.wait(self.options.poll_seconds)
+        LOGGER.info("%s: worked on %d jobs", self.name, count)
         return count
 
     def run_one(self) -> Outcome | None:

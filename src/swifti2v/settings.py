@@ -255,14 +255,14 @@ class GenerationSettings:
 
     def stage_two_identity(self) -> dict[str, str]:
         """Return what decides the finished segments, beyond `stage_one_identity`."""
-        identity = self._deciding("stage two")
+        identity = self._deciding("stage two", "both")
         identity["negative_prompt"] = self.negative_prompt if self.guidance_scale > 1 else ""
         if self.reference == "replace":
             identity["flow_scale"] = ""
         return identity
 
-    def _deciding(self, stage: str) -> dict[str, str]:
-        return {name: str(getattr(self, name)) for name, option in OPTIONS.items() if option.decides == stage}
+    def _deciding(self, *stages: str) -> dict[str, str]:
+        return {name: str(getattr(self, name)) for name, option in OPTIONS.items() if option.decides in stages}
 
 
 _HINTS = {

@@ -24,9 +24,9 @@ class JsonFormatter(logging.Formatter):
 
 
 def log_as_json(*, level: int = logging.INFO) -> None:
-    """Log everything to standard error: what this package says from INFO, what others say from `level`."""
+    """Log to standard error: what this package says from INFO, what others say from `level`, and warnings."""
     handler = logging.StreamHandler()
     handler.setFormatter(JsonFormatter())
-    logging.basicConfig(level=level, handlers=[handler], force=True)
+    logging.basicConfig(level=level, handlers=[handler])
     logging.captureWarnings(capture=True)
     logging.getLogger("swifti2v").setLevel(logging.INFO)

@@ -49,13 +49,16 @@ def app(  # noqa: PLR0913 - typer makes an option of each parameter
     need_packages("gradio", "sqlalchemy", extra="app")
     import uvicorn
 
+    from swifti2v.cli.generate import quiet_libraries
     from swifti2v.jobs.logs import log_as_json
     from swifti2v.jobs.queue import JobQueue
-    from swifti2v.webapp.application import build_application
-    from swifti2v.webapp.studio import Studio
 
     acceleration = accelerated_by.acceleration()
     log_as_json(level=logging.WARNING)
+    quiet_libraries()
+    from swifti2v.webapp.application import build_application
+    from swifti2v.webapp.studio import Studio
+
     runner = pipeline_runner(device, memory, acceleration, few_step=not many_step) if worker else None
     queue = JobQueue.open(data_dir)
     studio = Studio(queue, model, dimensions=_dimensions(model), few_step=not many_step)

@@ -190,9 +190,11 @@ def serve(  # noqa: PLR0913 - typer makes an option of each parameter
         return
     need_packages(*PACKAGES, extra="serve")
     on.check(stage, workers)
+    from swifti2v.cli.generate import quiet_libraries
     from swifti2v.jobs.logs import log_as_json
 
     log_as_json()
+    quiet_libraries()
     workers = 1 if workers is None else workers
     acceleration = accelerated_by.acceleration()
     models = model or ["wan2.2"]

@@ -91,9 +91,7 @@ def test_a_job_from_submission_to_removal(
         jobs("show", job_id)
 
 
-def test_a_preview_and_its_video(
-    jobs: Callable[..., str], photo: str, model: tuple[str, str], tmp_path: Path
-) -> None:
+def test_a_preview_and_its_video(jobs: Callable[..., str], photo: str, model: tuple[str, str], tmp_path: Path) -> None:
     """A worker that was told nothing of previews does both."""
     preview = jobs("submit", photo, "--preview", *model, *SHORT).strip()
     with pytest.raises(JobError):

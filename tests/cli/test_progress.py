@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-import pytest
+from typing import TYPE_CHECKING
+
 from rich.console import Console
 
 from swifti2v.cli import progress
+
+if TYPE_CHECKING:
+    import pytest
 
 
 def test_bars_show_each_piece_of_work_in_a_terminal(

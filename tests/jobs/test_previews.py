@@ -11,7 +11,6 @@ import pytest
 from swifti2v.errors import JobError, QueueFullError
 from swifti2v.geometry import Size
 from swifti2v.jobs.runner import PipelineRunner
-from swifti2v.jobs.state import JobProgress
 from swifti2v.jobs.worker import Outcome, Task, Worker
 from swifti2v.media.video_reader import VideoReader
 from tests.jobs.conftest import Reporting, files_of, submit_real
@@ -20,6 +19,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from swifti2v.jobs.queue import JobQueue
+    from swifti2v.jobs.state import JobProgress
     from swifti2v.pipelines.two_stage import TwoStagePipeline
 
 

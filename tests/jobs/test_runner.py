@@ -14,7 +14,6 @@ import torch
 from swifti2v.errors import DeviceLostError
 from swifti2v.jobs.pictures import Spritesheet, _shrunk, save_thumbnail
 from swifti2v.jobs.runner import PipelineRunner, ProgressGauge
-from swifti2v.jobs.state import JobProgress
 from swifti2v.jobs.worker import Outcome, Task, Worker, WorkerOptions
 from swifti2v.media.video_reader import VideoReader
 from swifti2v.pipelines.acceleration import transformers_of
@@ -26,6 +25,8 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from swifti2v.jobs.queue import JobQueue
+    from swifti2v.jobs.state import JobProgress
+
 
 def worker_of(queue: JobQueue, pipeline: TwoStagePipeline, before: Any = lambda task, progress: None) -> Worker:
     runner = Reporting(PipelineRunner(lambda _name: pipeline), before=before)
@@ -70,9 +71,7 @@ def test_cancel_stops_the_pipeline_at_its_next_step(queue: JobQueue, pipeline: T
     assert [path.name for path in queue.files.directory(job.id).iterdir()] == ["input.png"]
 
 
-def test_another_worker_goes_on_at_the_first_unfinished_segment(
-    queue: JobQueue, pipeline: TwoStagePipeline
-) -> None:
+def test_another_worker_goes_on_at_the_first_unfinished_segment(queue: JobQueue, pipeline: TwoStagePipeline) -> None:
     """The first worker drains in segment 3; the second makes no step of Stage I, nor of segments 1 and 2."""
     whole, broken = (submit_real(queue, num_inference_steps=2) for _ in range(2))
     assert worker_of(queue, pipeline).run_one() is Outcome.COMPLETED

@@ -7,12 +7,11 @@ import subprocess
 import sys
 from typing import TYPE_CHECKING, Any
 
-import PIL.Image
 import pytest
 
 from swifti2v.errors import WorkDirectoryError
 from swifti2v.jobs.runner import PipelineRunner
-from swifti2v.jobs.state import ALL_STAGES, Job, JobProgress, JobRequest, JobResult, JobStage, JobState
+from swifti2v.jobs.state import ALL_STAGES, Job, JobProgress, JobResult, JobStage, JobState
 from swifti2v.jobs.worker import Outcome, Task, Worker, WorkerOptions
 from swifti2v.pipelines.two_stage import TwoStagePipeline
 from tests.jobs.conftest import (
@@ -216,9 +215,7 @@ def workers_of(queue: JobQueue, runners: Workers) -> tuple[Worker, Worker]:
 
 
 @pytest.mark.parametrize("changes", [{}, {"refiner": "none"}, {"guidance_scale": 2.0, "negative_prompt": "blurred"}])
-def test_two_workers_make_the_video_that_one_makes(
-    queue: JobQueue, runners: Workers, changes: dict[str, Any]
-) -> None:
+def test_two_workers_make_the_video_that_one_makes(queue: JobQueue, runners: Workers, changes: dict[str, Any]) -> None:
     whole, divided = submit_real(queue, **changes), submit_real(queue, **changes)
     assert worker_of(queue, runners[ALL_STAGES]).run(max_jobs=1) == 1
     one, two = workers_of(queue, runners)

@@ -7,7 +7,6 @@ import threading
 from typing import TYPE_CHECKING, Any
 
 import PIL.Image
-import pytest
 
 from swifti2v.jobs.state import JobFailure, JobState
 from swifti2v.serving.content import GrowingVideo
@@ -15,6 +14,7 @@ from tests.jobs.conftest import wait_for
 from tests.serving.conftest import MOVIE, MovieRunner, create, problem, queue_of, work
 
 if TYPE_CHECKING:
+    import pytest
     from starlette.testclient import TestClient
 
     from swifti2v.jobs.worker import Task

@@ -112,9 +112,10 @@ def test_a_child_that_computes_for_too_long_is_ended_by_the_system() -> None:
 def test_a_child_that_hangs_is_killed(decoder: PictureDecoder, monkeypatch: pytest.MonkeyPatch) -> None:
     first = process_of(decoder)
     os.kill(first, signal.SIGSTOP)
-    with monkeypatch.context() as patch, pytest.raises(ImageInputError):
+    with monkeypatch.context() as patch:
         patch.setattr(decoder._children[0], "_seconds", 0.3)
-        decoder.decode(picture_bytes())
+        with pytest.raises(ImageInputError):
+            decoder.decode(picture_bytes())
     assert process_of(decoder) != first
     assert not Path(f"/proc/{first}/fd").exists()
 

@@ -28,9 +28,7 @@ if TYPE_CHECKING:
 
     from swifti2v.serving.settings import ServiceSettings
 
-QUICK = hypothesis_settings(
-    max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+QUICK = hypothesis_settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 def refused(response: Any, status: int = 400, param: str | None = None) -> None:
@@ -92,7 +90,15 @@ def test_what_was_done_to_the_picture_is_said(client: TestClient) -> None:
     assert len(create(client, picture=grey.getvalue()).json()["notes"]) == 1
 
 
-NO_IDS = ("..%2f..%2fetc%2fpasswd", "video_%00", "%ff%fe", "video_" + "g" * 32, f"video_{'0' * 32}%0a", "x" * 3000, "'--")
+NO_IDS = (
+    "..%2f..%2fetc%2fpasswd",
+    "video_%00",
+    "%ff%fe",
+    "video_" + "g" * 32,
+    f"video_{'0' * 32}%0a",
+    "x" * 3000,
+    "'--",
+)
 
 
 def test_ids_that_are_none(shared: TestClient) -> None:
@@ -235,9 +241,17 @@ def test_a_slow_upload_is_given_up(settings: ServiceSettings) -> None:
         sent.append(message)
 
     scope = {
-        **{"type": "http", "method": "POST", "path": "/v1/videos", "raw_path": b"/v1/videos", "query_string": b""},
-        **{"headers": [(b"content-type", b"application/json")], "http_version": "1.1", "scheme": "http"},
-        **{"server": ("service", 80), "client": ("client", 1), "root_path": ""},
+        "type": "http",
+        "method": "POST",
+        "path": "/v1/videos",
+        "raw_path": b"/v1/videos",
+        "query_string": b"",
+        "headers": [(b"content-type", b"application/json")],
+        "http_version": "1.1",
+        "scheme": "http",
+        "server": ("service", 80),
+        "client": ("client", 1),
+        "root_path": "",
     }
     asyncio.run(application(scope, receive, send_message))
     application.state.service.queue.store.database.close()

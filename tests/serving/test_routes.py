@@ -321,7 +321,9 @@ def test_a_proxy_may_offer_the_service_below_a_path(
     client = serve(replace(settings, root_path="/video"))
     assert client.get("/v1/models").status_code == client.get("/video/v1/models").status_code == 200
     assert client.get("/openapi.json").json()["servers"] == [{"url": "/video"}]
-    assert "access-control-allow-origin" not in client.get("/v1/models", headers={"Origin": "https://a.example"}).headers
+    assert (
+        "access-control-allow-origin" not in client.get("/v1/models", headers={"Origin": "https://a.example"}).headers
+    )
 
 
 def test_a_service_without_models_is_refused(settings: ServiceSettings) -> None:

@@ -139,7 +139,7 @@ def continue_preview(job: JobArgument, *, queue: QueueOptions) -> None:
 
 @app.command()
 @with_queue_options
-def batch(  # noqa: PLR0913 - as above
+def batch(
     folder: Annotated[Path, typer.Argument(help="Pictures; the text of picture.txt is the prompt of picture.jpg.")],
     *,
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the videos; made if it is missing.")],

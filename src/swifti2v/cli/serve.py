@@ -101,9 +101,11 @@ class HttpOptions:
         path = self.keys or data / KEY_FILE
         if not path.exists():
             if not is_loopback(self.host):
-                msg = f"{path} holds no keys, and others can reach {self.host}; make one with: swifti2v serve add-key NAME"
+                msg = f"others can reach {self.host}, and {path} holds no keys; run: swifti2v serve add-key NAME"
                 raise InvalidInputError(msg, param="host", value=self.host)
-            LOGGER.warning("there are no keys: until one is added, who reaches this machine's loopback may do everything")
+            LOGGER.warning(
+                "there are no keys: until one is added, who reaches this machine's loopback may do everything"
+            )
         return path
 
 
@@ -132,7 +134,7 @@ class ClusterOptions:
             msg = "--stage-one-workers and --stage-two-workers are for --ray; without it, give each worker its --stage"
             raise InvalidInputError(msg, param="stage_one_workers", value=of_one_stage)
         if self.on_ray and stage != "both":
-            msg = f"--stage {stage} is for workers without --ray; with it, give --stage-one-workers or --stage-two-workers"
+            msg = f"--stage {stage} is not for --ray; give --stage-one-workers or --stage-two-workers"
             raise InvalidInputError(msg, param="stage", value=stage)
         if of_one_stage and workers is not None:
             msg = "--workers do both stages; leave it out beside workers of one stage"
@@ -292,7 +294,10 @@ def _worker_command(
         "decoder-weights": acceleration.decoder_weights,
         "decode-device": acceleration.decode_device,
     }
-    pairs = [*(("model", name) for name in models), *((name, value) for name, value in given.items() if value is not None)]
+    pairs = [
+        *(("model", name) for name in models),
+        *((name, value) for name, value in given.items() if value is not None),
+    ]
     arguments = [argument for name, value in pairs for argument in (f"--{name}", str(value))]
     flags = {"--stop-with-stdin": True, "--compile": acceleration.compile_blocks, "--many-step": many_step}
     arguments += [name for name, is_given in flags.items() if is_given]

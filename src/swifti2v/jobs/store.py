@@ -314,7 +314,9 @@ class JobStore:
         return self._jobs(select(JOBS).where(~JOBS.c.removed, *conditions).order_by(ordering).limit(limit), {})
 
     def _jobs(self, query: Select[Any], values: Mapping[str, Any]) -> tuple[Job, ...]:
-        return self.database.run(lambda connection: tuple(map(job_of_row, connection.execute(query, values).mappings())))
+        return self.database.run(
+            lambda connection: tuple(map(job_of_row, connection.execute(query, values).mappings()))
+        )
 
 
 def _owned(owner: str | None) -> ColumnElement[bool]:

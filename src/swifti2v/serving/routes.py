@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from anyio import to_thread
 from fastapi import APIRouter, Depends, Header, Path, Query, Request
@@ -13,7 +13,6 @@ from starlette.responses import Response
 
 from swifti2v.errors import ImageInputError
 from swifti2v.jobs.queue import JobQueue  # noqa: TC001 - FastAPI and dataclasses read annotations as they run
-from swifti2v.jobs.state import Job
 from swifti2v.jobs.store import Order  # noqa: TC001 - as above
 from swifti2v.serving.content import Follow, Variant, content_response, event_stream
 from swifti2v.serving.decoding import PictureDecoder, PictureTooLargeError
@@ -33,6 +32,9 @@ from swifti2v.serving.schemas import (
 )
 from swifti2v.serving.settings import ServiceSettings  # noqa: TC001 - as above
 from swifti2v.serving.uploads import picture_bytes, read_fields
+
+if TYPE_CHECKING:
+    from swifti2v.jobs.state import Job
 
 MAX_PAGE = 100
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, get_type_hints
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, create_model, field_validator
 
 from swifti2v.errors import InvalidInputError
-from swifti2v.geometry import CodecGeometry, Size
+from swifti2v.geometry import CodecGeometry
 from swifti2v.jobs.state import Job, JobRequest, JobState
 from swifti2v.serving.problems import ApiProblem, invalid_field
 from swifti2v.settings import MAX_PROMPT_CHARACTERS, GenerationSettings, plain_choices
@@ -144,7 +144,7 @@ class _Asked(BaseModel):
     def _no_booleans(cls, value: Any) -> Any:
         if isinstance(value, bool):  # which pydantic would take for 0 or 1
             msg = "give a number or text, not true or false"
-            raise ValueError(msg)  # noqa: TRY004 - pydantic reports a ValueError
+            raise ValueError(msg)
         return value
 
     @field_validator("negative_prompt", check_fields=False)

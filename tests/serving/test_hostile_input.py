@@ -85,9 +85,9 @@ def test_names_of_files_mean_nothing(client: TestClient) -> None:
 
 
 def test_what_was_done_to_the_picture_is_said(client: TestClient) -> None:
-    grey = io.BytesIO()
-    PIL.Image.new("L", (8, 8)).save(grey, "PNG")
-    assert len(create(client, picture=grey.getvalue()).json()["notes"]) == 1
+    gray = io.BytesIO()
+    PIL.Image.new("L", (8, 8)).save(gray, "PNG")
+    assert len(create(client, picture=gray.getvalue()).json()["notes"]) == 1
 
 
 NO_IDS = (

@@ -28,7 +28,7 @@ class AccelerationOptions:
         Literal["exact", "light"], typer.Option(help="The checkpoint's decoder, or a small one of lower fidelity.")
     ] = "exact"
     decoder_weights: Annotated[
-        str | None, typer.Option(help="Of the light decoder: a file, or OWNER/NAME/FILE on the hub.")
+        str | None, typer.Option(help="Weights of the light decoder: a file, or OWNER/NAME/FILE on the hub.")
     ] = None
     decode_device: Annotated[
         str | None, typer.Option(help="Decode there, cuda:1 for instance, beside the denoising.")

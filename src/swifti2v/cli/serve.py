@@ -215,8 +215,8 @@ def serve(  # noqa: PLR0913 - typer makes an option of each parameter
         return
     if workers:
         _check_worker(device, accelerated_by.decode_device, memory)
-    options = {"stage": stage, "device": device, "memory": memory, "lease": lease, "grace": grace}
-    options |= {"data": queue.data, "database": queue.database}
+    workplace = {"stage": stage, "device": device, "memory": memory, "data": queue.data, "database": queue.database}
+    options = {**workplace, "lease": lease, "grace": grace}
     command = _worker_command(models, options, acceleration, many_step=many_step)
     _run(settings, (http.host, http.port), command=command, num_workers=workers, stop_seconds=grace + 60)
 

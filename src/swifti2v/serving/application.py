@@ -138,7 +138,12 @@ async def _prune_for_ever(service: Service) -> None:
 def _openapi(app: FastAPI) -> dict[str, Any]:
     """Return FastAPI's document without its own form of errors, which this service does not send."""
     if not app.openapi_schema:
-        told = {"title": app.title, "version": app.version, "description": app.description, "servers": app.servers}
+        told: dict[str, Any] = {
+            "title": app.title,
+            "version": app.version,
+            "description": app.description,
+            "servers": app.servers,
+        }
         document = get_openapi(routes=app.routes, **told)
         for path in document["paths"].values():
             for operation in path.values():

@@ -61,7 +61,8 @@ CONTENT_ANSWERS: dict[int | str, dict[str, Any]] = {
     },
     206: {"description": "A part of it.", "content": _FILES},
     416: {"description": "The file has no such part (yet)."},
-} | _problems(_409="It is not there yet; see Retry-After.")
+    **_problems(_409="It is not there yet; see Retry-After."),
+}
 EVENT_ANSWERS: dict[int | str, dict[str, Any]] = {
     200: {"description": "Server-sent events.", "content": {"text/event-stream": {}}}
 }

@@ -43,6 +43,17 @@ PICTURE_FIELD = "input_reference"
 MAX_SECONDS = 3600.0
 
 
+Status = Literal["queued", "in_progress", "completed", "failed"]
+
+_STATUSES: Mapping[JobState, Status] = {
+    JobState.QUEUED: "queued",
+    JobState.IN_PROGRESS: "in_progress",
+    JobState.COMPLETED: "completed",
+    JobState.FAILED: "failed",
+    JobState.CANCELLED: "failed",  # OpenAI's clients know no more states; the video's error says why
+}
+
+
 class VideoError(BaseModel):
     """Why a video failed."""
 
@@ -56,7 +67,7 @@ class VideoObject(BaseModel):
     id: str
     object: Literal["video"] = "video"
     model: str
-    status: Literal["queued", "in_progress", "completed", "failed"]
+    status: Status
     progress: int
     created_at: int
     completed_at: int | None = None
@@ -155,9 +166,9 @@ class _Asked(BaseModel):
 
 _HINTS = get_type_hints(GenerationSettings, include_extras=True)
 
-VideoRequest: Any = create_model(
-    "VideoRequest", __base__=_Asked, **{name: (_HINTS[name] | None, None) for name in CHOICES}
-)
+_CHOSEN: dict[str, Any] = {name: (_HINTS[name] | None, None) for name in CHOICES}
+
+VideoRequest: Any = create_model("VideoRequest", __base__=_Asked, **_CHOSEN)
 """The body that creates a video. A field of a form is text, in JSON a number may be text as well."""
 
 
@@ -222,8 +233,7 @@ def video_object(job: Job, defaults: GenerationSettings, *, max_age_seconds: flo
     return VideoObject(
         id=job.id,
         model=job.request.model,
-        # OpenAI's clients know four states: a cancelled video has failed, and its error says why.
-        status="failed" if job.state is JobState.CANCELLED else job.state.value,
+        status=_STATUSES[job.state],
         progress=job.progress.percent,
         created_at=int(job.created_at),
         completed_at=None if completed is None else int(completed),

@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 import numpy as np
 import PIL.Image
 import torch
 
 from swifti2v.geometry import Size
+from swifti2v.settings import GenerationSettings
+from swifti2v.wan.checkpoint_index import WAN_NEGATIVE_PROMPT
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from swifti2v.pipelines.stage_one import StageOne
-
-    pass
-from swifti2v.settings import GenerationSettings
-from swifti2v.wan.checkpoint_index import WAN_NEGATIVE_PROMPT
 
 SIZE = Size(32, 16)
 TEXT_LENGTH = 16

@@ -103,6 +103,7 @@ def motion_references(parts: Parts, clip: Array, caption: str, sigmas: list[floa
         PIL.Image.fromarray(clip[0]),
         embeds,
         GenerationSettings(num_frames=len(clip)),
+        size=Size(clip.shape[2], clip.shape[1]),
     )
     made[REAL] = torch.cat(list(pieces)).numpy()
     return made

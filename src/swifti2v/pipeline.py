@@ -13,8 +13,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-import PIL.Image
-
 from swifti2v.media.images import image_to_tensor
 from swifti2v.pixels import to_uint8
 from swifti2v.reference.hybrid import hybrid_reference
@@ -74,13 +72,14 @@ class SwiftI2V:
     def motion_reference(
         self, request: GenerationRequest, prompt: PromptEmbeds, work: WorkDirectory, report: OnProgress
     ) -> Iterator[Tensor]:
-        """Run Stage I on the reduced image; yield its frames, uint8 [n,h,w,3], when all of them are on disk."""
+        """Run Stage I; yield its frames, uint8 [n,h,w,3], when all of them are on disk."""
 
         def make() -> Iterator[Tensor]:
             return self.stage_one.generate(
-                request.image.resize(request.motion_size, PIL.Image.Resampling.LANCZOS),
+                request.image,
                 prompt,
                 request.settings,
+                size=request.motion_size,
                 on_step=lambda step, total: report(Progress("stage_one", step + 1, total)),
             )
 

@@ -13,22 +13,22 @@ import pytest
 import torch
 
 from swifti2v.geometry import Size
-from swifti2v.memory.placement import PlacedNetworks, stored_narrow
+from swifti2v.memory.placement import PlacedNetworks
 from swifti2v.pipelines.acceleration import Acceleration, compile_blocks, transformers_of
 from swifti2v.pipelines.fitting import MemoryLimits, place, plan_for
 from swifti2v.pipelines.loading import Parts, load_parts
 from swifti2v.pipelines.options import GenerationOptions
 from swifti2v.pipelines.stage_two import StageTwo
 from swifti2v.pipelines.two_stage import TwoStagePipeline
-from swifti2v.wan.quantized_products import LAYERS, quantization_of
+from swifti2v.wan.quantized_linear import LAYERS, quantization_of, stored_narrow
+from swifti2v.wan.streaming import CodecSettings, WanStreamingCodec
 from swifti2v.wan.tiling import Tiling
-from swifti2v.wan.vae import CodecSettings, WanStreamingCodec
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from swifti2v.memory.ways import Placement
-    from swifti2v.wan.quantized_products import Quantization
+    from swifti2v.wan.quantized_linear import Quantization
 
 pytestmark = pytest.mark.gpu
 

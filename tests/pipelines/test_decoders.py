@@ -17,8 +17,8 @@ from swifti2v.pipelines.fitting import MemoryLimits, dimensions_of, place, plan_
 from swifti2v.pipelines.loading import load_parts
 from swifti2v.pipelines.options import GenerationOptions
 from swifti2v.pipelines.two_stage import TwoStagePipeline
-from swifti2v.wan.light_decoder import LightDecoder
-from swifti2v.wan.vae import WanStreamingCodec
+from swifti2v.wan.streaming import WanStreamingCodec
+from swifti2v.wan.taehv import LightDecoder
 from tests.pipelines.light_weights import write_light_weights
 
 if TYPE_CHECKING:

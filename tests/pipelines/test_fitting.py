@@ -13,7 +13,7 @@ import torch
 from swifti2v.errors import InvalidInputError, MemoryBudgetError
 from swifti2v.geometry import Size
 from swifti2v.memory import plan as plan_module
-from swifti2v.memory.placement import PlacedNetworks, stored_narrow
+from swifti2v.memory.placement import PlacedNetworks
 from swifti2v.pipelines import fitting, loading
 from swifti2v.pipelines.acceleration import Acceleration, transformers_of
 from swifti2v.pipelines.fitting import MemoryLimits, dimensions_of, place, plan_for
@@ -22,8 +22,9 @@ from swifti2v.pipelines.options import GenerationOptions
 from swifti2v.pipelines.stage_one import StageOne
 from swifti2v.pipelines.stage_two import StageTwo
 from swifti2v.pipelines.two_stage import TwoStagePipeline
+from swifti2v.wan.quantized_linear import stored_narrow
+from swifti2v.wan.streaming import WanStreamingCodec
 from swifti2v.wan.tiling import Tiling
-from swifti2v.wan.vae import WanStreamingCodec
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
     from swifti2v.memory.budget import WeightDtype
     from swifti2v.memory.plan import MemoryPlan
     from swifti2v.pipelines.loading import Parts
-    from swifti2v.wan.quantized_products import Quantization
+    from swifti2v.wan.quantized_linear import Quantization
 
 LIMITLESS = MemoryLimits()
 

@@ -16,7 +16,7 @@ from swifti2v.pipelines.acceleration import Acceleration, transformers_of
 from swifti2v.pipelines.fitting import MemoryLimits, dimensions_of, plan_for
 from swifti2v.pipelines.options import GenerationOptions
 from swifti2v.pipelines.two_stage import TwoStagePipeline
-from swifti2v.wan.light_decoder import LightDecoder
+from swifti2v.wan.taehv import LightDecoder
 from tests.pipelines.light_weights import write_light_weights
 from tests.pipelines.whole_runs import frames_of
 

@@ -14,7 +14,7 @@ from swifti2v.errors import ConfigurationError, InvalidInputError
 from swifti2v.memory.live_bytes import accounted
 from swifti2v.segments import Segment
 from swifti2v.wan.condition import predict_targets
-from swifti2v.wan.context_attention import ContextMemory, WindowAttention
+from swifti2v.wan.context_attention import KVCache, WindowAttention
 from swifti2v.wan.transformer import StageTwoTransformer
 
 if TYPE_CHECKING:
@@ -81,8 +81,8 @@ def predicted(network: StageTwoTransformer, segment: Segment, *, sigma: float = 
 @pytest.mark.parametrize("segment", SEGMENTS.values(), ids=SEGMENTS)
 @torch.no_grad()
 def test_the_first_pass_with_a_memory_is_the_pass_without(network: StageTwoTransformer, segment: Segment) -> None:
-    memory = ContextMemory(len(network.blocks))
-    torch.testing.assert_close(predicted(network, segment, context_memory=memory), predicted(network, segment))
+    memory = KVCache(len(network.blocks))
+    torch.testing.assert_close(predicted(network, segment, kv_cache=memory), predicted(network, segment))
     assert memory.is_filled == (len(segment.window) > len(segment.targets))
 
 
@@ -91,9 +91,9 @@ def test_the_first_pass_with_a_memory_is_the_pass_without(network: StageTwoTrans
 def test_later_passes_are_exact_where_the_context_is_frozen(
     make_network: Callable[[str], StageTwoTransformer], segment: Segment
 ) -> None:
-    network, memory = make_network("frozen"), ContextMemory(3)
+    network, memory = make_network("frozen"), KVCache(3)
     for sigma in (1.0, 0.7, 0.2):
-        kept = predicted(network, segment, sigma=sigma, context_memory=memory)
+        kept = predicted(network, segment, sigma=sigma, kv_cache=memory)
         torch.testing.assert_close(kept, predicted(network, segment, sigma=sigma), **TOLERANCE)
 
 
@@ -101,12 +101,12 @@ def test_later_passes_are_exact_where_the_context_is_frozen(
 def test_later_passes_differ_where_the_context_saw_the_targets(
     make_network: Callable[[str], StageTwoTransformer],
 ) -> None:
-    network, memory = make_network("bidirectional"), ContextMemory(3)
+    network, memory = make_network("bidirectional"), KVCache(3)
     segment = SEGMENTS["anchor and neighbour before"]
-    predicted(network, segment, sigma=1.0, context_memory=memory)
-    same = predicted(network, segment, sigma=1.0, context_memory=memory)
+    predicted(network, segment, sigma=1.0, kv_cache=memory)
+    same = predicted(network, segment, sigma=1.0, kv_cache=memory)
     torch.testing.assert_close(same, predicted(network, segment, sigma=1.0), **TOLERANCE)
-    kept = predicted(network, segment, sigma=0.2, context_memory=memory)
+    kept = predicted(network, segment, sigma=0.2, kv_cache=memory)
     difference = (kept - predicted(network, segment, sigma=0.2)).abs().max()
     assert 1e-4 < float(difference) < 0.5
 
@@ -187,11 +187,11 @@ def test_an_unknown_way_is_refused() -> None:
 
 @torch.no_grad()
 def test_context_is_not_given_twice(network: StageTwoTransformer) -> None:
-    memory = ContextMemory(len(network.blocks))
+    memory = KVCache(len(network.blocks))
     latents, kinds = torch.randn(1, 2 * CHANNELS, 2, 4, 6), torch.tensor([1, 0])
 
     def run() -> None:
-        network(latents, torch.zeros(1, 2), torch.ones(1, 2, 8), frame_kinds=kinds, context_memory=memory)
+        network(latents, torch.zeros(1, 2), torch.ones(1, 2, 8), frame_kinds=kinds, kv_cache=memory)
 
     run()
     with pytest.raises(InvalidInputError, match="give its targets alone"):
@@ -200,14 +200,14 @@ def test_context_is_not_given_twice(network: StageTwoTransformer) -> None:
 
 @torch.no_grad()
 def test_scattered_targets_are_refused(network: StageTwoTransformer) -> None:
-    memory = ContextMemory(len(network.blocks))
+    memory = KVCache(len(network.blocks))
     with pytest.raises(InvalidInputError, match="must follow each other"):
         network(
             torch.randn(1, 2 * CHANNELS, 3, 4, 6),
             torch.zeros(1, 3),
             torch.ones(1, 2, 8),
             frame_kinds=torch.tensor([0, 1, 0]),
-            context_memory=memory,
+            kv_cache=memory,
         )
 
 

@@ -14,9 +14,9 @@ from benchmarks.full_size_networks import VAE22
 from swifti2v.errors import InvalidInputError
 from swifti2v.geometry import CodecGeometry, Size
 from swifti2v.memory.live_bytes import accounted
-from swifti2v.wan.lean_vae import LeanWanNetwork, is_lean_capable
+from swifti2v.wan.streaming import CodecSettings, WanStreamingCodec
 from swifti2v.wan.tiling import Tiling
-from swifti2v.wan.vae import CodecSettings, WanStreamingCodec
+from swifti2v.wan.wan_chunked import ChunkedWanNetwork, can_run_chunked
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -85,26 +85,26 @@ def test_tiles_and_parked_features_change_nothing_against_diffusers_modules(name
     tiling = Tiling(Size(3 * factor, 2 * factor), factor)
     latents = torch.randn(1, vae.config.z_dim, 6, 3, 5)
     clip = torch.rand(1, 3, 9, 3 * factor, 5 * factor) * 2 - 1
-    plain = CodecSettings(tiling, lean=False)
-    lean = CodecSettings(tiling, park_features=parked)
+    plain = CodecSettings(tiling, chunked=False)
+    lean = CodecSettings(tiling, offload_features=parked)
     torch.testing.assert_close(decoded(vae, latents, lean), decoded(vae, latents, plain), rtol=1e-5, atol=2e-5)
     torch.testing.assert_close(encoded(vae, clip, lean), encoded(vae, clip, plain), rtol=1e-5, atol=2e-5)
     if parked:  # diffusers' own caches can be parked too
-        both = CodecSettings(tiling, lean=False, park_features=True)
+        both = CodecSettings(tiling, chunked=False, offload_features=True)
         assert torch.equal(decoded(vae, latents, both), decoded(vae, latents, plain))
 
 
 def test_layers_that_cannot_be_passed_by_are_left_to_diffusers() -> None:
     vae = codec_of("wan2.1", torch.float32)
-    assert is_lean_capable(vae)
+    assert can_run_chunked(vae)
     vae.decoder.conv_in.register_forward_hook(lambda *_: None)
-    assert not is_lean_capable(vae)
+    assert not can_run_chunked(vae)
     vae = codec_of("wan2.1", torch.float32)
     vae.enable_group_offload(onload_device=torch.device("cpu"), offload_type="leaf_level")
-    assert not is_lean_capable(vae)
+    assert not can_run_chunked(vae)
     dropping = AutoencoderKLWan(base_dim=3, dim_mult=[1, 1, 1, 1], num_res_blocks=1, dropout=0.1)
-    assert is_lean_capable(dropping.eval())
-    assert not is_lean_capable(dropping.train())
+    assert can_run_chunked(dropping.eval())
+    assert not can_run_chunked(dropping.train())
 
 
 def test_a_step_takes_at_least_one_frame() -> None:
@@ -146,7 +146,7 @@ def encode_peaks(vae: AutoencoderKLWan, settings: CodecSettings, counts: tuple[i
     return peaks
 
 
-QUARTERS = CodecSettings(Tiling(Size(1344, 768), 128), park_features=True)
+QUARTERS = CodecSettings(Tiling(Size(1344, 768), 128), offload_features=True)
 
 
 @pytest.mark.slow
@@ -170,7 +170,7 @@ def test_peaks_at_full_size_are_bounded_and_constant_in_length(
 def test_flops_are_those_of_diffusers_forward(full_size_vae: AutoencoderKLWan) -> None:
     from swifti2v.memory.codec_cost import WAN22_VAE
 
-    network, cache = LeanWanNetwork(full_size_vae), {}
+    network, cache = ChunkedWanNetwork(full_size_vae), {}
     with accounted() as account, torch.no_grad():
         for index in range(2):
             latent = torch.empty(1, 48, 1, 88, 160, device="meta", dtype=torch.bfloat16)

@@ -17,13 +17,7 @@ from swifti2v.errors import CheckpointError, InvalidInputError
 from swifti2v.geometry import Size
 from swifti2v.memory.light_cost import LightDecoderDimensions
 from swifti2v.memory.live_bytes import accounted
-from swifti2v.wan.light_decoder import (
-    LightDecoder,
-    LightDecoderNetwork,
-    LightLayout,
-    decoder_from_weights,
-    read_light_weights,
-)
+from swifti2v.wan.taehv import LightDecoder, LightDecoderNetwork, LightLayout, decoder_from_weights, read_light_weights
 
 if TYPE_CHECKING:
     from pathlib import Path

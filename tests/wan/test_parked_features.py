@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from swifti2v.geometry import Size
 from swifti2v.memory.codec_cost import WAN22_VAE
 from swifti2v.memory.ways import GRIDS, tile_size
-from swifti2v.wan.parked_features import SMALLEST_BYTES, SMALLEST_SHARE, piece_lengths, visit
+from swifti2v.wan.feature_offload import SMALLEST_BYTES, SMALLEST_SHARE, piece_lengths, visit
 
 CPU = torch.device("cpu")
 

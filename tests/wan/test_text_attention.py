@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 
-from swifti2v.wan.text_attention import NUM_TEXTS, TextMemory, keeps_text
+from swifti2v.wan.text_attention import NUM_TEXTS, TextCache, keeps_text
 from swifti2v.wan.transformer import StageTwoTransformer
 
 if TYPE_CHECKING:
@@ -81,7 +81,7 @@ def test_gradients_are_those_without(network: StageTwoTransformer) -> None:
 
 
 def test_no_more_texts_are_held_than_guidance_needs() -> None:
-    memory, texts = TextMemory(1), [torch.ones(1), torch.ones(1), torch.ones(1)]
+    memory, texts = TextCache(1), [torch.ones(1), torch.ones(1), torch.ones(1)]
     places = [memory.of(text) for text in texts]
     assert len(memory.kept) == NUM_TEXTS
     assert memory.of(texts[2]) is places[2]

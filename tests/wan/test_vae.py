@@ -13,8 +13,8 @@ from torch import Tensor
 
 from swifti2v.errors import CheckpointError, InvalidInputError
 from swifti2v.geometry import Size
+from swifti2v.wan.streaming import CodecSettings, StreamingCodec, WanStreamingCodec, open_codec
 from swifti2v.wan.tiling import Tiling
-from swifti2v.wan.vae import CodecSettings, StreamingCodec, WanStreamingCodec, open_codec
 from tests.wan.codec_streams import (
     clip_for,
     convolved_by_frame,
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_streams_equal_whole_encode_and_decode_bit_for_bit(vae: AutoencoderKLWan, dtype: torch.dtype) -> None:
     vae.to(dtype)
-    codec = WanStreamingCodec(vae, settings=CodecSettings(lean=False))
+    codec = WanStreamingCodec(vae, settings=CodecSettings(chunked=False))
     clip = clip_for(vae)
     latents = encode(codec, clip)
     assert latents.dtype == torch.float32

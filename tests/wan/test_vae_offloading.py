@@ -9,7 +9,7 @@ import torch
 from accelerate import cpu_offload
 from accelerate.hooks import ModelHook, add_hook_to_module
 
-from swifti2v.wan.vae import CodecSettings, WanStreamingCodec
+from swifti2v.wan.streaming import CodecSettings, WanStreamingCodec
 from tests.wan.codec_streams import (
     clip_for,
     cut,
@@ -77,7 +77,7 @@ def group_offload(vae: AutoencoderKLWan) -> None:
 def test_offloading_hooks_of_submodules_do_not_change_the_result(
     tiny_vae22: AutoencoderKLWan, offload: Callable[[AutoencoderKLWan], None]
 ) -> None:
-    plain = WanStreamingCodec(tiny_vae22, settings=CodecSettings(lean=False))
+    plain = WanStreamingCodec(tiny_vae22, settings=CodecSettings(chunked=False))
     codec = WanStreamingCodec(tiny_vae22)
     latents, clip = latents_for(tiny_vae22), clip_for(tiny_vae22)
     expected = decode(plain, latents), encode(plain, clip)

@@ -9,8 +9,8 @@ import torch
 
 from swifti2v.errors import CheckpointError, InvalidInputError
 from swifti2v.geometry import Size
+from swifti2v.wan.streaming import WanStreamingCodec
 from swifti2v.wan.tiling import Tiling
-from swifti2v.wan.vae import WanStreamingCodec
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKLWan

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 import torch
 
 from swifti2v.geometry import Size
+from swifti2v.wan.streaming import CodecSettings, WanStreamingCodec
 from swifti2v.wan.tiling import TileGrid, Tiling
-from swifti2v.wan.vae import CodecSettings, WanStreamingCodec
 from tests.wan.codec_streams import (
     clip_for,
     convolved_by_frame,
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 def test_one_tile_over_the_frame_equals_no_tiling(vae: AutoencoderKLWan) -> None:
     factor = vae.config.scale_factor_spatial
     tiling = Tiling(Size(3 * factor, 2 * factor), factor)
-    codec = WanStreamingCodec(vae, settings=CodecSettings(tiling, lean=False))
+    codec = WanStreamingCodec(vae, settings=CodecSettings(tiling, chunked=False))
     clip, latents = clip_for(vae), latents_for(vae)
     with convolved_by_frame(vae):
         assert torch.equal(encode(codec, clip), whole_encode(vae, clip))

@@ -254,7 +254,7 @@ class _Job:
 
         from swifti2v.pipelines.loading import open_device, settings_of
         from swifti2v.pipelines.run_store import RunStore
-        from swifti2v.wan.quantized_products import check_quantized_device
+        from swifti2v.wan.quantized_linear import check_quantized_device
 
         settings_of(model, self.options, few_step=few_step)
         quantization = speed.options.quantization

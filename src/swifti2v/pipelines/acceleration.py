@@ -11,7 +11,7 @@ import torch
 
 from swifti2v.errors import InvalidInputError
 from swifti2v.wan.attention_choice import check_attention_name, set_attention
-from swifti2v.wan.quantized_products import Quantization, use_quantized_products
+from swifti2v.wan.quantized_linear import Quantization, use_quantized_matmul
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -35,7 +35,7 @@ class Acceleration:
             length of window is a graph of its own. With M targets and one neighbour before, those are the first window
             (1 + M), the ones in the middle (1 + 1 + M) and, where M does not divide the clip, a shorter last one.
         quantization: `float8`, `int8`: the linear layers of the transformers' blocks hold and multiply these
-            (`wan/quantized_products.py`), inexactly; with `compile_blocks` rounding costs less. `none`: as they are.
+            (`wan/quantized_linear.py`), inexactly; with `compile_blocks` rounding costs less. `none`: as they are.
         overlap: decode and hand out frames beside the denoising of the next segment.
         num_processes: that share the sequence of every forward (Ulysses), one a card, as torchrun starts them.
         decoder: `exact` is Stage II's codec; `light` a small network of lower fidelity (`wan/light_decoder.py`).
@@ -80,7 +80,7 @@ def accelerated(parts: Parts, acceleration: Acceleration) -> Parts:
             bits on a device or of weights that do not have them.
     """
     networks = transformers_of(parts)
-    use_quantized_products(networks, acceleration.quantization, device=parts.device)
+    use_quantized_matmul(networks, acceleration.quantization, device=parts.device)
     set_attention(networks, acceleration.attention, device=parts.device)
     if acceleration.num_processes > 1:
         share_sequence(networks, acceleration.num_processes)

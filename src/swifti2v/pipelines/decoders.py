@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from swifti2v.errors import InvalidInputError
-from swifti2v.wan.light_decoder import LightDecoder, decoder_from_weights, read_light_weights
-from swifti2v.wan.vae import WanStreamingCodec
+from swifti2v.wan.streaming import WanStreamingCodec
+from swifti2v.wan.taehv import LightDecoder, decoder_from_weights, read_light_weights
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from swifti2v.wan.vae import StreamingCodec
+    from swifti2v.wan.streaming import StreamingCodec
 
 PUBLIC_WEIGHTS = {48: "lightx2v/Autoencoders/taew2_2.safetensors", 16: "lightx2v/Autoencoders/taew2_1.safetensors"}
 """TAEHV's decoders by the channels of the codec whose latents they take: Wan2.2's and Wan2.1's."""

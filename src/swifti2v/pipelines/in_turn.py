@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 
 from swifti2v.memory.heap import trim_heap
-from swifti2v.memory.placement import storable_dtypes
 from swifti2v.memory.plan import plan_stages
 from swifti2v.pipelines.fitting import ASSUMED_RATES, MemoryLimits, dimensions_of, run_settings_of
 from swifti2v.pipelines.loading import load_parts
@@ -25,6 +24,7 @@ from swifti2v.pipelines.options import GenerationOptions
 from swifti2v.pipelines.run_store import RunStore
 from swifti2v.pipelines.two_stage import TwoStagePipeline
 from swifti2v.wan.checkpoints import PARTS, resolve
+from swifti2v.wan.quantized_linear import storable_dtypes
 
 if TYPE_CHECKING:
     from swifti2v.pipelines.acceleration import Acceleration

@@ -21,7 +21,7 @@ from swifti2v.sampling.segmented import nothing_finished, sample_segments
 from swifti2v.sampling.solvers import euler, renoise
 from swifti2v.segments import plan_segments
 from swifti2v.wan.condition import predict_targets
-from swifti2v.wan.context_attention import ContextMemory
+from swifti2v.wan.context_attention import KVCache
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
@@ -31,8 +31,8 @@ if TYPE_CHECKING:
     from swifti2v.pipelines.options import GenerationSettings
     from swifti2v.sampling.segmented import OnSegmentStep, Window
     from swifti2v.segments import Segment
+    from swifti2v.wan.streaming import StreamingCodec
     from swifti2v.wan.transformer import StageTwoTransformer
-    from swifti2v.wan.vae import StreamingCodec
 
 SOLVERS = {"euler": euler, "renoise": renoise}
 
@@ -51,15 +51,15 @@ class _ContextMemories:
     def __init__(self, transformer: StageTwoTransformer) -> None:
         self._num_blocks = len(transformer.blocks)
         self._window: Window | None = None
-        self._memories: list[tuple[Tensor, ContextMemory]] = []
+        self._memories: list[tuple[Tensor, KVCache]] = []
 
-    def of(self, window: Window, text: Tensor) -> ContextMemory:
+    def of(self, window: Window, text: Tensor) -> KVCache:
         if window is not self._window:
             self._window, self._memories = window, []
         for known, memory in self._memories:
             if known is text:
                 return memory
-        memory = ContextMemory(self._num_blocks)
+        memory = KVCache(self._num_blocks)
         self._memories.append((text, memory))
         return memory
 
@@ -148,7 +148,7 @@ class StageTwo:
                 sigma=sigma,
                 prompt_embeds=embeds,
                 position_mode=settings.positions,
-                context_memory=memories.of(window, embeds) if memories else None,
+                kv_cache=memories.of(window, embeds) if memories else None,
             )
 
         def denoise(window: Window, targets: Tensor, sigma: float) -> Tensor:

@@ -25,7 +25,7 @@ from swifti2v.pipelines.stage_one import PromptEmbeds, StageOneOptions
 from swifti2v.pixels import to_uint8
 from swifti2v.reference.hybrid import hybrid_reference
 from swifti2v.reference.options import ReferenceOptions
-from swifti2v.wan.quantized_products import quantization_of
+from swifti2v.wan.quantized_linear import quantization_of
 
 if TYPE_CHECKING:
     from swifti2v.pipelines.acceleration import Acceleration

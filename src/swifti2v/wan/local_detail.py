@@ -1,4 +1,4 @@
-"""A way around the tokens for fine detail: each latent cell is corrected from its neighbours.
+"""A way around the tokens for fine detail: each latent cell is corrected from its neighbors.
 
 A token of `mini` stands for 4x4 cells of 192 numbers and is 256 wide: what it sees of a cell, and can say to it, is a
 few numbers, enough for what is to be trusted and where light changes, too few to sharpen an edge. Two small

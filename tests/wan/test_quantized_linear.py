@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -110,7 +111,9 @@ def nearest_nf4(weight: Tensor) -> Tensor:
     """Each block of 64, divided by its largest in bfloat16, at the nearest of the 16 values."""
     flat = nn.functional.pad(weight.flatten(), (0, -weight.numel() % NF4_BLOCK)).view(-1, NF4_BLOCK)
     scale = flat.double().abs().amax(1, keepdim=True).bfloat16().double()
-    return nearest(flat, torch.tensor(NF4_VALUES, dtype=torch.float64), scale).flatten()[: weight.numel()].view_as(weight)
+    return (
+        nearest(flat, torch.tensor(NF4_VALUES, dtype=torch.float64), scale).flatten()[: weight.numel()].view_as(weight)
+    )
 
 
 def integers(rows: Tensor) -> tuple[Tensor, Tensor]:
@@ -351,7 +354,9 @@ def test_weights_in_float8_can_still_be_stored_in_nf4(tiny_wan_dit: Callable[...
 
 @pytest.mark.parametrize("placement", ["resident", "loaded", "streamed"])
 @each_kind
-def test_placed_networks_give_the_same_output(tiny_wan_dit: Callable[..., Any], placement: Placement, kind: str) -> None:
+def test_placed_networks_give_the_same_output(
+    tiny_wan_dit: Callable[..., Any], placement: Placement, kind: str
+) -> None:
     network = quantize(tiny_wan_dit(**WIDE, num_layers=3), kind)
     expected = wan_output(network)
     networks = PlacedNetworks(CPU)
@@ -438,11 +443,11 @@ def test_loras_go_into_the_weights_before_they_are_quantized(tiny_wan_dit: Calla
     delta = LoraDelta(down=torch.randn(2, 32), up=torch.randn(32, 2), scale=1.0)
     lora = AdapterWeights(deltas={QUERY: delta}, diffs={})
     adapted.add_adapter(LoraConfig(r=2, target_modules=["to_q"]))
+    run = partial(quantize, adapted, kind)
+    if kind != "nf4":
+        run = partial(use_quantized_matmul, [network, adapted], kind, device=CPU)
     with pytest.raises(AdapterError, match=rf"a LoRA is attached to {QUERY}; fuse it before"):
-        if kind == "nf4":
-            quantize(adapted, kind)
-        else:
-            use_quantized_matmul([network, adapted], kind, device=CPU)
+        run()
     assert stored_narrow(network) is stored_narrow(adapted) is None  # all or nothing
     quantize(network, kind)
     with pytest.raises(AdapterError, match="fuse it before quantizing"):
@@ -466,12 +471,15 @@ def test_what_is_stored_narrow_gets_no_quantized_matmul(
 def test_devices_without_such_a_matmul_are_refused(
     monkeypatch: pytest.MonkeyPatch, tiny_wan_dit: Callable[..., Any], kind: Quantization, first: Any, way_out: str
 ) -> None:
-    card, capability = torch.device("cuda", 0), (first[0], first[1] - 1) if first[1] else (7, 5)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+    card, capabilities = (
+        torch.device("cuda", 0),
+        [(8, 6) if kind == "float8" else (7, 5), first, (9, 0), (12, 0), first],
+    )
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capabilities.pop(0))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "some card")
     with pytest.raises(InvalidInputError, match=rf"^some card .* use quantization {way_out}$"):
         use_quantized_matmul([tiny_wan_dit(**WIDE)], kind, device=card)
-    for capability in (first, (9, 0), (12, 0)):
+    for _ in range(3):
         check_quantized_device(kind, card)
     with pytest.raises(InvalidInputError):
         check_quantized_device(kind, torch.device("mps"))

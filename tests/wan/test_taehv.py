@@ -167,7 +167,7 @@ def test_two_streams_do_not_mix_and_latents_are_checked() -> None:
     turns = list(zip(*streams, strict=True))
     for index, expected in enumerate(alone):
         assert torch.equal(torch.cat([turn[index] for turn in turns]), expected)
-    with pytest.raises(InvalidInputError, match=r"give normalised floats \[1, 5, frames"):
+    with pytest.raises(InvalidInputError, match=r"give normalized floats \[1, 5, frames"):
         list(decoder.decode_stream([torch.zeros(1, 4, 1, 2, 2)]))
     with pytest.raises(InvalidInputError, match="latent frame 1 is 3x2 but the stream began with 2x2"):
         list(decoder.decode_stream([torch.zeros(1, 5, 1, 2, 2), torch.zeros(1, 5, 1, 2, 3)]))

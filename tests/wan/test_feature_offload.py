@@ -1,4 +1,4 @@
-"""Parked tensors come back as they were, and take hardly more pinned memory than they are large."""
+"""Offloaded tensors come back as they were, and take hardly more pinned memory than their size."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from swifti2v.geometry import Size
 from swifti2v.memory.codec_cost import WAN22_VAE
 from swifti2v.memory.ways import GRIDS, tile_size
-from swifti2v.wan.feature_offload import SMALLEST_BYTES, SMALLEST_SHARE, piece_lengths, visit
+from swifti2v.wan.feature_offload import SMALLEST_BYTES, SMALLEST_SHARE, features_on, piece_lengths
 
 CPU = torch.device("cpu")
 
@@ -31,10 +31,10 @@ def test_tensors_of_any_layout_come_back_as_they_were() -> None:
     }
     expected = {name: tensor.clone() for name, tensor in cache.items()}
     strides = {name: cache[name].stride() for name in ("plain", "channels last")}
-    with visit(cache, CPU, parked=True):
+    with features_on(CPU, cache, offload=True):
         cache["made in it"] = torch.ones(3, dtype=torch.bfloat16)
     assert not any(isinstance(entry, torch.Tensor) for entry in cache.values())
-    with visit(cache, CPU, parked=True):
+    with features_on(CPU, cache, offload=True):
         for name, tensor in expected.items():
             assert torch.equal(cache[name], tensor), name
         assert torch.equal(cache["made in it"], torch.ones(3, dtype=torch.bfloat16))
@@ -43,9 +43,9 @@ def test_tensors_of_any_layout_come_back_as_they_were() -> None:
 
 def test_lists_keep_what_is_no_tensor() -> None:
     cache = [None, "Rep", torch.arange(5.0)]
-    with visit(cache, CPU, parked=True):
+    with features_on(CPU, cache, offload=True):
         pass
-    with visit(cache, CPU, parked=True):
+    with features_on(CPU, cache, offload=True):
         assert cache[:2] == [None, "Rep"]
         assert torch.equal(cache[2], torch.arange(5.0))  # type: ignore[arg-type]
 

@@ -28,16 +28,16 @@ from benchmarks import pictures
 from benchmarks.baselines import Baseline, judged, made_frames, means
 from benchmarks.fidelity import add_clip_arguments, embedded_caption, known_clips
 from benchmarks.results import add_result_arguments, markdown_table, number, say, settings_of, write_results
-from swifti2v.pipelines.stage_two import StageTwo
-from swifti2v.pipelines.two_stage import TwoStagePipeline
+from swifti2v.runner.two_stage import TwoStagePipeline
+from swifti2v.stage_two import StageTwo
 from swifti2v.wan.transformer import StageTwoTransformer
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from benchmarks.fidelity import Array, KnownClip, Numbers
-    from swifti2v.pipelines.loading import Parts
-    from swifti2v.pipelines.options import GenerationSettings
+    from swifti2v.runner.parts import Parts
+    from swifti2v.settings import GenerationSettings
 
 DOCUMENT = Path(__file__).parents[1] / "docs" / "ablation.md"
 PICTURE = Path("images") / "ablation.png"

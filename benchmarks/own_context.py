@@ -41,13 +41,13 @@ from swifti2v.evaluation.drift import drift, look
 from swifti2v.evaluation.metrics import high_frequency_ratio, psnr
 from swifti2v.evaluation.motion import consecutive_pairs
 from swifti2v.evaluation.seams import frame_change, seam_ratio_of_changes
-from swifti2v.pipelines.two_stage import TwoStagePipeline
+from swifti2v.runner.two_stage import TwoStagePipeline
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from benchmarks.fidelity import Array
-    from swifti2v.pipelines.loading import Parts
+    from swifti2v.runner.parts import Parts
 
 BEGIN, END = "<!-- own context: begin -->", "<!-- own context: end -->"
 LENGTHS = (LONG_FRAMES, 2 * LONG_FRAMES - 1)

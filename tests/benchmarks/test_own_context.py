@@ -13,10 +13,12 @@ from benchmarks.ablation import DOCUMENT
 from benchmarks.context_study import BIDIRECTIONAL, settings_for
 from benchmarks.fidelity import known_clip
 from benchmarks.own_context import BEGIN, COLUMNS, END, WAYS, holding_together, judged_way, table
-from swifti2v.pipelines.loading import Parts, load_parts
+from swifti2v.runner.loading import load_parts
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+    from swifti2v.runner.parts import Parts
 
 FRAMES = 33
 

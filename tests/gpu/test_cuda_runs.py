@@ -14,12 +14,11 @@ import torch
 
 from swifti2v.geometry import Size
 from swifti2v.memory.placement import PlacedNetworks
-from swifti2v.pipelines.acceleration import Acceleration, compile_blocks, transformers_of
-from swifti2v.pipelines.fitting import MemoryLimits, place, plan_for
-from swifti2v.pipelines.loading import Parts, load_parts
-from swifti2v.pipelines.options import GenerationOptions
-from swifti2v.pipelines.stage_two import StageTwo
-from swifti2v.pipelines.two_stage import TwoStagePipeline
+from swifti2v.runner.acceleration import Acceleration, compile_blocks, transformers_of
+from swifti2v.runner.fitting import MemoryLimits, place, plan_for
+from swifti2v.runner.loading import load_parts
+from swifti2v.runner.two_stage import TwoStagePipeline
+from swifti2v.stage_two import StageTwo
 from swifti2v.wan.quantized_linear import LAYERS, quantization_of, stored_narrow
 from swifti2v.wan.streaming import CodecSettings, WanStreamingCodec
 from swifti2v.wan.tiling import Tiling
@@ -28,11 +27,12 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from swifti2v.memory.ways import Placement
+    from swifti2v.runner.parts import Parts
     from swifti2v.wan.quantized_linear import Quantization
 
 pytestmark = pytest.mark.gpu
 
-OPTIONS = GenerationOptions(size=Size(288, 224), num_frames=17, segment_size=1, seed=5)
+OPTIONS = {"size": Size(288, 224), "num_frames": 17, "segment_size": 1, "seed": 5}
 
 
 @pytest.fixture
@@ -48,7 +48,7 @@ def checkpoint(request: pytest.FixtureRequest, tiny_checkpoint: Path) -> str:
 
 def frames_of(parts: Parts) -> torch.Tensor:
     image = PIL.Image.radial_gradient("L").convert("RGB").resize((288, 224))
-    return TwoStagePipeline(parts)(image, "the camera pans left", options=OPTIONS).frames
+    return TwoStagePipeline(parts)(image, "the camera pans left", **OPTIONS).frames
 
 
 def decibels(frames: torch.Tensor, others: torch.Tensor) -> float:

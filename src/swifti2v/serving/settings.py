@@ -11,8 +11,8 @@ from swifti2v.jobs.state import ALL_STAGES, JobStage
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from swifti2v.pipelines.acceleration import Acceleration
-    from swifti2v.pipelines.options import GenerationSettings
+    from swifti2v.runner.acceleration import Acceleration
+    from swifti2v.settings import GenerationSettings
 
 
 @dataclass(frozen=True)

@@ -30,7 +30,6 @@ from swifti2v.wan.checkpoint_index import (
     INDEX_NAME,
     AdapterEntry,
     CheckpointIndex,
-    Refiner,
     StageOneEntry,
     StageTwoEntry,
     is_hub_id,
@@ -44,6 +43,7 @@ from swifti2v.wan.transformer import StageTwoTransformer
 if TYPE_CHECKING:
     from torch import nn
 
+    from swifti2v.settings import Refiner
     from swifti2v.wan.lora_keys import Expert
 
 LOGGER = logging.getLogger(__name__)

@@ -135,7 +135,7 @@ def test_compiled_blocks_make_the_same_video_in_the_thread_of_stage_two(
 @pytest.mark.parametrize("quantization", ["float8", "int8"])
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
 def test_products_in_eight_bits(device: torch.device, quantization: Quantization, compiled: bool) -> None:
-    """In `mini`, whose sides float8 takes; of one layer: `tests/wan/test_quantized_products.py`."""
+    """In `mini`, whose sides float8 takes; of one layer: `tests/wan/test_quantized_linear.py`."""
     if torch.cuda.get_device_capability(device) < LAYERS[quantization].least_capability:
         pytest.skip(f"no card with {quantization} products")
     torch._dynamo.reset()

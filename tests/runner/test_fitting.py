@@ -67,7 +67,7 @@ class Exercised:
 def exercised(monkeypatch: pytest.MonkeyPatch) -> Exercised:
     from diffusers.hooks.group_offloading import ModuleGroup
 
-    from swifti2v.wan import parked_features
+    from swifti2v.wan import feature_offload
 
     counts = Exercised()
 
@@ -81,7 +81,7 @@ def exercised(monkeypatch: pytest.MonkeyPatch) -> Exercised:
         monkeypatch.setattr(owner, name, call)
 
     counted(WanStreamingCodec, "_decode_tile", "tiles")
-    counted(parked_features, "_on_host", "parked")
+    counted(feature_offload, "_on_host", "parked")
     counted(ModuleGroup, "onload_", "streamed")
     return counts
 

@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 from peft import LoraConfig
-from swifti2v.pipelines.acceleration import compile_blocks
 from torch import nn
 
 from swifti2v.errors import AdapterError, InvalidInputError, MemoryBudgetError
 from swifti2v.memory.placement import PlacedNetworks
+from swifti2v.runner.acceleration import compile_blocks
 from swifti2v.segments import FrameKind
 from swifti2v.wan.context_attention import KVCache
 from swifti2v.wan.lora import AdapterWeights, LoraDelta, fuse

@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 
 
 MAX_GRAPHS = 64
-"""Compiled graphs of one block in a process: each size of video needs three or four. PyTorch's own limit is 8, and beyond
-it blocks run uncompiled without a warning: in a worker, from its third size on."""
+"""Compiled graphs of one block in a process: each size of video needs three or four. PyTorch's own limit is 8, and
+beyond it blocks run uncompiled without a warning: in a worker, from its third size on."""
 
 
 @dataclass(frozen=True)
@@ -61,24 +61,24 @@ class Acceleration:
         check_attention_name(self.attention)
         if self.quantization not in get_args(Quantization):
             msg = f"quantization {self.quantization!r} is not known; use none, float8 or int8"
-            raise InvalidInputError(msg)
+            raise InvalidInputError(msg, param="quantization", value=self.quantization)
         if self.decoder not in {"exact", "light"}:
             msg = f"decoder {self.decoder!r} is not known; use exact or light"
-            raise InvalidInputError(msg)
+            raise InvalidInputError(msg, param="decoder", value=self.decoder)
         if self.decoder == "exact" and self.decoder_weights is not None:
-            msg = "weights of a decoder are for the light one, the exact one is the checkpoint's; use decoder light"
-            raise InvalidInputError(msg)
+            msg = "decoder_weights are for the light decoder; the exact one is the checkpoint's: use decoder light"
+            raise InvalidInputError(msg, param="decoder_weights", value=self.decoder_weights)
         if self.num_processes < 1:
             msg = f"num_processes is {self.num_processes}; use 1, or as many as torchrun has started"
-            raise InvalidInputError(msg)
+            raise InvalidInputError(msg, param="num_processes", value=self.num_processes)
 
 
 def accelerated(parts: Parts, acceleration: Acceleration) -> Parts:
     """Set the networks of `parts` up, in place, and return the parts to run with.
 
     Raises:
-        InvalidInputError: an attention that is not installed, processes that are not there, or products in eight
-            bits on a device or of weights that do not have them.
+        InvalidInputError: an attention that is not installed, processes that are not there, or a quantized matmul that
+            the device or the weights do not support.
     """
     networks = transformers_of(parts)
     use_quantized_matmul(networks, acceleration.quantization, device=parts.device)
@@ -141,7 +141,7 @@ def check_shared(parts: Parts, settings: GenerationSettings, num_processes: int)
     """Raise `InvalidInputError` unless every forward pass of a run can be divided among the processes."""
     one, two = parts.stage_one, parts.stage_two
     if num_processes > 1 and (settings.keep_context or two.transformer.config.context_attention == "frozen"):
-        msg = "context that is frozen or kept is not divided among processes; start one process, or keep no context"
+        msg = "frozen or kept context cannot be split among processes; start one process, or turn keep_context off"
         raise InvalidInputError(msg)
     motion = one.geometry.tokens_per_frame(parts.motion_size(settings.size))
     windows = [motion * one.geometry.latent_frames(len(window)) for window in one.plan(settings.num_frames)]

@@ -340,7 +340,8 @@ def stored_already(dtype: str) -> InvalidInputError:
     """Return the error for quantized matmul with weights that were stored as `dtype` to save host memory."""
     return InvalidInputError(
         f"the weights are stored in {dtype} already, and would be rounded twice; "
-        "allow more host memory, or use quantization none"
+        "allow more host memory, or use quantization none",
+        param="quantization",
     )
 
 
@@ -387,7 +388,7 @@ def check_quantized_device(quantization: Quantization, device: torch.device) -> 
         return
     if device.type != "cuda":
         msg = f"{quantization} matmul is for CUDA cards, and not for {device.type}; use quantization none"
-        raise InvalidInputError(msg)
+        raise InvalidInputError(msg, param="quantization", value=quantization)
     kind, capability = LAYERS[quantization], torch.cuda.get_device_capability(device)
     if capability < kind.least_capability:
         other = "int8 or none" if kind is Float8Linear and capability >= Int8Linear.least_capability else "none"
@@ -395,7 +396,7 @@ def check_quantized_device(quantization: Quantization, device: torch.device) -> 
             f"{torch.cuda.get_device_name(device)} has no {kind.name} matmul (capability {_dotted(capability)}, "
             f"{_dotted(kind.least_capability)} is the first with it: {kind.first_cards}); use quantization {other}"
         )
-        raise InvalidInputError(msg)
+        raise InvalidInputError(msg, param="quantization", value=quantization)
 
 
 def _check_layer(name: str, layer: Any, kind: type[MatmulLinear], device: torch.device) -> None:
@@ -404,13 +405,13 @@ def _check_layer(name: str, layer: Any, kind: type[MatmulLinear], device: torch.
     if device.type == "cuda" and layer.weight.dtype not in kind.cuda_dtypes:
         wanted = " or ".join(str(dtype).removeprefix("torch.") for dtype in kind.cuda_dtypes)
         msg = f"{kind.name} matmul on a CUDA card takes {wanted}, and {name} has {layer.weight.dtype}; load it as "
-        raise InvalidInputError(msg + wanted)
+        raise InvalidInputError(msg + wanted, param="quantization", value=kind.name)
     if any(side % kind.side_multiple for side in (layer.in_features, layer.out_features)):
         msg = (
             f"{name} is {layer.in_features} by {layer.out_features}, and {kind.name} matmul takes multiples of "
             f"{kind.side_multiple}; use quantization none"
         )
-        raise InvalidInputError(msg)
+        raise InvalidInputError(msg, param="quantization", value=kind.name)
 
 
 def _dotted(capability: tuple[int, int]) -> str:

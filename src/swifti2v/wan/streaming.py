@@ -51,7 +51,7 @@ class CodecSettings:
     def __post_init__(self) -> None:
         if self.frames_per_step is not None and self.frames_per_step < 1:
             msg = f"frames_per_step is {self.frames_per_step}; use 1 for the least memory, or 2 or 4"
-            raise InvalidInputError(msg)
+            raise InvalidInputError(msg, param="frames_per_step", value=self.frames_per_step)
 
 
 class VideoDecoder(Protocol):

@@ -353,39 +353,29 @@ def test_offloading_hooks_of_submodules_do_not_change_the_result(
 
 
 @pytest.mark.parametrize(
-    "shapes",
+    ("direction", "shapes"),
     [
-        [(1, 3, 4, 32, 48)],
-        [(1, 3, 1, 32, 48), (1, 3, 1, 32, 48)],
-        [(1, 3, 1, 32, 48), (1, 3, 4, 32, 48), (1, 3, 3, 32, 48)],
-        [(1, 3, 1, 40, 48)],
-        [(1, 3, 1, 0, 48)],
-        [(1, 3, 1, 32, 48), (1, 3, 4, 48, 32)],
-        [(2, 3, 1, 32, 48)],
-        [(1, 4, 1, 32, 48)],
-        [(3, 1, 32, 48)],
+        ("encode", [(1, 3, 4, 32, 48)]),
+        ("encode", [(1, 3, 1, 32, 48), (1, 3, 1, 32, 48)]),
+        ("encode", [(1, 3, 1, 32, 48), (1, 3, 4, 32, 48), (1, 3, 3, 32, 48)]),
+        ("encode", [(1, 3, 1, 40, 48)]),
+        ("encode", [(1, 3, 1, 0, 48)]),
+        ("encode", [(1, 3, 1, 32, 48), (1, 3, 4, 48, 32)]),
+        ("encode", [(2, 3, 1, 32, 48)]),
+        ("encode", [(1, 4, 1, 32, 48)]),
+        ("encode", [(3, 1, 32, 48)]),
+        ("decode", [(1, 16, 1, 2, 3)]),
+        ("decode", [(2, 48, 1, 2, 3)]),
+        ("decode", [(1, 48, 0, 2, 3)]),
+        ("decode", [(48, 1, 2, 3)]),
+        ("decode", [(1, 48, 1, 2, 3), (1, 48, 1, 3, 2)]),
     ],
 )
-def test_chunks_that_do_not_fit_are_refused(tiny_vae22: AutoencoderKLWan, shapes: list[tuple[int, ...]]) -> None:
-    stream = WanStreamingCodec(tiny_vae22).encode_stream(torch.zeros(shape) for shape in shapes)
-    for _ in shapes[1:]:
-        next(stream)
-    with pytest.raises(InvalidInputError):
-        next(stream)
-
-
-@pytest.mark.parametrize(
-    "shapes",
-    [
-        [(1, 16, 1, 2, 3)],
-        [(2, 48, 1, 2, 3)],
-        [(1, 48, 0, 2, 3)],
-        [(48, 1, 2, 3)],
-        [(1, 48, 1, 2, 3), (1, 48, 1, 3, 2)],
-    ],
-)
-def test_latents_that_do_not_fit_are_refused(tiny_vae22: AutoencoderKLWan, shapes: list[tuple[int, ...]]) -> None:
-    stream = WanStreamingCodec(tiny_vae22).decode_stream(torch.zeros(shape) for shape in shapes)
+def test_items_that_do_not_fit_are_refused(
+    tiny_vae22: AutoencoderKLWan, direction: str, shapes: list[tuple[int, ...]]
+) -> None:
+    codec, items = WanStreamingCodec(tiny_vae22), (torch.zeros(shape) for shape in shapes)
+    stream = codec.encode_stream(items) if direction == "encode" else codec.decode_stream(items)
     for _ in shapes[1:]:
         next(stream)
     with pytest.raises(InvalidInputError):

@@ -25,6 +25,7 @@ from safetensors import SafetensorError
 
 from swifti2v.errors import OutputError, WorkDirectoryError
 from swifti2v.media.atomic_files import write_atomically
+from swifti2v.media.directory_lock import directory_lock
 from swifti2v.media.frame_store import FrameStore
 
 if TYPE_CHECKING:
@@ -59,9 +60,11 @@ class WorkDirectory:
     @classmethod
     @contextmanager
     def open(cls, directory: str | Path | None) -> Iterator[WorkDirectory]:
-        """Open `directory`, or a temporary one that is removed at the end."""
+        """Open `directory` for this run alone, or a temporary one that is removed at the end."""
         if directory is not None:
-            yield cls(Path(directory))
+            work = cls(Path(directory))
+            with directory_lock(work.directory):
+                yield work
             return
         try:
             temporary = TemporaryDirectory(prefix="swifti2v-")

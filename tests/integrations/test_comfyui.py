@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import re
 import sys
 import types
 from pathlib import Path
@@ -183,10 +182,3 @@ def test_several_pictures_are_not_one(nodes: dict[str, Any], run: dict[str, Any]
         nodes["SwiftI2VStageOne"].generate(
             run["pipeline"], pictures, "", width=WIDTH, height=HEIGHT, num_frames=NUM_FRAMES, seed=0
         )
-
-
-def test_the_readme_names_every_node(nodes: dict[str, Any]) -> None:
-    text = (FOLDER / "README.md").read_text(encoding="utf-8")
-    titles = load_nodes().NODE_DISPLAY_NAME_MAPPINGS.values()
-    assert all(title.split(" (")[0].removeprefix("SwiftI2V ") in text for title in titles)
-    assert len(re.findall(r"\n", text)) <= 40

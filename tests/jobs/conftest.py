@@ -8,18 +8,21 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import PIL.Image
 import pytest
 
 from swifti2v.jobs.database import Database, sqlite_url
 from swifti2v.jobs.queue import JobQueue
-from swifti2v.jobs.state import Job, JobFailure, JobProgress, JobRequest, JobResult, new_job_id
+from swifti2v.jobs.state import Job, JobFailure, JobProgress, JobRequest, JobResult, JobState, new_job_id
 from swifti2v.jobs.store import JobStore
+from swifti2v.settings import plain_choices
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
+    from swifti2v.jobs.files import AttemptFiles
     from swifti2v.jobs.worker import Task
     from swifti2v.runner.two_stage import TwoStagePipeline
 
@@ -55,6 +58,30 @@ class StepRunner:
             task.report(JobProgress(100 * (step + 1) // self.num_steps, "stage_two", step + 1, self.num_steps))
         task.files.video.write_bytes(json.dumps([task.job.id, task.job.claims]).encode())
         return JobResult(task.files.directory.name, 64, 32, 9, 8.0, ("done",))
+
+
+def _ignore(_task: Task, _progress: JobProgress) -> None:
+    """See nothing."""
+
+
+@dataclass
+class Reporting:
+    """Another runner, of whose reports `before` sees each one before the worker does, and `after` when it has."""
+
+    runner: Any
+    before: Callable[[Task, JobProgress], object] = _ignore
+    after: Callable[[Task, JobProgress], object] = _ignore
+
+    def run(self, task: Task) -> Any:
+        report = task.report
+
+        def seen(progress: JobProgress) -> None:
+            self.before(task, progress)
+            report(progress)
+            self.after(task, progress)
+
+        task.report = seen  # type: ignore[method-assign]  # the runner sees the protocol only
+        return self.runner.run(task)
 
 
 @pytest.fixture
@@ -96,9 +123,25 @@ def pipeline(tiny_checkpoint: Path) -> TwoStagePipeline:
     return TwoStagePipeline.from_pretrained(tiny_checkpoint, device="cpu")
 
 
-@pytest.fixture
-def request_of() -> Callable[..., JobRequest]:
-    return lambda prompt="", **options: JobRequest("tiny", prompt, options)
+QUICK = {"num_frames": 17, "segment_size": 1, "num_inference_steps": 1, "stage_one_steps": 2, "seed": 3}
+"""Choices of a short video of four segments."""
+
+
+def submit_real(queue: JobQueue, *, model: str = "tiny", owner: str = "", **asked: Any) -> Job:
+    """Queue a picture for a real pipeline; `asked` are fields of the request, and choices beside `QUICK`."""
+    pixels = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+    of_request = {name: asked.pop(name) for name in ("preview", "keep_motion", "notes") if name in asked}
+    request = JobRequest(model, "pan left", plain_choices(QUICK | asked), **of_request)
+    return queue.submit(PIL.Image.fromarray(pixels), request, owner=owner)
+
+
+def files_of(queue: JobQueue, job: Job) -> AttemptFiles:
+    """Return the files of a job, which is completed."""
+    found = queue.store.get(job.id)
+    assert found.state is JobState.COMPLETED, found.failure
+    files = queue.result_files(found)
+    assert files is not None
+    return files
 
 
 def submit(store: JobStore, *, owner: str = "", model: str = "tiny", **options: Any) -> Job:

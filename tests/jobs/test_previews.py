@@ -11,19 +11,16 @@ import pytest
 from swifti2v.errors import JobError, QueueFullError
 from swifti2v.geometry import Size
 from swifti2v.jobs.runner import PipelineRunner
-from swifti2v.jobs.state import Job, JobProgress, JobRequest, JobState
 from swifti2v.jobs.worker import Outcome, Task, Worker
 from swifti2v.media.video_reader import VideoReader
-from swifti2v.settings import plain_choices
+from tests.jobs.conftest import Reporting, files_of, submit_real
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from swifti2v.jobs.files import AttemptFiles
     from swifti2v.jobs.queue import JobQueue
+    from swifti2v.jobs.state import JobProgress
     from swifti2v.runner.two_stage import TwoStagePipeline
-
-OPTIONS = {"num_frames": 17, "segment_size": 1, "num_inference_steps": 1, "stage_one_steps": 2, "seed": 3}
 
 
 @pytest.fixture
@@ -31,68 +28,32 @@ def worker(queue: JobQueue, pipeline: TwoStagePipeline) -> Worker:
     return Worker(queue.store, queue.files, PipelineRunner(lambda _name: pipeline))
 
 
-def submit(queue: JobQueue, *, preview: bool) -> Job:
-    pixels = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
-    request = JobRequest("tiny", "pan left", plain_choices(OPTIONS), preview=preview, keep_motion=not preview)
-    return queue.submit(PIL.Image.fromarray(pixels), request, owner="ann")
-
-
-def files_of(queue: JobQueue, job: Job) -> AttemptFiles:
-    found = queue.store.get(job.id)
-    assert found.state is JobState.COMPLETED, found.failure
-    files = queue.result_files(found)
-    assert files is not None
-    return files
-
-
 def frames_of(path: Path) -> np.ndarray[Any, Any]:
     return np.concatenate(list(VideoReader(path)))
-
-
-def stage_one_runs(pipeline: TwoStagePipeline, monkeypatch: pytest.MonkeyPatch) -> list[Size]:
-    """Record every run of Stage I from now on."""
-    runs: list[Size] = []
-    generate = pipeline.parts.stage_one.generate
-
-    def counted(*arguments: Any, **options: Any) -> Any:
-        runs.append(options["size"])
-        return generate(*arguments, **options)
-
-    monkeypatch.setattr(pipeline.parts.stage_one, "generate", counted)
-    return runs
-
-
-def test_a_preview_is_stage_one_alone(
-    queue: JobQueue, worker: Worker, pipeline: TwoStagePipeline, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(pipeline.parts.stage_two, "refine", lambda *_a, **_o: pytest.fail("Stage II was run"))
-    preview = submit(queue, preview=True)
-    assert queue.store.get(preview.id).request.preview
-    assert worker.run(until_idle=True) == 1
-    files, result = files_of(queue, preview), queue.store.get(preview.id).result
-    motion = pipeline.parts.motion_size(Size(64, 64))
-    assert result is not None
-    assert (result.width, result.height, result.num_frames) == (*motion, 17)
-    assert frames_of(files.video).shape == (17, motion.height, motion.width, 3)
-    assert files.thumbnail.is_file()
 
 
 def test_the_video_goes_on_from_the_motion_that_was_seen(
     queue: JobQueue, worker: Worker, pipeline: TwoStagePipeline, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    runs = stage_one_runs(pipeline, monkeypatch)
-    at_once, preview = submit(queue, preview=False), submit(queue, preview=True)
-    worker.run(until_idle=True)
-    assert len(runs) == 2
+    at_once, preview = submit_real(queue, keep_motion=True, owner="ann"), submit_real(queue, preview=True, owner="ann")
+    assert worker.run_one() is Outcome.COMPLETED
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline.parts.stage_two, "refine", lambda *_a, **_o: pytest.fail("Stage II was run"))
+        assert worker.run_one() is Outcome.COMPLETED
+    made, result = files_of(queue, preview), queue.store.get(preview.id).result
+    motion = pipeline.parts.motion_size(Size(64, 64))
+    assert result is not None
+    assert (result.width, result.height, result.num_frames) == (*motion, 17)
+    assert frames_of(made.video).shape == (17, motion.height, motion.width, 3)
+    assert made.thumbnail.is_file()
+    monkeypatch.setattr(pipeline.parts.stage_one, "generate", lambda *_a, **_o: pytest.fail("Stage I was run again"))
     continued = queue.continue_preview(preview.id)
     assert (continued.owner, continued.request.preview) == ("ann", False)
     queue.remove(preview.id)  # what the video needs must outlive it
     worker.run(until_idle=True)
-    assert len(runs) == 2, "Stage I was run again"
     one, other = files_of(queue, at_once), files_of(queue, continued)
     assert one.video.read_bytes() == other.video.read_bytes()
     np.testing.assert_array_equal(frames_of(one.motion), frames_of(other.motion))
-    motion = pipeline.parts.motion_size(Size(64, 64))
     assert frames_of(other.motion).shape == (17, motion.height, motion.width, 3)
     assert not other.work.exists()
     with PIL.Image.open(queue.files.input(at_once.id)) as first, PIL.Image.open(queue.files.input(continued.id)) as two:
@@ -100,41 +61,33 @@ def test_the_video_goes_on_from_the_motion_that_was_seen(
 
 
 def test_nothing_is_left_of_a_video_that_cannot_begin(queue: JobQueue, worker: Worker) -> None:
-    preview, video = submit(queue, preview=True), submit(queue, preview=False)
+    preview, video = submit_real(queue, preview=True, stage_one_steps=1), submit_real(queue)
     before = set(queue.files.ids())
-    with pytest.raises(JobError, match="not finished; wait for it"):
-        queue.continue_preview(preview.id)
-    with pytest.raises(JobError, match="is a video already"):
-        queue.continue_preview(video.id)
-    worker.run(until_idle=True)
+    for job in (preview, video):  # not finished; a video already
+        with pytest.raises(JobError):
+            queue.continue_preview(job.id)
+    assert worker.run(max_jobs=1) == 1
     queue.store.max_active = 0
     with pytest.raises(QueueFullError):
         queue.continue_preview(preview.id)
     queue.store.max_active = 10
     files = files_of(queue, preview)
     files.work.rename(files.directory / "elsewhere")
-    with pytest.raises(JobError, match="are gone; make the preview again"):
+    with pytest.raises(JobError):
         queue.continue_preview(preview.id)
     assert set(queue.files.ids()) == before
 
 
 def test_a_cancelled_preview_stops_at_its_next_step(queue: JobQueue, worker: Worker) -> None:
-    preview = submit(queue, preview=True)
+    preview = submit_real(queue, preview=True)
     phases: list[str] = []
 
-    class CancellingRunner:
-        def run(self, task: Task) -> Any:
-            report = task.report
+    def cancel(_task: Task, progress: JobProgress) -> None:
+        phases.append(progress.phase)
+        if progress.phase:
+            queue.store.cancel(preview.id)
 
-            def watched(progress: JobProgress) -> None:
-                phases.append(progress.phase)
-                if progress.phase:
-                    queue.store.cancel(preview.id)
-                report(progress)
-
-            task.report = watched  # type: ignore[method-assign]  # the runner sees the protocol only
-            return worker.runner.run(task)
-
-    assert Worker(queue.store, queue.files, CancellingRunner()).run_one() is Outcome.CANCELLED
+    cancelling = Reporting(worker.runner, before=cancel)
+    assert Worker(queue.store, queue.files, cancelling).run_one() is Outcome.CANCELLED
     assert phases == ["", "stage_one"], "the beginning, and the first step"
     assert [path.name for path in queue.files.directory(preview.id).iterdir()] == ["input.png"]

@@ -7,18 +7,24 @@ import subprocess
 import sys
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-import PIL.Image
 import pytest
 
 from swifti2v.errors import WorkDirectoryError
-from swifti2v.geometry import Size
 from swifti2v.jobs.runner import PipelineRunner
-from swifti2v.jobs.state import ALL_STAGES, Job, JobProgress, JobRequest, JobResult, JobStage, JobState
+from swifti2v.jobs.state import ALL_STAGES, Job, JobProgress, JobResult, JobStage, JobState
 from swifti2v.jobs.worker import Outcome, Task, Worker, WorkerOptions
 from swifti2v.runner.two_stage import TwoStagePipeline
-from swifti2v.settings import plain_choices
-from tests.jobs.conftest import BROKEN, LEASE_SECONDS, StepRunner, claim, submit, wait_for
+from tests.jobs.conftest import (
+    BROKEN,
+    LEASE_SECONDS,
+    Reporting,
+    StepRunner,
+    claim,
+    files_of,
+    submit,
+    submit_real,
+    wait_for,
+)
 from tests.jobs.test_chaos import AUDIT
 
 if TYPE_CHECKING:
@@ -30,8 +36,7 @@ if TYPE_CHECKING:
 
 ONE, TWO = JobStage.ONE, JobStage.TWO
 HALF = JobProgress(30, "stage_one")
-OPTIONS = {"num_frames": 17, "segment_size": 1, "num_inference_steps": 1, "stage_one_steps": 2, "seed": 3}
-MINI = {"size": Size(64, 32), "num_frames": 41, "segment_size": 1, "num_inference_steps": 4, "seed": 1}
+MINI = {"size": "64x32", "num_frames": 41, "num_inference_steps": 4, "stage_one_steps": None, "seed": 1}
 
 
 # ------------------------------------------------------------------------------------------------------- the store
@@ -53,9 +58,9 @@ def test_a_claim_is_for_the_stages_of_its_worker(store: JobStore) -> None:
 
 
 def test_a_job_that_is_handed_on_keeps_its_place(store: JobStore) -> None:
-    first, second = submit(store), submit(store)
+    ids = [submit(store).id for _ in range(2)]
     assert store.hand_on(claim(store, stages=(ONE,)), TWO, progress=HALF)
-    assert [claim(store, stages=ALL_STAGES).id for _ in range(2)] == [first.id, second.id]
+    assert [claim(store, stages=ALL_STAGES).id for _ in range(2)] == ids
 
 
 def test_jobs_are_counted_by_their_next_stage(store: JobStore) -> None:
@@ -187,68 +192,49 @@ def test_work_is_found_behind_a_claim_that_ended_before_it_had_any(queue: JobQue
 # -------------------------------------------------------------------------------------------------- real pipelines
 
 
-def submit_real(queue: JobQueue, *, model: str = "tiny", **changes: Any) -> Job:
-    pixels = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
-    options = plain_choices({**OPTIONS, **changes})
-    return queue.submit(PIL.Image.fromarray(pixels), JobRequest(model, "pan left", options))
-
-
 def video_of(queue: JobQueue, job: Job) -> bytes:
-    found = queue.store.get(job.id)
-    assert found.state is JobState.COMPLETED, found.failure
-    files = queue.result_files(found)
-    assert files is not None
-    return files.video.read_bytes()
+    return files_of(queue, job).video.read_bytes()
+
+
+Workers = dict[tuple[JobStage, ...], PipelineRunner]
 
 
 @pytest.fixture(scope="module")
-def runners(tiny_checkpoint: Path) -> dict[tuple[JobStage, ...], PipelineRunner]:
+def runners(tiny_checkpoint: Path, pipeline: TwoStagePipeline) -> Workers:
     """Runners of one stage and of both, each with a pipeline of its own; models of any name are the tiny one."""
     pipelines = {
         (ONE,): TwoStagePipeline.of_stage(tiny_checkpoint, "stage_one", device="cpu"),
         (TWO,): TwoStagePipeline.of_stage(tiny_checkpoint, "stage_two", device="cpu"),
-        ALL_STAGES: TwoStagePipeline.from_pretrained(tiny_checkpoint, device="cpu"),
+        ALL_STAGES: pipeline,
     }
     return {stages: PipelineRunner(lambda _name, found=found: found) for stages, found in pipelines.items()}  # type: ignore[misc]
 
 
+def workers_of(queue: JobQueue, runners: Workers) -> tuple[Worker, Worker]:
+    return worker_of(queue, runners[ONE,], ONE), worker_of(queue, runners[TWO,], TWO)
+
+
 @pytest.mark.parametrize("changes", [{}, {"refiner": "none"}, {"guidance_scale": 2.0, "negative_prompt": "blurred"}])
-def test_two_workers_make_the_video_that_one_makes(queue: JobQueue, runners: Any, changes: dict[str, Any]) -> None:
+def test_two_workers_make_the_video_that_one_makes(queue: JobQueue, runners: Workers, changes: dict[str, Any]) -> None:
     whole, divided = submit_real(queue, **changes), submit_real(queue, **changes)
     assert worker_of(queue, runners[ALL_STAGES]).run(max_jobs=1) == 1
-    one, two = worker_of(queue, runners[ONE,], ONE), worker_of(queue, runners[TWO,], TWO)
+    one, two = workers_of(queue, runners)
     assert [one.run_one(), two.run_one()] == [Outcome.HANDED_ON, Outcome.COMPLETED]
     assert video_of(queue, divided) == video_of(queue, whole)
     results = [queue.store.get(job.id).result for job in (whole, divided)]
     assert results[0] is not None
     assert results[1] is not None
     assert results[0].notes == results[1].notes
-
-
-def test_a_preview_is_whole_after_the_first_stage_and_its_video_begins_with_the_second(
-    queue: JobQueue, runners: Any
-) -> None:
-    at_once = submit_real(queue)
-    one, two = worker_of(queue, runners[ONE,], ONE), worker_of(queue, runners[TWO,], TWO)
-    assert [one.run_one(), two.run_one()] == [Outcome.HANDED_ON, Outcome.COMPLETED]
-    request = queue.store.get(at_once.id).request
-    with PIL.Image.open(queue.files.input(at_once.id)) as image:
-        preview = queue.submit(image, JobRequest("tiny", request.prompt, request.options, preview=True))
+    if changes:
+        return
+    # A preview is whole after the first stage, and its video begins with the second.
+    preview = submit_real(queue, preview=True)
     assert one.run_one() is Outcome.COMPLETED
     video = queue.continue_preview(preview.id)
     assert video.next_stage is TWO
     assert [one.run_one(), two.run_one()] == [None, Outcome.COMPLETED]
-    assert video_of(queue, video) == video_of(queue, at_once)
-
-
-def test_the_video_of_a_preview_without_its_prompt_begins_with_the_first_stage(queue: JobQueue, runners: Any) -> None:
-    """Previews of earlier versions left none; Stage I is asked for the prompt, and finds its motion made."""
-    job = submit_real(queue)
-    request = queue.store.get(job.id).request
-    queue.remove(job.id)
-    preview = queue.submit(PIL.Image.new("RGB", (64, 64)), JobRequest("tiny", "pan", request.options, preview=True))
-    one, two = worker_of(queue, runners[ONE,], ONE), worker_of(queue, runners[TWO,], TWO)
-    assert one.run_one() is Outcome.COMPLETED
+    assert video_of(queue, video) == video_of(queue, whole)
+    # Previews of earlier versions left no prompt: Stage I is asked for it, and finds its motion made.
     (prompt,) = queue.files.attempt(preview.id, 1).work.glob("prompt_*")
     prompt.unlink()
     assert queue.continue_preview(preview.id).next_stage is ONE
@@ -256,7 +242,7 @@ def test_the_video_of_a_preview_without_its_prompt_begins_with_the_first_stage(q
 
 
 def test_progress_does_not_go_back_over_hand_over_and_drain(
-    queue: JobQueue, runners: Any, monkeypatch: pytest.MonkeyPatch
+    queue: JobQueue, runners: Workers, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Every progress that the database ever held, written down by itself."""
     monkeypatch.setattr("swifti2v.jobs.worker.PROGRESS_SECONDS", 0.0)
@@ -267,36 +253,21 @@ def test_progress_does_not_go_back_over_hand_over_and_drain(
             "(json_extract(NEW.progress, '$.percent')); END"
         )
     job = submit_real(queue)
-    assert worker_of(queue, runners[ONE,], ONE).run_one() is Outcome.HANDED_ON
-    drained = worker_of(queue, Draining(runners[TWO,]), TWO)
-    drained.runner.worker = drained  # type: ignore[attr-defined]  # the runner ends the worker that it is given to
+    one, two = workers_of(queue, runners)
+    assert one.run_one() is Outcome.HANDED_ON
+
+    def drain_in_the_second(_task: Task, progress: JobProgress) -> None:
+        if progress.segment == 2:
+            drained.drain()
+
+    drained = worker_of(queue, Reporting(runners[TWO,], before=drain_in_the_second), TWO)
     assert drained.run_one() is Outcome.RELEASED
-    assert worker_of(queue, runners[TWO,], TWO).run_one() is Outcome.COMPLETED
+    assert two.run_one() is Outcome.COMPLETED
     with queue.store.database.engine.begin() as connection:
         seen = [int(row[0]) for row in connection.exec_driver_sql("SELECT progress FROM seen")]
     assert seen == sorted(seen)
     assert {0, 30, 100} <= set(seen)
     assert queue.store.get(job.id).progress.percent == 100
-
-
-class Draining:
-    """Ends its worker in the second segment."""
-
-    worker: Worker
-
-    def __init__(self, runner: PipelineRunner) -> None:
-        self._runner = runner
-
-    def run(self, task: Task) -> Any:
-        report = task.report
-
-        def watched(progress: JobProgress) -> None:
-            if progress.segment == 2:
-                self.worker.drain()
-            report(progress)
-
-        task.report = watched  # type: ignore[method-assign]  # the runner sees the protocol only
-        return self._runner.run(task)
 
 
 STUCK_WORKER = """
@@ -306,13 +277,13 @@ from swifti2v.jobs.queue import JobQueue
 from swifti2v.jobs.runner import PipelineRunner
 from swifti2v.jobs.state import JobStage
 from swifti2v.jobs.worker import Worker, WorkerOptions
-stages, phase, percent = (JobStage(sys.argv[2]),), sys.argv[2], int(sys.argv[3])
+percent, stages = int(sys.argv[2]), tuple(map(JobStage, sys.argv[3:]))
 class Stuck(PipelineRunner):
     def run(self, task):
         report = task.report
         def stuck(progress):
             report(progress)
-            if progress.phase == phase and progress.percent >= percent:
+            if progress.percent >= percent:
                 time.sleep(3600)  # until it is killed
         task.report = stuck
         return super().run(task)
@@ -322,45 +293,44 @@ Worker(queue.store, queue.files, Stuck.on_device("cpu", stages=stages), options=
 """
 
 
-def killed_in(queue: JobQueue, job: Job, stage: JobStage, percent: int) -> None:
-    """Let a worker process of one stage come so far, and kill it."""
-    arguments = [sys.executable, "-c", STUCK_WORKER, str(queue.files.root), stage.value, str(percent)]
+def killed_at(queue: JobQueue, job: Job, percent: int, *stages: JobStage) -> None:
+    """Let a worker process of these stages come so far, and kill it."""
+    arguments = [sys.executable, "-c", STUCK_WORKER, str(queue.files.root), str(percent), *stages]
     process = subprocess.Popen(arguments)  # noqa: S603 - our own
     try:
         wait_for(lambda: queue.store.get(job.id).progress.percent >= percent)
     finally:
         process.send_signal(signal.SIGKILL)
         process.wait()
-    held = queue.store.get(job.id)
-    assert (held.state, held.next_stage) == (JobState.IN_PROGRESS, stage)
+    assert queue.store.get(job.id).state is JobState.IN_PROGRESS
 
 
 @pytest.mark.slow
-def test_workers_of_either_stage_are_killed_and_one_video_is_made(queue: JobQueue) -> None:
+@pytest.mark.parametrize("divided", [True, False])
+def test_killed_workers_are_succeeded_and_one_video_is_made(queue: JobQueue, *, divided: bool) -> None:
     """SIGKILL in each stage; the successors go on, and the file is that of a run without a break."""
     with queue.store.database.engine.begin() as connection:
         for statement in AUDIT:
             connection.exec_driver_sql(statement)
-    job = submit_real(queue, model="mini", **MINI.__dict__)
-    killed_in(queue, job, ONE, 15)
-    pipelines = {
-        stage: TwoStagePipeline.of_stage("mini", stage.value, device="cpu")  # type: ignore[arg-type]  # values of both
-        for stage in JobStage
-    }
-    one, two = (
-        worker_of(queue, PipelineRunner(lambda _name, stage=stage: pipelines[stage]), stage) for stage in JobStage
-    )  # type: ignore[misc]
-    assert one.run(max_jobs=1) == 1
-    assert queue.store.get(job.id).next_stage is TWO
-    killed_in(queue, job, TWO, 60)
-    assert one.run_one() is None
-    assert two.run(max_jobs=1) == 1
-    done = queue.store.get(job.id)
-    assert (done.claims, done.attempts) == (4, 3)
+    job = submit_real(queue, model="mini", **MINI)
+    whole = PipelineRunner(lambda name: TwoStagePipeline.from_pretrained(name, device="cpu"))
+    killed_at(queue, job, 15, *((ONE,) if divided else ALL_STAGES))
+    if divided:
+        one = PipelineRunner(lambda name: TwoStagePipeline.of_stage(name, "stage_one", device="cpu"))
+        assert worker_of(queue, one, ONE).run(max_jobs=1) == 1
+        assert queue.store.get(job.id).next_stage is TWO
+    killed_at(queue, job, 60, *((TWO,) if divided else ALL_STAGES))
+    if divided:
+        assert worker_of(queue, one, ONE).run_one() is None
+    again: list[JobProgress] = []
+    last = Reporting(whole, before=lambda _task, progress: again.append(progress))
+    assert worker_of(queue, last, *((TWO,) if divided else ALL_STAGES)).run(max_jobs=1) == 1
+    assert "stage_one" not in {progress.phase for progress in again}
+    assert min(progress.percent for progress in again) >= 30
+    assert queue.store.get(job.id).attempts == 3
     with queue.store.database.engine.begin() as connection:
         audited = [row[0] for row in connection.exec_driver_sql("SELECT job_id FROM audit")]
     assert audited == [job.id], "completed exactly once"
-    unbroken = submit_real(queue, model="mini", **MINI.__dict__)
-    whole = PipelineRunner(lambda name: TwoStagePipeline.from_pretrained(name, device="cpu"))
+    unbroken = submit_real(queue, model="mini", **MINI)
     assert worker_of(queue, whole).run(max_jobs=1) == 1
     assert video_of(queue, job) == video_of(queue, unbroken)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from swifti2v.errors import DeviceLostError, ImageInputError, JobError, OutputError, WorkDirectoryError
+from swifti2v.errors import DeviceLostError, ImageInputError, OutputError, WorkDirectoryError
 from swifti2v.jobs.state import Job, JobProgress, JobRequest, JobResult, JobState
 from swifti2v.jobs.worker import Outcome, Task, Worker, WorkerOptions
 from tests.jobs.conftest import StepRunner, wait_for
@@ -88,13 +88,6 @@ def test_a_cancelled_job_stops_within_a_step(queue: JobQueue, job: Job) -> None:
     assert steps == [0, 1]
     assert queue.store.get(job.id).state is JobState.CANCELLED
     assert [path.name for path in queue.files.directory(job.id).iterdir()] == ["input.png"]
-
-
-def test_a_removed_job_stops_too(queue: JobQueue, job: Job) -> None:
-    runner = StepRunner(num_steps=50, on_step=lambda task, step: step == 1 and queue.remove(job.id))
-    assert worker_of(queue, runner).run_one() is Outcome.CANCELLED
-    with pytest.raises(JobError):
-        queue.store.get(job.id)
 
 
 def test_the_claim_is_kept_alive_through_a_long_step(queue: JobQueue, job: Job) -> None:

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 MOVIE = bytes(range(256)) * 40
 
 DEFAULTS = GenerationSettings(size=Size(64, 32), num_frames=9, fps=8.0, refiner="concat")
+MODELS = (ServedModel("tiny", DEFAULTS), ServedModel("other", replace(DEFAULTS, num_frames=17)))
 
 
 def picture_bytes(size: tuple[int, int] = (16, 8), kind: str = "PNG") -> bytes:
@@ -42,8 +43,7 @@ def picture_bytes(size: tuple[int, int] = (16, 8), kind: str = "PNG") -> bytes:
 
 @pytest.fixture
 def settings(tmp_path: Path) -> ServiceSettings:
-    models = (ServedModel("tiny", DEFAULTS), ServedModel("other", replace(DEFAULTS, num_frames=17)))
-    return ServiceSettings(data=tmp_path / "data", models=models, poll_seconds=0.01)
+    return ServiceSettings(data=tmp_path / "data", models=MODELS, poll_seconds=0.01)
 
 
 class SharedDecoder(PictureDecoder):
@@ -85,6 +85,15 @@ def client(serve: Callable[..., TestClient], settings: ServiceSettings) -> TestC
     return serve(settings)
 
 
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory: pytest.TempPathFactory, decoder_of_all: SharedDecoder) -> Iterator[TestClient]:
+    """An open service for all tests of a module that leave nothing in it, since all that they send is refused."""
+    settings = ServiceSettings(tmp_path_factory.mktemp("shared") / "data", MODELS)
+    with TestClient(create_app(settings, decoder=decoder_of_all), base_url="http://service") as client:
+        yield client
+        assert list(queue_of(client).files.ids()) == []
+
+
 @pytest.fixture
 def keyed(serve: Callable[..., TestClient], settings: ServiceSettings, tmp_path: Path) -> tuple[TestClient, str, str]:
     """A service with the keys of Ann and Bob; Ann may have two active jobs."""
@@ -98,10 +107,10 @@ def queue_of(client: TestClient) -> JobQueue:
     return application.state.service.queue
 
 
-def create(client: TestClient, *, key: str | None = None, **fields: Any) -> Any:
+def create(client: TestClient, *, key: str | None = None, picture: bytes | None = None, **fields: Any) -> Any:
     """Create a video by a form and return the response."""
     headers = {} if key is None else bearer(key)
-    files = {"input_reference": ("a.png", picture_bytes(), "image/png")}
+    files = {"input_reference": ("a.png", picture_bytes() if picture is None else picture, "image/png")}
     return client.post("/v1/videos", data={"prompt": "pan left", **fields}, files=files, headers=headers)
 
 
@@ -127,11 +136,13 @@ def work(client: TestClient, runner: Any = None) -> Worker:
     return worker
 
 
-def problem(response: Any, status: int, *, param: str | None = None) -> str:
-    """Check that a response is OpenAI's error object, and return its message."""
+def problem(response: Any, status: int = 400, *, param: str | None = None, code: str | None = None) -> Any:
+    """Check that a response is OpenAI's error object, with `param` and (where given) `code`, and return it."""
     assert response.status_code == status, response.text
     error = response.json()["error"]
     assert set(error) == {"message", "type", "param", "code"}
     assert error["param"] == param
+    assert code in (None, error["code"])
+    assert "swifti2v-upload" not in error["message"], "no path of this machine"
     assert response.headers["x-request-id"]
-    return str(error["message"])
+    return error

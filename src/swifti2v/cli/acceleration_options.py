@@ -14,25 +14,38 @@ if TYPE_CHECKING:
     from swifti2v.runner.acceleration import Acceleration
 
 
+PANEL = "Speed and memory"
+"""Group of these options in ``--help``."""
+
+_option = partial(typer.Option, rich_help_panel=PANEL)
+
+
 @dataclass(frozen=True)
 class AccelerationOptions:
     """The options, declared once; `with_acceleration_options` gives them to a command."""
 
-    attention: Annotated[str, typer.Option(help="auto, native, cudnn, flash, flash3, sage or xformers.")] = "auto"
-    compile_blocks: Annotated[bool, typer.Option("--compile", help="Compile the transformers' blocks.")] = False
+    attention: Annotated[str, _option(help="auto, native, cudnn, flash, flash3, sage or xformers.")] = "auto"
+    compile_blocks: Annotated[bool, _option("--compile", help="Compile the transformers' blocks.")] = False
     quantization: Annotated[
         Literal["none", "float8", "int8"],
-        typer.Option(help="Multiply eight bits in the transformers' blocks: inexact; faster with --compile."),
+        typer.Option(
+            rich_help_panel=PANEL,
+            help="Multiply eight bits in the transformers' blocks: inexact; faster with --compile.",
+        ),
     ] = "none"
     decoder: Annotated[
-        Literal["exact", "light"], typer.Option(help="The checkpoint's decoder, or a small one of lower fidelity.")
+        Literal["exact", "light"],
+        _option(help="The checkpoint's decoder, or a small one of lower fidelity."),
     ] = "exact"
     decoder_weights: Annotated[
-        str | None, typer.Option(help="Of the light decoder: a file, or OWNER/NAME/FILE on the hub.")
+        str | None,
+        typer.Option(
+            rich_help_panel=PANEL, help="Weights of the light decoder: a file, or OWNER/NAME/FILE on the hub."
+        ),
     ] = None
-    decode_device: Annotated[
-        str | None, typer.Option(help="Decode there, cuda:1 for instance, beside the denoising.")
-    ] = None
+    decode_device: Annotated[str | None, _option(help="Decode there, cuda:1 for instance, beside the denoising.")] = (
+        None
+    )
 
     def acceleration(self, *, num_processes: int = 1, decodes: bool = True) -> Acceleration:
         """Return what the pipeline is given; a process that does not decode is given no decoder of its own.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import ipaddress
+import logging
 import os
 import threading
 from contextlib import contextmanager, nullcontext
@@ -12,14 +12,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from swifti2v.cli.acceleration_options import AccelerationOptions, with_acceleration_options
-from swifti2v.cli.jobs import (
-    DEFAULT_DATA,
-    ManyStepOption,
-    MemoryOption,
-    log_to_stderr,
-    pipeline_runner,
-)
-from swifti2v.errors import CheckpointError, ConfigurationError, InvalidInputError
+from swifti2v.cli.jobs import DEFAULT_DATA, ManyStepOption, MemoryOption, need_packages, pipeline_runner
+from swifti2v.cli.serve import is_loopback
+from swifti2v.errors import CheckpointError, InvalidInputError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -39,7 +34,7 @@ def app(  # noqa: PLR0913 - typer makes an option of each parameter
     model: Annotated[str, typer.Option(help="Checkpoint: a name (wan2.2, mini), a folder or a repository.")] = "wan2.2",
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=1, max=65535, help="Port.")] = 7860,
-    device: Annotated[str | None, typer.Option(help="Of the worker: cpu, cuda, cuda:1, ...")] = None,
+    device: Annotated[str | None, typer.Option(help="Device of the worker: cpu, cuda, cuda:1, ...")] = None,
     memory: MemoryOption = None,
     many_step: ManyStepOption = False,
     accelerated_by: AccelerationOptions,
@@ -49,15 +44,21 @@ def app(  # noqa: PLR0913 - typer makes an option of each parameter
     ] = DEFAULT_DATA,
 ) -> None:
     """Open the web app on this machine: preview the motion, make the video, watch it grow; Ctrl-C stops it."""
-    _prepare_gradio()
+    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # or Gradio would report to its makers
+    os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
+    need_packages("gradio", "sqlalchemy", extra="app")
     import uvicorn
 
+    from swifti2v.cli.generate import quiet_libraries
+    from swifti2v.jobs.logs import log_as_json
     from swifti2v.jobs.queue import JobQueue
+
+    acceleration = accelerated_by.acceleration()
+    log_as_json(level=logging.WARNING)
+    quiet_libraries()
     from swifti2v.webapp.application import build_application
     from swifti2v.webapp.studio import Studio
 
-    acceleration = accelerated_by.acceleration()
-    log_to_stderr()
     runner = pipeline_runner(device, memory, acceleration, few_step=not many_step) if worker else None
     queue = JobQueue.open(data_dir)
     studio = Studio(queue, model, dimensions=_dimensions(model), few_step=not many_step)
@@ -67,19 +68,11 @@ def app(  # noqa: PLR0913 - typer makes an option of each parameter
     typer.echo(f"SwiftI2V runs at http://{'localhost' if is_loopback(host) else host}:{port}")
     # Open pages hold a connection each, for which the end must not wait.
     configuration = uvicorn.Config(
-        application, host=host, port=port, log_level="warning", timeout_graceful_shutdown=_CLOSE_SECONDS
+        application, host=host, port=port, log_config=None, timeout_graceful_shutdown=_CLOSE_SECONDS
     )
     server = uvicorn.Server(configuration)
     with nullcontext() if runner is None else _working(queue, model, runner):
         server.run()
-
-
-def is_loopback(host: str) -> bool:
-    """Whether only this machine can reach an address."""
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
 
 
 @contextmanager
@@ -105,15 +98,3 @@ def _dimensions(model: str) -> PipelineDimensions | None:
         return planned_model(model).dimensions
     except (InvalidInputError, CheckpointError):
         return None  # the app then says that it has no plan; a model that cannot be read fails where it is opened
-
-
-def _prepare_gradio() -> None:
-    """Check that the packages are there, and turn off what Gradio would report to its makers."""
-    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
-    os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
-    try:
-        import gradio  # noqa: F401 - whether it is there
-        import sqlalchemy  # noqa: F401 - the same
-    except ModuleNotFoundError as error:
-        msg = f"the app needs {error.name}; install it with: pip install 'swifti2v[app]'"
-        raise ConfigurationError(msg) from error

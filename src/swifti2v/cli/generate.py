@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from swifti2v.cli.acceleration_options import AccelerationOptions, with_acceleration_options
+from swifti2v.cli.acceleration_options import PANEL, AccelerationOptions, with_acceleration_options
 from swifti2v.cli.processes import ProcessGroup, launched_processes
 from swifti2v.cli.progress import progress_bars
 from swifti2v.cli.setting_options import STAGE_ONE_SETTINGS, with_setting_options
@@ -27,7 +27,6 @@ if TYPE_CHECKING:
     from swifti2v.runs import GenerationRequest, Progress
 
 PHASE_LABELS = {"stage_one": "Stage I, motion", "stage_two": "Stage II, segment", "frames": "frames written"}
-SPEED = "Speed and memory"
 
 ImageArgument = Annotated[Path, typer.Argument(help="The input image: JPEG, PNG, WebP, TIFF, ...")]
 PromptOption = Annotated[str, typer.Option(help="What should move, and how.")]
@@ -55,17 +54,17 @@ def generate(  # noqa: PLR0913 - typer makes an option of each parameter
     choices: dict[str, Any],
     memory: Annotated[
         str | None,
-        typer.Option(help="GPU memory to plan for: auto, or 24GiB; see `swifti2v plan`.", rich_help_panel=SPEED),
+        typer.Option(help="GPU memory to plan for: auto, or 24GiB; see `swifti2v plan`.", rich_help_panel=PANEL),
     ] = None,
     host_memory: Annotated[
-        str | None, typer.Option(help="Host memory to plan for, with --memory.", rich_help_panel=SPEED)
+        str | None, typer.Option(help="Host memory to plan for, with --memory.", rich_help_panel=PANEL)
     ] = None,
     accelerated_by: AccelerationOptions,
     work_dir: WorkDirOption = None,
     device: DeviceOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Make a video from an image and a prompt."""
+    """Make a video from an image and a prompt. What is not given is left to the checkpoint."""
     if host_memory is not None and memory is None:
         msg = "--host-memory belongs to --memory; give both, --memory auto for instance"
         raise InvalidInputError(msg, param="host_memory", value=host_memory)

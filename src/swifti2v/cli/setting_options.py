@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_origin
 
 import typer
 
-from swifti2v.settings import DESCRIPTIONS, OPTIONS, TYPES, GenerationSettings
+from swifti2v.settings import DESCRIPTIONS, OPTIONS, TYPES
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection
@@ -33,8 +33,9 @@ def with_setting_options(
         return partial(with_setting_options, only=only)
     options = {name: _parameter(name) for name in only if OPTIONS[name].flag is not None}
     signature = inspect.signature(command, eval_str=True)
-    others = [each for each in signature.parameters.values() if each.name != "choices"]
-    parameters = [*others, *options.values()]
+    parameters: list[inspect.Parameter] = []
+    for each in signature.parameters.values():
+        parameters += options.values() if each.name == "choices" else [each]
 
     @wraps(command)
     def taking_options(**arguments: Any) -> None:
@@ -51,12 +52,11 @@ def _parameter(name: str) -> inspect.Parameter:
     option, kind = OPTIONS[name], TYPES[name]
     if kind not in {bool, int, float, str} and get_origin(kind) is not Literal:
         kind = next((part for part in get_args(kind) if part in {int, float}), str)
-    default = getattr(GenerationSettings, name, None)
     flag = typer.Option(
         option.flag,
         help=DESCRIPTIONS[name],
         rich_help_panel=None if option.panel == "Main" else option.panel,
-        show_default="the checkpoint's" if default is not None and kind is not bool else False,
+        show_default=False,  # it is the checkpoint's
     )
     return inspect.Parameter(
         name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[kind | None, flag]

@@ -11,10 +11,11 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
-from swifti2v.errors import InvalidInputError, JobError, OutputError, QueueFullError
+from swifti2v.errors import InvalidInputError, JobError, QueueFullError
 from swifti2v.jobs.state import Job, JobRequest, JobState
+from swifti2v.media.atomic_files import make_folder, write_atomically
 from swifti2v.media.images import load_image
 from swifti2v.settings import plain_choices
 
@@ -87,10 +88,7 @@ class Batch:
             ImageInputError: a picture cannot be read.
             OutputError: a video cannot be written.
         """
-        try:
-            self._output.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise _not_written(self._output, error) from error
+        make_folder(self._output)
         waiting = [picture for picture in pictures if not self._video(picture).exists()]
         running: dict[BatchPicture, str] = {}
         failures = []
@@ -132,15 +130,14 @@ class Batch:
         return [(picture, job) for picture, job in jobs if job.state.is_final]
 
     def _collect(self, picture: BatchPicture, job: Job) -> None:
-        """Copy the video under a name that holds a whole file or none."""
-        files, target = self._queue.result_files(job), self._video(picture)
-        partial = target.with_name(f".{target.name}.part")
-        try:
-            if files is not None:
-                shutil.copyfile(files.video, partial)
-                partial.replace(target)
-        except OSError as error:
-            raise _not_written(target, error) from error
+        if (files := self._queue.result_files(job)) is None:
+            return
+
+        def copy(target: BinaryIO) -> None:
+            with files.video.open("rb") as made:
+                shutil.copyfileobj(made, target)
+
+        write_atomically(self._video(picture), copy)
 
     def _video(self, picture: BatchPicture) -> Path:
         return self._output / f"{picture.path.stem}.mp4"
@@ -152,7 +149,3 @@ class Batch:
 def _prompt_of(path: Path, default: str) -> str:
     text = path.with_suffix(".txt")
     return text.read_text(encoding="utf-8").strip() if text.is_file() else default
-
-
-def _not_written(path: Path, error: OSError) -> OutputError:
-    return OutputError(f"{path} cannot be written ({error.strerror}); free some space, or choose another --output")

@@ -7,26 +7,8 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from sqlalchemy import (
-    Boolean,
-    Column,
-    Float,
-    Index,
-    Integer,
-    MetaData,
-    String,
-    Table,
-    Text,
-    create_engine,
-    event,
-    false,
-    func,
-    insert,
-    inspect,
-    make_url,
-    select,
-    update,
-)
+import sqlalchemy as sa
+from sqlalchemy import Column
 from sqlalchemy.exc import (
     ArgumentError,
     DBAPIError,
@@ -54,45 +36,45 @@ _RETRY_SECONDS = 0.2
 # PostgreSQL's codes of a server that stops or starts, and of connections; some drivers raise them as other kinds.
 _AWAY_CODES = re.compile(r"\b(57P0[1-3]|08[0-9A-Z]{3})\b")
 
-METADATA = MetaData()
+METADATA = sa.MetaData()
 
-JOBS = Table(
+JOBS = sa.Table(
     "jobs",
     METADATA,
-    Column("id", String(40), primary_key=True),
-    Column("sequence", Integer, nullable=False, unique=True),
-    Column("owner", String(100), nullable=False),
-    Column("model", String(400), nullable=False),
-    Column("prompt", Text, nullable=False),
-    Column("options", Text, nullable=False),
-    Column("preview", Boolean, nullable=False, server_default=false()),
-    Column("next_stage", String(20), nullable=False, server_default=JobStage.ONE),
-    Column("state", String(20), nullable=False),
-    Column("claims", Integer, nullable=False, default=0),
-    Column("releases", Integer, nullable=False, default=0),
-    Column("max_attempts", Integer, nullable=False),
-    Column("created_at", Float(53), nullable=False),
-    Column("available_at", Float(53), nullable=False),
-    Column("started_at", Float(53)),
-    Column("finished_at", Float(53)),
-    Column("worker", String(200)),
-    Column("lease_token", String(40)),
-    Column("lease_expires_at", Float(53)),
-    Column("progress", Text, nullable=False),
-    Column("result", Text),
-    Column("failure", Text),
-    Column("removed", Boolean, nullable=False, default=False),
-    Index("jobs_claim", "state", "sequence"),
-    Index("jobs_owner", "owner", "sequence"),
+    Column("id", sa.String(40), primary_key=True),
+    Column("sequence", sa.Integer, nullable=False, unique=True),
+    Column("owner", sa.String(100), nullable=False),
+    Column("model", sa.String(400), nullable=False),
+    Column("prompt", sa.Text, nullable=False),
+    Column("options", sa.Text, nullable=False),
+    Column("preview", sa.Boolean, nullable=False, server_default=sa.false()),
+    Column("next_stage", sa.String(20), nullable=False, server_default=JobStage.ONE),
+    Column("state", sa.String(20), nullable=False),
+    Column("claims", sa.Integer, nullable=False, default=0),
+    Column("releases", sa.Integer, nullable=False, default=0),
+    Column("max_attempts", sa.Integer, nullable=False),
+    Column("created_at", sa.Float(53), nullable=False),
+    Column("available_at", sa.Float(53), nullable=False),
+    Column("started_at", sa.Float(53)),
+    Column("finished_at", sa.Float(53)),
+    Column("worker", sa.String(200)),
+    Column("lease_token", sa.String(40)),
+    Column("lease_expires_at", sa.Float(53)),
+    Column("progress", sa.Text, nullable=False),
+    Column("result", sa.Text),
+    Column("failure", sa.Text),
+    Column("removed", sa.Boolean, nullable=False, default=False),
+    sa.Index("jobs_claim", "state", "sequence"),
+    sa.Index("jobs_owner", "owner", "sequence"),
 )
 
-SUBMISSIONS = Table(
+SUBMISSIONS = sa.Table(
     # Its one row numbers the jobs. Whoever submits updates it first, so that submitters wait for each other on every
     # kind of database, and the bound of the queue is exact.
     "submissions",
     METADATA,
-    Column("id", Integer, primary_key=True),
-    Column("last_sequence", Integer, nullable=False),
+    Column("id", sa.Integer, primary_key=True),
+    Column("last_sequence", sa.Integer, nullable=False),
 )
 
 
@@ -156,10 +138,10 @@ class Database:
             if "exist" not in str(error.orig).lower():  # another process has made them in the same moment
                 raise
         _upgrade(connection)
-        if connection.execute(select(SUBMISSIONS.c.id)).first() is None:
+        if connection.execute(sa.select(SUBMISSIONS.c.id)).first() is None:
             try:
                 with connection.begin_nested():
-                    connection.execute(insert(SUBMISSIONS).values(id=1, last_sequence=0))
+                    connection.execute(sa.insert(SUBMISSIONS).values(id=1, last_sequence=0))
             except IntegrityError:
                 pass  # the same
 
@@ -172,8 +154,8 @@ def _upgrade(connection: Connection) -> None:
     """
     if _adds(connection, JOBS.c.preview):
         prefix = "preview:"
-        name = func.substr(JOBS.c.model, len(prefix) + 1)
-        connection.execute(update(JOBS).where(JOBS.c.model.startswith(prefix)).values(model=name, preview=True))
+        name = sa.func.substr(JOBS.c.model, len(prefix) + 1)
+        connection.execute(sa.update(JOBS).where(JOBS.c.model.startswith(prefix)).values(model=name, preview=True))
     _adds(connection, JOBS.c.next_stage)
 
 
@@ -192,7 +174,7 @@ def _adds(connection: Connection, column: Column[Any]) -> bool:
 
 
 def _has(connection: Connection, column: Column[Any]) -> bool:
-    return column.name in {found["name"] for found in inspect(connection).get_columns(JOBS.name)}
+    return column.name in {found["name"] for found in sa.inspect(connection).get_columns(JOBS.name)}
 
 
 def sqlite_url(path: Path) -> str:
@@ -202,7 +184,7 @@ def sqlite_url(path: Path) -> str:
 
 def _read_url(url: str) -> URL:
     try:
-        return make_url(url)
+        return sa.make_url(url)
     except ArgumentError as error:
         msg = "the URL of the job database cannot be read; write for instance sqlite:///queue.db"
         raise ConfigurationError(msg) from error
@@ -211,10 +193,10 @@ def _read_url(url: str) -> URL:
 def _open(url: URL, *, is_sqlite: bool) -> Engine:
     try:
         if is_sqlite:
-            engine = create_engine(url, connect_args={"timeout": BUSY_SECONDS})
-            event.listen(engine, "connect", _prepare_sqlite)
+            engine = sa.create_engine(url, connect_args={"timeout": BUSY_SECONDS})
+            sa.event.listen(engine, "connect", _prepare_sqlite)
             return engine
-        return create_engine(url, pool_pre_ping=True)
+        return sa.create_engine(url, pool_pre_ping=True)
     except (NoSuchModuleError, ImportError) as error:
         name = url.drivername
         msg = f"there is no driver for {name!r}; install it, or use sqlite:///queue.db or postgresql+pg8000://..."

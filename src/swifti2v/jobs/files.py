@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING
 
 from swifti2v.errors import JobError, OutputError
 from swifti2v.jobs.state import is_job_id
+from swifti2v.media.atomic_files import make_folder, write_atomically
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -80,8 +81,7 @@ class JobFiles:
     def __init__(self, root: Path) -> None:
         self.root = root
         self.jobs = root / "jobs"
-        with _reporting(self.jobs):
-            self.jobs.mkdir(parents=True, exist_ok=True)
+        make_folder(self.jobs)
 
     def directory(self, job_id: str) -> Path:
         """Return the folder of a job; raise `JobError` for a name that is not one of ours."""
@@ -96,12 +96,8 @@ class JobFiles:
 
     def add_input(self, job_id: str, image: PIL.Image.Image) -> None:
         """Write the picture of a new job, under a name that holds a whole file or none."""
-        target = self.input(job_id)
-        partial = target.with_name(".input.part")
-        with _reporting(target):
-            target.parent.mkdir(exist_ok=True)
-            image.save(partial, format="PNG", compress_level=_FAST_COMPRESSION)
-            partial.replace(target)
+        make_folder(self.directory(job_id))
+        write_atomically(self.input(job_id), lambda file: image.save(file, "PNG", compress_level=_FAST_COMPRESSION))
 
     def attempt(self, job_id: str, claim: int) -> AttemptFiles:
         """Return the files of the claim numbered `claim`, from 1."""

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 import cv2
 import PIL.Image
 
+from swifti2v.media.atomic_files import write_atomically
+
 if TYPE_CHECKING:
     from pathlib import Path
 
@@ -67,7 +69,4 @@ def _shrunk(frame: NDArray[np.uint8], side: int) -> PIL.Image.Image:
 
 
 def _save(image: PIL.Image.Image, path: Path) -> None:
-    """Write under a name that holds a whole file or none."""
-    partial = path.with_name(f".{path.name}.part")
-    image.save(partial, format="JPEG", quality=_QUALITY)
-    partial.replace(path)
+    write_atomically(path, lambda file: image.save(file, format="JPEG", quality=_QUALITY))

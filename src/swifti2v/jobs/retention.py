@@ -31,6 +31,11 @@ class RetentionPolicy:
     max_age_seconds: float | None = 7 * 24 * 3600.0
     max_bytes: int | None = None
 
+    @classmethod
+    def of(cls, *, hours: float | None, gigabytes: float | None) -> RetentionPolicy:
+        """Return the policy in the units of the command line: hours, and gigabytes of 10**9 bytes."""
+        return cls(None if hours is None else hours * 3600, None if gigabytes is None else int(gigabytes * 1e9))
+
 
 @dataclass(frozen=True)
 class Pruned:

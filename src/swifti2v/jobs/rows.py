@@ -11,17 +11,18 @@ from swifti2v.jobs.state import Job, JobFailure, JobProgress, JobRequest, JobRes
 if TYPE_CHECKING:
     from sqlalchemy import RowMapping
 
+_SAME = (
+    *("id", "sequence", "owner", "claims", "max_attempts", "created_at", "started_at", "finished_at"),
+    *("worker", "lease_token", "lease_expires_at"),
+)
+"""Columns that are fields of a job as they are."""
+
 
 def row_of_request(request: JobRequest) -> dict[str, Any]:
     """Return the columns that say what is to be made."""
-    return {
-        "model": request.model,
-        "prompt": request.prompt,
-        "options": json.dumps(
-            {"options": dict(request.options), "notes": request.notes, "keep_motion": request.keep_motion}
-        ),
-        "preview": request.preview,
-    }
+    kept = {"options": dict(request.options), "notes": request.notes, "keep_motion": request.keep_motion}
+    columns = {"model": request.model, "prompt": request.prompt, "preview": request.preview}
+    return columns | {"options": json.dumps(kept)}
 
 
 def row_of_failure(now: float, failure: JobFailure) -> dict[str, Any]:
@@ -36,40 +37,22 @@ def as_json(value: JobProgress | JobResult | JobFailure) -> str:
 
 def job_of_row(row: RowMapping) -> Job:
     """Return the job of a row."""
-    result, failure = row["result"], row["failure"]
-    return Job(
-        id=row["id"],
-        sequence=row["sequence"],
-        owner=row["owner"],
-        state=JobState(row["state"]),
-        request=_request(row),
-        progress=JobProgress(**json.loads(row["progress"])),
-        claims=row["claims"],
-        attempts=row["claims"] - row["releases"],
-        max_attempts=row["max_attempts"],
-        created_at=row["created_at"],
-        started_at=row["started_at"],
-        finished_at=row["finished_at"],
-        worker=row["worker"],
-        lease_token=row["lease_token"],
-        lease_expires_at=row["lease_expires_at"],
-        result=None if result is None else _result(json.loads(result)),
-        failure=None if failure is None else JobFailure(**json.loads(failure)),
-        next_stage=JobStage(row["next_stage"]),
-    )
-
-
-def _request(row: RowMapping) -> JobRequest:
-    kept = json.loads(row["options"])
-    return JobRequest(
+    asked, result, failure = (json.loads(row[name] or "null") for name in ("options", "result", "failure"))
+    request = JobRequest(
         row["model"],
         row["prompt"],
-        kept["options"],
-        tuple(kept["notes"]),
+        asked["options"],
+        tuple(asked["notes"]),
         preview=row["preview"],
-        keep_motion=kept.get("keep_motion", True),  # in queues of earlier versions every video was to be compared
+        keep_motion=asked.get("keep_motion", True),  # in queues of earlier versions every video was to be compared
     )
-
-
-def _result(values: dict[str, Any]) -> JobResult:
-    return JobResult(**{**values, "notes": tuple(values["notes"])})
+    return Job(
+        **{name: row[name] for name in _SAME},
+        state=JobState(row["state"]),
+        request=request,
+        progress=JobProgress(**json.loads(row["progress"])),
+        attempts=row["claims"] - row["releases"],
+        result=result and JobResult(**{**result, "notes": tuple(result["notes"])}),
+        failure=failure and JobFailure(**failure),
+        next_stage=JobStage(row["next_stage"]),
+    )

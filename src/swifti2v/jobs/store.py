@@ -77,29 +77,25 @@ class JobStore:
             QueueFullError: as many jobs as allowed wait or run, in all or of this owner.
         """
         now = self._clock()
-        values = {
+        values = row_of_request(request) | {
             "id": job_id,
             "owner": owner,
-            **row_of_request(request),
             "next_stage": next_stage,
             "state": JobState.QUEUED,
-            "claims": 0,
-            "releases": 0,
             "max_attempts": max_attempts,
             "created_at": now,
             "available_at": now,
             "progress": as_json(JobProgress()),
-            "removed": False,
         }
 
         def operation(connection: Connection) -> Job:
             # First, for it makes submitters wait for each other.
-            taken = connection.execute(_NEXT_SEQUENCE).scalar_one()
+            sequence = connection.execute(_NEXT_SEQUENCE).scalar_one()
             known = connection.execute(_KNOWN, {"job": job_id}).mappings().first()
             if known is not None:  # the answer to the first try was lost
                 return job_of_row(known)
             self._check_room(connection, owner, max_active_of_owner)
-            return job_of_row(connection.execute(_INSERT, {"sequence": taken, **values}).mappings().one())
+            return job_of_row(connection.execute(_INSERT, values | {"sequence": sequence}).mappings().one())
 
         return self.database.run(operation)
 
@@ -136,6 +132,10 @@ class JobStore:
         if states:
             conditions.append(JOBS.c.state.in_([str(state) for state in states]))
         return self._select(*conditions, limit=max(1, min(limit, MAX_PAGE)), order=order)
+
+    def check_room(self) -> None:
+        """Raise `QueueFullError` if as many jobs as allowed wait or run."""
+        self.database.run(lambda connection: self._check_room(connection, "", None))
 
     def counts(self) -> dict[JobState, int]:
         """Return how many jobs are in each state."""
@@ -224,13 +224,8 @@ class JobStore:
         """
         now = self._clock()
         if retry_seconds is not None and job.attempts < job.max_attempts:
-            again = {
-                "state": JobState.QUEUED,
-                "available_at": now + retry_seconds,
-                "next_stage": next_stage or job.next_stage,
-                **_NO_LEASE,
-            }
-            return self._change_held(job, again)
+            next_stage = next_stage or job.next_stage
+            return self._change_held(job, {"next_stage": next_stage, **_queued(now + retry_seconds)})
         return self._change_held(job, {**row_of_failure(now, failure), **_NO_LEASE})
 
     def release(self, job: Job) -> bool:
@@ -275,10 +270,7 @@ class JobStore:
         """Return every finished job that no worker works on any more, removed ones too, the oldest first."""
         stopped = or_(JOBS.c.state == JobState.COMPLETED, JOBS.c.lease_expires_at.is_(None), _EXPIRED)
         query = select(JOBS).where(_IS_FINAL, stopped).order_by(JOBS.c.finished_at)
-        moment = {"now": self._clock()}
-        return self.database.run(
-            lambda connection: tuple(map(job_of_row, connection.execute(query, moment).mappings()))
-        )
+        return self._jobs(query, {"now": self._clock()})
 
     def removed_ids(self) -> frozenset[str]:
         """Return the names of the jobs that `remove` hid and `forget` has not dropped yet."""
@@ -306,8 +298,7 @@ class JobStore:
             raise QueueFullError(msg)
 
     def _give_back(self, job: Job, values: Mapping[str, Any]) -> bool:
-        queued = {"state": JobState.QUEUED, "available_at": self._clock(), **_NO_LEASE}
-        return self._change(_RELEASE, {**_claim(job), **queued, **values})
+        return self._change(_RELEASE, {**_claim(job), **_queued(self._clock()), **values})
 
     def _change_held(self, job: Job, values: Mapping[str, Any]) -> bool:
         return self._change(_CHANGE_HELD, {**_claim(job), **values})
@@ -320,12 +311,20 @@ class JobStore:
 
     def _select(self, *conditions: ColumnElement[bool], limit: int, order: Order = "asc") -> tuple[Job, ...]:
         ordering = JOBS.c.sequence.asc() if order == "asc" else JOBS.c.sequence.desc()
-        query = select(JOBS).where(~JOBS.c.removed, *conditions).order_by(ordering).limit(limit)
-        return self.database.run(lambda connection: tuple(map(job_of_row, connection.execute(query).mappings())))
+        return self._jobs(select(JOBS).where(~JOBS.c.removed, *conditions).order_by(ordering).limit(limit), {})
+
+    def _jobs(self, query: Select[Any], values: Mapping[str, Any]) -> tuple[Job, ...]:
+        return self.database.run(
+            lambda connection: tuple(map(job_of_row, connection.execute(query, values).mappings()))
+        )
 
 
 def _owned(owner: str | None) -> ColumnElement[bool]:
     return true() if owner is None else JOBS.c.owner == owner
+
+
+def _queued(available_at: float) -> dict[str, Any]:
+    return {"state": JobState.QUEUED, "available_at": available_at, **_NO_LEASE}
 
 
 def _claim(job: Job) -> dict[str, Any]:

@@ -11,7 +11,7 @@ import time
 from collections.abc import Collection
 from dataclasses import dataclass
 from enum import Enum
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, Self
 
 from swifti2v.errors import (
     DeviceLostError,
@@ -34,34 +34,6 @@ LOGGER = logging.getLogger(__name__)
 
 PROGRESS_SECONDS = 0.25
 """Progress is recorded no more often; what is left out, the heartbeat or the next step records."""
-
-
-class Task(Protocol):
-    """What a runner is given: one claim of one job."""
-
-    @property
-    def job(self) -> Job:
-        """The job as it was claimed."""
-        ...
-
-    @property
-    def input(self) -> Path:
-        """The picture."""
-        ...
-
-    @property
-    def files(self) -> AttemptFiles:
-        """Where to write."""
-        ...
-
-    def report(self, progress: JobProgress) -> None:
-        """Say how far the job is; to be called after every denoising step.
-
-        Raises:
-            GenerationCancelled: the runner must stop at once: the job was cancelled or taken over, or the worker
-                stops.
-        """
-        ...
 
 
 class Runner(Protocol):
@@ -156,6 +128,7 @@ class Worker:
                 break
             else:
                 self._drain.wait(self.options.poll_seconds)
+        LOGGER.info("%s: worked on %d jobs", self.name, count)
         return count
 
     def run_one(self) -> Outcome | None:
@@ -170,15 +143,18 @@ class Worker:
             return None
         if job is None:
             return None
-        claim = _Claim(self, job)
-        with claim:
-            outcome = claim.work()
+        with Task(self, job) as task:
+            outcome = task.work()
         LOGGER.info("%s: %s by %s, claim %d", job.id, outcome.value, self.name, job.claims)
         return outcome
 
 
-class _Claim:
-    """One job at work: the task of the runner, and the heartbeat beside it."""
+class Task:
+    """One claim of one job: what a runner is given, with the heartbeat beside it.
+
+    Attributes:
+        job: the job as it was claimed.
+    """
 
     def __init__(self, worker: Worker, job: Job) -> None:
         self.job = job
@@ -192,7 +168,7 @@ class _Claim:
         self._progress: JobProgress | None = None
         self._heart = threading.Thread(target=self._beat, name=f"heartbeat-{job.id[-6:]}", daemon=True)
 
-    def __enter__(self) -> _Claim:
+    def __enter__(self) -> Self:
         self._heart.start()
         return self
 
@@ -202,13 +178,21 @@ class _Claim:
 
     @property
     def input(self) -> Path:
+        """The picture."""
         return self._worker.files.input(self.job.id)
 
     @property
     def files(self) -> AttemptFiles:
+        """Where to write."""
         return self._worker.files.attempt(self.job.id, self.job.claims)
 
     def report(self, progress: JobProgress) -> None:
+        """Say how far the job is; to be called after every denoising step.
+
+        Raises:
+            GenerationCancelled: the runner must stop at once: the job was cancelled or taken over, or the worker
+                stops.
+        """
         now = self._last_step = time.monotonic()
         if self._lost.is_set() or not self._still_held(now, progress):
             self._lost.set()

@@ -12,15 +12,16 @@ from typing import TYPE_CHECKING, Any
 from anyio import to_thread
 from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
+from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import JSONResponse, Response
 
 from swifti2v import __version__
 from swifti2v.errors import InvalidInputError, OutputError, SwiftI2VError
 from swifti2v.jobs.queue import JobQueue
 from swifti2v.jobs.retention import prune
-from swifti2v.serving.access import Access
 from swifti2v.serving.decoding import PictureDecoder
-from swifti2v.serving.frame import RequestFrame
+from swifti2v.serving.frame import REQUEST_ID_HEADER, RequestFrame
+from swifti2v.serving.keys import Access
 from swifti2v.serving.metrics import CONTENT_TYPE, Metrics
 from swifti2v.serving.problems import add_handlers
 from swifti2v.serving.routes import Service, video_routes
@@ -69,13 +70,22 @@ def create_app(
             decoder.close()
             queue.store.database.close()
 
-    app = FastAPI(title="SwiftI2V", version=__version__, description=DESCRIPTION, lifespan=lifespan)
+    servers = [{"url": settings.root_path}] if settings.root_path else None
+    app = FastAPI(title="SwiftI2V", version=__version__, description=DESCRIPTION, lifespan=lifespan, servers=servers)
     app.state.service = service
     metrics = Metrics(queue.store)
     app.include_router(video_routes(service))
     _add_operation(app, service, metrics)
     add_handlers(app)
-    app.add_middleware(RequestFrame, limits=limits, metrics=metrics)
+    app.add_middleware(RequestFrame, limits=limits, metrics=metrics, root_path=settings.root_path)
+    if settings.allowed_origins:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=settings.allowed_origins,
+            allow_methods=("GET", "POST", "DELETE"),
+            allow_headers=("authorization", "content-type", "range", REQUEST_ID_HEADER),
+            expose_headers=(REQUEST_ID_HEADER, "x-video-status", "retry-after", "content-range"),
+        )
     app.openapi = lambda: _openapi(app)  # type: ignore[method-assign]  # as FastAPI documents it
     return app
 
@@ -128,7 +138,13 @@ async def _prune_for_ever(service: Service) -> None:
 def _openapi(app: FastAPI) -> dict[str, Any]:
     """Return FastAPI's document without its own form of errors, which this service does not send."""
     if not app.openapi_schema:
-        document = get_openapi(title=app.title, version=app.version, description=app.description, routes=app.routes)
+        told: dict[str, Any] = {
+            "title": app.title,
+            "version": app.version,
+            "description": app.description,
+            "servers": app.servers,
+        }
+        document = get_openapi(routes=app.routes, **told)
         for path in document["paths"].values():
             for operation in path.values():
                 operation["responses"].pop("422", None)

@@ -1,29 +1,35 @@
-"""The files of a video: whole ones with HTTP ranges, and the one that still grows."""
+"""The files of a video (whole ones with HTTP ranges, and the one that still grows), and its progress as events."""
 
 from __future__ import annotations
 
 import asyncio
 import re
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, BinaryIO, Literal
 
 from anyio import to_thread
-from starlette.responses import FileResponse, Response
+from starlette.responses import FileResponse, Response, StreamingResponse
 
 from swifti2v.errors import JobError
 from swifti2v.jobs.state import Job, JobState
 from swifti2v.serving.problems import ApiProblem
 
 if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
     from pathlib import Path
 
     from starlette.types import Message, Receive, Scope, Send
 
     from swifti2v.jobs.files import AttemptFiles
     from swifti2v.jobs.queue import JobQueue
+    from swifti2v.serving.schemas import VideoObject
 
 Variant = Literal["video", "thumbnail", "spritesheet"]
+
+KEEPALIVE_SECONDS = 15.0
+"""A comment is sent after so much silence, so that proxies keep the connection."""
 
 PIECE_BYTES = 1 << 16
 _HEADERS = {"Cache-Control": "private, no-cache", "X-Content-Type-Options": "nosniff"}
@@ -125,6 +131,37 @@ class GrowingVideo(Response):
             except FileNotFoundError:
                 continue
         return None
+
+
+def event_stream(follow: Follow, describe: Callable[[Job], VideoObject]) -> StreamingResponse:
+    """Return a response that sends ``video.progress`` at each change and ends after the final state.
+
+    The last event is ``video.completed``, ``video.failed``, or ``video.deleted`` without data. Data is the video.
+    """
+    headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
+    return StreamingResponse(_events(follow, describe), media_type="text/event-stream", headers=headers)
+
+
+async def _events(follow: Follow, describe: Callable[[Job], VideoObject]) -> AsyncIterator[str]:
+    last, silent_since = "", time.monotonic()
+    while not follow.is_draining():
+        try:
+            job = await to_thread.run_sync(follow.look)
+        except JobError:
+            yield "event: video.deleted\ndata: {}\n\n"
+            return
+        video = describe(job)
+        data = video.model_dump_json()
+        if job.state.is_final:
+            yield f"event: video.{video.status}\ndata: {data}\n\n"
+            return
+        if data != last:
+            last, silent_since = data, time.monotonic()
+            yield f"event: video.progress\ndata: {data}\n\n"
+        elif time.monotonic() - silent_since > KEEPALIVE_SECONDS:
+            silent_since = time.monotonic()
+            yield ": waiting\n\n"
+        await asyncio.sleep(follow.poll_seconds)
 
 
 def _whole(path: Path, media_type: str, name: str) -> Response:

@@ -20,6 +20,7 @@ import logging
 import os
 import signal
 import threading
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import ray
@@ -34,7 +35,7 @@ from swifti2v.jobs.worker import Worker, WorkerOptions
 from swifti2v.serving.application import create_app
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection
+    from collections.abc import Callable, Collection, Iterator
 
     from fastapi import FastAPI
     from ray.serve.handle import DeploymentHandle
@@ -208,7 +209,7 @@ def _dispatcher_name(group: WorkerGroup) -> str:
 def run(settings: ServiceSettings, cluster: ClusterSettings, *, address: tuple[str, int]) -> None:
     """Serve at (host, port) until SIGTERM or SIGINT, then let the jobs at work be given back."""
     stopping = threading.Event()
-    with _Cluster(cluster):
+    with _cluster(cluster):
         _start(settings, cluster, address)
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda _number, _frame: stopping.set())
@@ -249,34 +250,23 @@ def _ingress(settings: ServiceSettings, options: dict[str, Any]) -> Any:
     return serve.deployment(Ingress, name="Ingress", max_ongoing_requests=1000, **options)
 
 
-class _Cluster:
-    """A connection to a cluster, or a cluster of this machine for as long as it is held."""
-
-    def __init__(self, settings: ClusterSettings) -> None:
-        self._settings = settings
-
-    def __enter__(self) -> None:
-        if self._settings.address is not None:
-            try:
-                ray.init(address=self._settings.address, logging_level=logging.WARNING)
-            except (ConnectionError, ValueError, RuntimeError) as error:
-                msg = f"there is no Ray cluster at {self._settings.address!r}; start one with: ray start --head"
-                raise ConfigurationError(msg) from error
-            return
-        try:
-            self._start()
-        except Exception as error:  # Ray raises just that when a node does not come up within 30 s
+@contextmanager
+def _cluster(settings: ClusterSettings) -> Iterator[None]:
+    """Hold a connection to a cluster, or a cluster of this machine alone."""
+    needed = sum(group.max_workers for group in settings.groups) * settings.cpus_per_worker
+    own: dict[str, Any] = {
+        "num_cpus": max(os.cpu_count() or 1, int(needed + 1)),
+        "object_store_memory": _OBJECT_STORE_BYTES,
+        "include_dashboard": False,
+    }
+    try:
+        ray.init(logging_level=logging.WARNING, **({"address": settings.address} if settings.address else own))
+    except Exception as error:  # Ray raises just that when a node does not come up within 30 s
+        msg = f"there is no Ray cluster at {settings.address!r}; start one with: ray start --head"
+        if settings.address is None:
             msg = "no Ray cluster could be started on this machine; wait until it is less busy, or give --ray-address"
-            raise ConfigurationError(msg) from error
-
-    def __exit__(self, *_error: object) -> None:
+        raise ConfigurationError(msg, param="ray_address", value=settings.address) from error
+    try:
+        yield
+    finally:
         ray.shutdown()
-
-    def _start(self) -> None:
-        needed = sum(group.max_workers for group in self._settings.groups) * self._settings.cpus_per_worker
-        ray.init(
-            num_cpus=max(os.cpu_count() or 1, int(needed + 1)),
-            object_store_memory=_OBJECT_STORE_BYTES,
-            include_dashboard=False,
-            logging_level=logging.WARNING,
-        )

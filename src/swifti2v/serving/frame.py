@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
 import re
 import secrets
 import time
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from starlette.datastructures import MutableHeaders
 
+from swifti2v.jobs.logs import REQUEST_FIELDS
 from swifti2v.serving.problems import ApiProblem
 
 if TYPE_CHECKING:
@@ -24,27 +24,14 @@ ACCESS_LOGGER = logging.getLogger("swifti2v.serving.access")
 REQUEST_ID_HEADER = "x-request-id"
 
 _REQUEST_ID = re.compile(r"[A-Za-z0-9_-]{1,64}")
-_FIELDS = ("request_id", "method", "path", "status", "milliseconds", "key", "bytes_in")
-
-
-class JsonFormatter(logging.Formatter):
-    """One JSON object a line."""
-
-    def format(self, record: logging.LogRecord) -> str:
-        """Return the line of a record."""
-        line: dict[str, Any] = {"time": round(record.created, 3), "level": record.levelname, "logger": record.name}
-        line["message"] = record.getMessage()
-        line |= {name: getattr(record, name) for name in _FIELDS if hasattr(record, name)}
-        if record.exc_info:
-            line["exception"] = self.formatException(record.exc_info)
-        return json.dumps(line)
 
 
 class RequestFrame:
-    """Middleware around the application."""
+    """Middleware around the application, which a proxy may offer below `root_path`, with or without that in paths."""
 
-    def __init__(self, app: ASGIApp, *, limits: ServiceLimits, metrics: Metrics) -> None:
+    def __init__(self, app: ASGIApp, *, limits: ServiceLimits, metrics: Metrics, root_path: str = "") -> None:
         self._app = app
+        self._root_path = root_path
         self._limits = limits
         self._metrics = metrics
 
@@ -53,6 +40,7 @@ class RequestFrame:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
+        scope["root_path"] = self._root_path or scope.get("root_path", "")
         request_id = _request_id(scope)
         body = _BoundedBody(receive, self._limits)
         status = 500
@@ -72,9 +60,9 @@ class RequestFrame:
             route = getattr(scope.get("route"), "path", "unknown")
             self._metrics.observe(route, scope["method"], status, seconds)
             # The path as the route has it: what a client wrote into it stays out of the log.
-            fields = (request_id, scope["method"], route, status, round(1000 * seconds, 1), scope.get("key_name", ""))
-            extra = dict(zip(_FIELDS, (*fields, body.num_bytes), strict=True))
-            ACCESS_LOGGER.info("request", extra=extra)
+            milliseconds, key = round(1000 * seconds, 1), scope.get("key_name", "")
+            values = (request_id, scope["method"], route, status, milliseconds, key, body.num_bytes)
+            ACCESS_LOGGER.info("request", extra=dict(zip(REQUEST_FIELDS, values, strict=True)))
 
 
 class _BoundedBody:

@@ -1,38 +1,44 @@
-"""API keys: kept as hashes in one file, each with a name that owns its jobs, and limits."""
+"""API keys: who asks, what they may see, how often they may ask. Kept as hashes in one file."""
 
 from __future__ import annotations
 
 import hashlib
-import json
+import math
 import os
 import re
 import secrets
 import threading
 import time
-from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from swifti2v.config import from_mapping
+from pydantic import BaseModel, ConfigDict, ValidationError
+
 from swifti2v.errors import ConfigurationError, InvalidInputError, OutputError
+from swifti2v.serving.problems import ApiProblem
 
 if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
+    from fastapi import Request
+
 KEY_PREFIX = "sk-swifti2v-"
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+_MAX_KEY_CHARACTERS = 512
 
 
-@dataclass(frozen=True)
-class ApiKey:
+class ApiKey(BaseModel):
     """One key.
 
     Args:
         name: of its holder; a key sees the jobs of its name only.
         sha256: of the key. Keys are drawn at random, 256 bits, so that a fast hash without salt is enough.
-        max_active_jobs: that wait or run at once.
-        requests_per_minute: of any kind.
+        max_active_jobs: limit of jobs that wait or run at once.
+        requests_per_minute: limit of requests.
     """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
 
     name: str
     sha256: str
@@ -40,18 +46,80 @@ class ApiKey:
     requests_per_minute: int = 600
 
 
+class _Keys(BaseModel):
+    keys: list[ApiKey]
+
+
+@dataclass(frozen=True)
+class Caller:
+    """Who asks.
+
+    Args:
+        name: the owner of what they submit.
+        sees: the owner whose jobs they see; None: all.
+        max_active_jobs: limit of their own jobs that wait or run at once; None for no limit.
+    """
+
+    name: str = ""
+    sees: str | None = None
+    max_active_jobs: int | None = None
+
+
+class Access:
+    """Tells callers by their keys; everybody may do everything until there is a file of keys.
+
+    Args:
+        keys: the file of keys, which need not exist yet: the first key is in force from the moment it is added. None:
+            no keys are ever asked for.
+    """
+
+    def __init__(self, keys: Path | None) -> None:
+        self._keys = None if keys is None else KeyFile(keys)
+        self._limiter = RateLimiter()
+
+    def caller(self, request: Request) -> Caller:
+        """Return who asks.
+
+        Raises:
+            ApiProblem: no key or a wrong one, or too many requests.
+            ConfigurationError: the file of keys is damaged.
+        """
+        if self._keys is None or not self._keys.is_in_force():
+            return Caller()
+        scheme, _, secret = request.headers.get("authorization", "").partition(" ")
+        key = None
+        if scheme.lower() == "bearer" and 0 < len(secret) <= _MAX_KEY_CHARACTERS:
+            key = self._keys.find(secret.strip())
+        if key is None:
+            headers = {"WWW-Authenticate": "Bearer"}
+            raise ApiProblem(401, "the API key is missing or wrong; send it as a bearer token", headers=headers)
+        request.scope["key_name"] = key.name
+        wait_seconds = self._limiter.take(key.name, key.requests_per_minute)
+        if wait_seconds:
+            headers = {"Retry-After": str(math.ceil(wait_seconds))}
+            raise ApiProblem(429, f"more than {key.requests_per_minute} requests a minute; slow down", headers=headers)
+        return Caller(key.name, key.name, key.max_active_jobs)
+
+
 class KeyFile:
     """The keys of one file, read again whenever it changes.
 
+    Once there has been a file, its keys stay in force: where it goes away, no key is right until it comes back.
+
     Raises:
-        ConfigurationError: the file is missing or damaged.
+        ConfigurationError: the file is damaged; from the methods too.
     """
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._stamp: tuple[int, int] | None = None
+        self._stamp: tuple[int, int, int] | None = None
         self._keys: dict[str, ApiKey] = {}
         self._reload()
+
+    def is_in_force(self) -> bool:
+        """Whether keys are asked for."""
+        self._reload()
+        return self._stamp is not None
 
     def find(self, key: str) -> ApiKey | None:
         """Return what is known of a key, by its hash: no comparison of secrets that could be timed."""
@@ -61,24 +129,22 @@ class KeyFile:
     def _reload(self) -> None:
         try:
             status = self._path.stat()
-        except OSError as error:
-            msg = f"the file of keys {self._path} cannot be read; make a key with: swifti2v serve add-key NAME"
-            raise ConfigurationError(msg) from error
-        stamp = (status.st_mtime_ns, status.st_size)
-        if stamp != self._stamp:
+        except FileNotFoundError:
+            self._keys = {}
+            return
+        stamp = (status.st_mtime_ns, status.st_size, status.st_ino)
+        if stamp != self._stamp or not self._keys:
             self._keys = {key.sha256: key for key in read_keys(self._path)}
             self._stamp = stamp
 
 
 def read_keys(path: Path) -> list[ApiKey]:
-    """Return the keys of a file; raise `ConfigurationError` if it is damaged."""
+    """Return the keys of a file; raise `ConfigurationError` if it is missing or damaged."""
     try:
-        content: Any = json.loads(path.read_text(encoding="utf-8"))
-        entries = content["keys"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        msg = f"the file of keys {path} is damaged; restore it, or remove it and make the keys anew"
+        return _Keys.model_validate_json(path.read_bytes()).keys
+    except (OSError, ValidationError) as error:
+        msg = f"the file of keys {path} is missing or damaged; restore it, or remove it and make the keys anew"
         raise ConfigurationError(msg) from error
-    return [from_mapping(ApiKey, entry, where=str(path)) for entry in entries]
 
 
 def add_key(path: Path, name: str, **limits: int) -> str:
@@ -96,7 +162,7 @@ def add_key(path: Path, name: str, **limits: int) -> str:
         msg = f"{name!r} has a key already; remove it first, or choose another name"
         raise InvalidInputError(msg)
     key = KEY_PREFIX + secrets.token_urlsafe(32)
-    _write(path, [*known, ApiKey(name, _digest(key), **limits)])
+    _write(path, [*known, ApiKey(name=name, sha256=_digest(key), **limits)])
     return key
 
 
@@ -124,11 +190,9 @@ class RateLimiter:
         with self._lock:
             level, filled_at = self._buckets.get(name, (float(per_minute), now))
             level = min(float(per_minute), level + (now - filled_at) * per_minute / 60)
-            if level < 1:
-                self._buckets[name] = level, now
-                return (1 - level) * 60 / per_minute
-            self._buckets[name] = level - 1, now
-            return 0.0
+            taken = level >= 1
+            self._buckets[name] = level - taken, now
+            return 0.0 if taken else (1 - level) * 60 / per_minute
 
 
 def _digest(key: str) -> str:
@@ -136,12 +200,11 @@ def _digest(key: str) -> str:
 
 
 def _write(path: Path, keys: list[ApiKey]) -> None:
-    content = json.dumps({"keys": [asdict(key) for key in keys]}, indent=2)
     partial = path.with_name(f".{path.name}.part")
     try:
         partial.unlink(missing_ok=True)
         with os.fdopen(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="utf-8") as file:
-            file.write(content)
+            file.write(_Keys(keys=keys).model_dump_json(indent=2))
         partial.replace(path)
     except OSError as error:
         msg = f"the file of keys {path} cannot be written ({error.strerror}); choose another place"

@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
+from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 
-from swifti2v.errors import InvalidInputError, JobError, OutputError, QueueFullError
+from swifti2v.errors import InvalidInputError, JobError, OutputError, QueueFullError, SwiftI2VError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -18,8 +19,10 @@ if TYPE_CHECKING:
 
 LOGGER = logging.getLogger(__name__)
 
-_RETRY_SECONDS = 5
+MAX_ECHO_CHARACTERS = 60
+"""So much of what a client wrote is repeated in an answer."""
 
+_RETRY_LATER = {"Retry-After": "5"}
 _TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
 _CODES = {
     401: "invalid_api_key",
@@ -30,6 +33,21 @@ _CODES = {
     415: "unsupported_media_type",
     429: "rate_limit_exceeded",
 }
+
+
+class ErrorDetail(BaseModel):
+    """What is wrong."""
+
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class ErrorBody(BaseModel):
+    """OpenAI's error object."""
+
+    error: ErrorDetail
 
 
 class ApiProblem(Exception):  # noqa: N818 - an answer to a client, not an error of this package
@@ -54,44 +72,43 @@ class ApiProblem(Exception):  # noqa: N818 - an answer to a client, not an error
     ) -> None:
         super().__init__(message)
         self.status = status
-        self.message = message
-        self.param = param
-        self.code = code or _CODES.get(status)
         self.headers = dict(headers or {})
+        kind = _TYPES.get(status, "server_error" if status >= 500 else "invalid_request_error")
+        self.detail = ErrorDetail(message=message, type=kind, param=param, code=code or _CODES.get(status))
+
+    @property
+    def response(self) -> JSONResponse:
+        """The response that says it."""
+        return JSONResponse(ErrorBody(error=self.detail).model_dump(), self.status, headers=self.headers)
 
 
-def problem_body(problem: ApiProblem) -> dict[str, Any]:
-    """Return OpenAI's error object."""
-    default = "server_error" if problem.status >= 500 else "invalid_request_error"
-    kind = _TYPES.get(problem.status, default)
-    return {"error": {"message": problem.message, "type": kind, "param": problem.param, "code": problem.code}}
-
-
-def problem_response(problem: ApiProblem) -> JSONResponse:
-    """Return the response that says it."""
-    return JSONResponse(problem_body(problem), problem.status, headers=problem.headers)
+def invalid_field(error: Mapping[str, Any]) -> ApiProblem:
+    """Return the problem with one field, as pydantic describes it (`ValidationError.errors`)."""
+    param = str(error["loc"][0 if len(error["loc"]) == 1 or error["loc"][0] != "query" else 1])[:MAX_ECHO_CHARACTERS]
+    cause = error.get("ctx", {}).get("error")  # the exception of a validator of ours
+    said = {"missing": "is missing", "extra_forbidden": "is not a known field; see /docs"}
+    message = str(cause or f"{param}: {said.get(error['type'], error['msg'])}")
+    return ApiProblem(400, message, param=param, code="invalid_value")
 
 
 def as_problem(error: Exception) -> ApiProblem:
     """Return what a client may know of an error: never a path, never a traceback."""
-    if isinstance(error, ApiProblem):
-        return error
-    if isinstance(error, JobError):
-        return ApiProblem(404, "there is no such video; it may have expired")
-    if isinstance(error, QueueFullError):
-        return ApiProblem(429, str(error), code="queue_full", headers={"Retry-After": str(_RETRY_SECONDS)})
-    if isinstance(error, InvalidInputError):
-        return ApiProblem(400, str(error), code="invalid_value")
-    if isinstance(error, RequestValidationError):
-        first = error.errors()[0]
-        return ApiProblem(400, str(first.get("msg", "invalid")), param=str(first["loc"][-1]), code="invalid_value")
-    if isinstance(error, HTTPException):
-        return ApiProblem(error.status_code, str(error.detail), headers=error.headers)
-    if isinstance(error, OutputError):
-        headers = {"Retry-After": str(_RETRY_SECONDS)}
-        return ApiProblem(
-            503, "the service cannot store this for now; try again later", code="storage", headers=headers
-        )
+    match error:
+        case ApiProblem():
+            return error
+        case JobError():
+            return ApiProblem(404, "there is no such video; it may have expired")
+        case QueueFullError():
+            return ApiProblem(429, str(error), code="queue_full", headers=_RETRY_LATER)
+        case InvalidInputError():
+            return ApiProblem(400, str(error), param=error.param, code="invalid_value")
+        case OutputError():
+            message = "the service cannot store this for now; try again later"
+            return ApiProblem(503, message, code="storage", headers=_RETRY_LATER)
+        case RequestValidationError():
+            return invalid_field(error.errors()[0])
+        case HTTPException():
+            return ApiProblem(error.status_code, str(error.detail), headers=error.headers)
     return ApiProblem(500, "the service failed; give the operator the x-request-id of this response")
 
 
@@ -102,16 +119,7 @@ def add_handlers(app: FastAPI) -> None:
         problem = as_problem(error)
         if problem.status >= 500:
             LOGGER.error("%s: %s", type(error).__name__, error, exc_info=problem.status == 500)
-        return problem_response(problem)
+        return problem.response
 
-    kinds = (
-        ApiProblem,
-        JobError,
-        QueueFullError,
-        InvalidInputError,
-        RequestValidationError,
-        HTTPException,
-        OutputError,
-    )
-    for kind in (*kinds, Exception):
+    for kind in (ApiProblem, SwiftI2VError, RequestValidationError, HTTPException, Exception):
         app.add_exception_handler(kind, handle)

@@ -5,60 +5,66 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from anyio import to_thread
 from fastapi import APIRouter, Depends, Header, Path, Query, Request
 from starlette.responses import Response
 
-from swifti2v.errors import QueueFullError
+from swifti2v.errors import ImageInputError
 from swifti2v.jobs.queue import JobQueue  # noqa: TC001 - FastAPI and dataclasses read annotations as they run
-from swifti2v.jobs.state import ACTIVE_STATES, Job
 from swifti2v.jobs.store import Order  # noqa: TC001 - as above
-from swifti2v.serving.access import Access, Caller
-from swifti2v.serving.content import Follow, Variant, content_response
-from swifti2v.serving.decoding import PictureDecoder  # noqa: TC001 - as above
-from swifti2v.serving.events import event_stream
-from swifti2v.serving.problems import ApiProblem
+from swifti2v.serving.content import Follow, Variant, content_response, event_stream
+from swifti2v.serving.decoding import PictureDecoder, PictureTooLargeError
+from swifti2v.serving.keys import Access, Caller
+from swifti2v.serving.problems import ApiProblem, ErrorBody
 from swifti2v.serving.schemas import (
-    CREATE_SCHEMA,
+    PICTURE_FIELD,
     DeletedVideo,
-    ErrorBody,
     ModelList,
     ModelObject,
     VideoList,
     VideoObject,
+    VideoRequest,
+    job_request,
     read_request,
     video_object,
 )
 from swifti2v.serving.settings import ServiceSettings  # noqa: TC001 - as above
-from swifti2v.serving.uploads import IMAGE_FIELD, CreateBody, decode_picture, fetch_picture, read_body
+from swifti2v.serving.uploads import picture_bytes, read_fields
+
+if TYPE_CHECKING:
+    from swifti2v.jobs.state import Job
 
 MAX_PAGE = 100
 
-PROBLEMS: dict[int | str, dict[str, Any]] = {
-    status: {"model": ErrorBody, "description": text}
-    for status, text in {
-        400: "The request cannot be used; the message says why.",
-        401: "The API key is missing or wrong.",
-        404: "There is no such thing (for this key).",
-        429: "Too many requests, or the queue is full; see Retry-After.",
-        503: "The service cannot do it for now.",
-    }.items()
-}
-UPLOAD_PROBLEMS: dict[int | str, dict[str, Any]] = {
-    408: {"model": ErrorBody, "description": "The body came too slowly."},
-    413: {"model": ErrorBody, "description": "The body is too large."},
-    415: {"model": ErrorBody, "description": "Another content type."},
-}
+
+def _problems(**texts: str) -> dict[int | str, dict[str, Any]]:
+    return {int(status[1:]): {"model": ErrorBody, "description": text} for status, text in texts.items()}
+
+
+PROBLEMS = _problems(
+    _400="The request cannot be used; the message says why.",
+    _401="The API key is missing or wrong.",
+    _404="There is no such thing (for this key).",
+    _429="Too many requests, or the queue is full; see Retry-After.",
+    _503="The service cannot do it for now.",
+)
+UPLOAD_PROBLEMS = _problems(
+    _408="The body came too slowly.", _413="The body is too large.", _415="Another content type."
+)
+_FILES: dict[str, Any] = {"video/mp4": {}, "image/jpeg": {}}
 CONTENT_ANSWERS: dict[int | str, dict[str, Any]] = {
     200: {
         "description": "The file; of a video at work, the fragmented MP4 as it grows, to its end.",
-        "content": {"video/mp4": {}, "image/jpeg": {}},
+        "content": _FILES,
     },
-    206: {"description": "A part of it.", "content": {"video/mp4": {}, "image/jpeg": {}}},
-    409: {"model": ErrorBody, "description": "It is not there yet; see Retry-After."},
+    206: {"description": "A part of it.", "content": _FILES},
     416: {"description": "The file has no such part (yet)."},
+    **_problems(_409="It is not there yet; see Retry-After."),
+}
+EVENT_ANSWERS: dict[int | str, dict[str, Any]] = {
+    200: {"description": "Server-sent events.", "content": {"text/event-stream": {}}}
 }
 
 VideoId = Annotated[str, Path(description="The id that creating the video gave.")]
@@ -107,24 +113,28 @@ def _add_creation(router: APIRouter, service: Service) -> None:
     limits = service.settings.limits
     pictures_at_once = threading.Semaphore(limits.concurrent_decodes)
 
-    def submit(body: CreateBody, caller: Caller) -> Job:
-        request = read_request(body.fields, service.settings)
-        _check_room(service)
-        body = fetch_picture(body, limits)
+    def submit(fields: dict[str, Any], caller: Caller) -> Job:
+        asked = read_request(fields)
+        request = job_request(asked, service.settings)
+        service.queue.store.check_room()  # before the picture is decoded; the submission has the last word
+        content = picture_bytes(asked.input_reference, limits)
         with pictures_at_once:
-            loaded = decode_picture(body, service.decoder)
+            try:
+                loaded = service.decoder.decode(content)
+            except ImageInputError as error:
+                code = "image_too_large" if isinstance(error, PictureTooLargeError) else "invalid_image"
+                raise ApiProblem(400, str(error), param=PICTURE_FIELD, code=code) from error
             request = replace(request, notes=loaded.notes)
-            return service.queue.submit(
-                loaded.image, request, owner=caller.name, max_active_of_owner=caller.max_active_jobs
-            )
+            limit = caller.max_active_jobs
+            return service.queue.submit(loaded.image, request, owner=caller.name, max_active_of_owner=limit)
 
     @router.post("/videos", responses=UPLOAD_PROBLEMS, openapi_extra={"requestBody": _request_body()})
     async def create_video(request: Request, caller: KnownCaller) -> VideoObject:
         """Queue a video."""
         if service.draining.is_set():
             raise ApiProblem(503, "the service is stopping; try again soon", headers={"Retry-After": "5"})
-        body = await read_body(request)
-        return service.describe(await to_thread.run_sync(submit, body, caller))
+        fields = await read_fields(request)
+        return service.describe(await to_thread.run_sync(submit, fields, caller))
 
 
 def _add_reading(router: APIRouter, service: Service) -> None:
@@ -160,7 +170,9 @@ def _add_reading(router: APIRouter, service: Service) -> None:
 
 
 def _add_streams(router: APIRouter, service: Service) -> None:
-    store = service.queue.store
+    def followed(video_id: str, caller: Caller) -> tuple[Job, Follow]:
+        follow = service.follow(lambda: service.queue.store.get(video_id, owner=caller.sees))
+        return follow.look(), follow
 
     @router.get("/videos/{video_id}/content", response_class=Response, responses=CONTENT_ANSWERS)
     def download_content(
@@ -170,44 +182,25 @@ def _add_streams(router: APIRouter, service: Service) -> None:
         byte_range: Annotated[str | None, Header(alias="range")] = None,
     ) -> Response:
         """Return the video (while it is made: as it grows), its thumbnail or its spritesheet."""
-        job = store.get(video_id, owner=caller.sees)
-        follow = service.follow(lambda: store.get(video_id, owner=caller.sees))
+        job, follow = followed(video_id, caller)
         return content_response(service.queue, job, variant, byte_range=byte_range, follow=follow)
 
-    @router.get(
-        "/videos/{video_id}/events",
-        response_class=Response,
-        responses={200: {"description": "Server-sent events.", "content": {"text/event-stream": {}}}},
-    )
+    @router.get("/videos/{video_id}/events", response_class=Response, responses=EVENT_ANSWERS)
     def follow_video(video_id: VideoId, caller: KnownCaller) -> Response:
         """Send the video's state at each change, until it is final."""
-
-        def look() -> Job:
-            return store.get(video_id, owner=caller.sees)
-
-        look()
-        return event_stream(service.follow(look), service.describe)
-
-
-def _check_room(service: Service) -> None:
-    """Refuse before the picture is decoded; the store has the last word."""
-    counts = service.queue.store.counts()
-    if sum(counts[state] for state in ACTIVE_STATES) >= service.queue.store.max_active:
-        msg = f"the queue is full ({service.queue.store.max_active} videos wait or run); try again later"
-        raise QueueFullError(msg)
+        return event_stream(followed(video_id, caller)[1], service.describe)
 
 
 def _request_body() -> dict[str, Any]:
     """Describe both forms of the body, for the OpenAPI document."""
-    properties = CREATE_SCHEMA["properties"]
+    schema = VideoRequest.model_json_schema()
+    schema.pop("$defs")
     file = {"type": "string", "format": "binary", "description": "JPEG, PNG, WebP, ..."}
     url = {"type": "string", "description": "data:image/png;base64,..."}
     reference = {"oneOf": [url, {"type": "object", "required": ["image_url"], "properties": {"image_url": url}}]}
     forms = {"multipart/form-data": file, "application/json": reference}
-    return {
-        "required": True,
-        "content": {
-            kind: {"schema": {**CREATE_SCHEMA, "properties": {**properties, IMAGE_FIELD: picture}}}
-            for kind, picture in forms.items()
-        },
+    content = {
+        kind: {"schema": schema | {"properties": schema["properties"] | {PICTURE_FIELD: picture}}}
+        for kind, picture in forms.items()
     }
+    return {"required": True, "content": content}

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import logging
 import resource
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
-
-from swifti2v.serving.frame import JsonFormatter
 
 if TYPE_CHECKING:
     import asyncio
@@ -26,12 +23,7 @@ _SPARE_FILES = 256  # beside the connections: the database, videos that are sent
 
 
 class DrainingServer(uvicorn.Server):
-    """A server that says that it drains as soon as it is told to stop.
-
-    Args:
-        config: see `server_for`.
-        draining: is set then.
-    """
+    """A server that sets `draining` as soon as it is told to stop; SIGTERM then ends `run` as it ends any function."""
 
     def __init__(self, config: uvicorn.Config, draining: threading.Event) -> None:
         super().__init__(config)
@@ -101,14 +93,6 @@ class ImpatientProtocol(H11Protocol):
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
-
-
-def log_as_json() -> None:
-    """Let everything that is logged be a line of JSON on standard error."""
-    handler = logging.StreamHandler()
-    handler.setFormatter(JsonFormatter())
-    logging.basicConfig(level=logging.INFO, handlers=[handler], force=True)
-    logging.getLogger("swifti2v").setLevel(logging.INFO)
 
 
 def _allow_open_files(count: int) -> None:

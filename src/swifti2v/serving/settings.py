@@ -63,7 +63,9 @@ class ServiceSettings:
         data: folder of the queue and its files.
         models: that requests may name; the first is the default.
         database_url: of the queue; default: SQLite in `data`.
-        keys: file of the API keys; None: everybody may do everything, and sees every job.
+        keys: file of the API keys, see `Access`; None: everybody may do everything, and sees every job.
+        allowed_origins: of web pages that may call the service (CORS), ``https://example.org``; ``*`` for all.
+        root_path: path below which a proxy offers the service, ``/video``.
         limits: see `ServiceLimits`.
         retention: what is kept of finished jobs.
         prune_seconds: pause between two looks at it.
@@ -74,6 +76,8 @@ class ServiceSettings:
     models: tuple[ServedModel, ...]
     database_url: str | None = None
     keys: Path | None = None
+    allowed_origins: tuple[str, ...] = ()
+    root_path: str = ""
     limits: ServiceLimits = field(default_factory=ServiceLimits)
     retention: RetentionPolicy = field(default_factory=RetentionPolicy)
     prune_seconds: float = 60.0

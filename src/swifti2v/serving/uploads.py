@@ -1,102 +1,73 @@
-"""The body of a request to create a video: multipart or JSON, its fields, its picture.
+"""The body of a request to create a video, multipart or JSON, and its picture.
 
 Sizes are bounded before anything is held: the body by the middleware, the picture by its header (`decoding.py`).
 """
 
 from __future__ import annotations
 
-import base64
-import binascii
 import http.client
 import json
 import time
-import urllib.error
 import urllib.request
-from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from starlette.exceptions import HTTPException
 
-from swifti2v.errors import ImageInputError
-from swifti2v.serving.decoding import PictureTooLargeError
-from swifti2v.serving.problems import ApiProblem
+from swifti2v.serving.problems import MAX_ECHO_CHARACTERS, ApiProblem
+from swifti2v.serving.schemas import PICTURE_FIELD, PictureLink, data_url_bytes
 
 if TYPE_CHECKING:
     from fastapi import Request
-    from starlette.datastructures import UploadFile
+    from starlette.datastructures import FormData
 
-    from swifti2v.media.images import LoadedImage
-    from swifti2v.serving.decoding import PictureDecoder
     from swifti2v.serving.settings import ServiceLimits
-
-IMAGE_FIELD = "input_reference"
 
 _MAX_TEXT_BYTES = 1 << 20  # of one text field of a form: ten times the longest prompt
 _MAX_FIELDS = 64
-_URL_FIELDS = (f"{IMAGE_FIELD}[image_url]", "image_url")
+_URL_FIELDS = (f"{PICTURE_FIELD}[image_url]", "image_url")  # as OpenAI's clients write the object in a form
 _FETCH_SECONDS = 10.0
 _PIECE_BYTES = 1 << 16
 _HTTPS_PORT = 443
 
 
-@dataclass(frozen=True)
-class CreateBody:
-    """What a request carries: its fields as they came (text in a form, JSON values in JSON), and the picture.
-
-    Args:
-        fields: all but the picture.
-        picture: the bytes of an upload or a data URL.
-        picture_url: where the picture is to be fetched, instead.
-    """
-
-    fields: dict[str, Any] = field(default_factory=dict)
-    picture: bytes | None = None
-    picture_url: str | None = None
-
-
-async def read_body(request: Request) -> CreateBody:
-    """Read a request.
+async def read_fields(request: Request) -> dict[str, Any]:
+    """Return the fields of a body as they came: text and the bytes of a file in a form, JSON values in JSON.
 
     Raises:
         ApiProblem: another content type, or a body that is not what it says.
     """
     kind = request.headers.get("content-type", "").split(";")[0].strip().lower()
     if kind in ("multipart/form-data", "application/x-www-form-urlencoded"):
-        return await _read_form(request)
-    if kind == "application/json":
-        return _with_picture(_parse_json(await request.body()))
-    raise ApiProblem(415, "send multipart/form-data, or application/json with the picture as a data URL")
+        fields = await _read_form(request)
+    elif kind == "application/json":
+        fields = _parse_json(await request.body())
+    else:
+        raise ApiProblem(415, "send multipart/form-data, or application/json with the picture as a data URL")
+    for name in _URL_FIELDS:
+        if (url := fields.pop(name, None)) is not None:
+            fields.setdefault(PICTURE_FIELD, url)
+    return fields
 
 
-def fetch_picture(body: CreateBody, limits: ServiceLimits) -> CreateBody:
-    """Return the body with its picture, which is fetched where it is given by its address.
-
-    Raises:
-        ApiProblem: there is none, or it cannot be fetched, or may not be fetched from there.
-    """
-    if body.picture is None and body.picture_url is not None:
-        body = replace(body, picture=_fetch(body.picture_url, limits))
-    if not body.picture:
-        raise ApiProblem(400, "a picture is needed to start from; send it as input_reference", param=IMAGE_FIELD)
-    return body
-
-
-def decode_picture(body: CreateBody, decoder: PictureDecoder) -> LoadedImage:
-    """Return the picture of a request.
+def picture_bytes(reference: bytes | str | PictureLink, limits: ServiceLimits) -> bytes:
+    """Return the picture of a request, which is fetched where it is given by its address.
 
     Raises:
-        ApiProblem: it cannot be read, or is too large.
+        ApiProblem: it is empty, cannot be fetched, or may not be fetched from there.
+        InvalidInputError: a data URL that is none.
     """
-    try:
-        return decoder.decode(body.picture or b"")
-    except PictureTooLargeError as error:
-        raise ApiProblem(400, str(error), param=IMAGE_FIELD, code="image_too_large") from error
-    except ImageInputError as error:
-        raise ApiProblem(400, str(error), param=IMAGE_FIELD, code="invalid_image") from error
+    if isinstance(reference, PictureLink):
+        reference = reference.image_url
+    if isinstance(reference, str):
+        is_data = reference.startswith("data:")
+        reference = data_url_bytes(reference) if is_data else _fetch(reference, limits)
+    if not reference:
+        raise ApiProblem(400, "the picture is empty", param=PICTURE_FIELD, code="invalid_image")
+    return reference
 
 
-async def _read_form(request: Request) -> CreateBody:
+async def _read_form(request: Request) -> dict[str, Any]:
     try:
         form = await request.form(max_files=1, max_fields=_MAX_FIELDS, max_part_size=_MAX_TEXT_BYTES)
     except HTTPException as error:
@@ -104,65 +75,31 @@ async def _read_form(request: Request) -> CreateBody:
     except (ValueError, KeyError, AssertionError, UnicodeError) as error:
         raise ApiProblem(400, "the form cannot be read: it is damaged", code="invalid_form") from error
     try:
-        return await _form_fields(form.multi_items())
+        return await _form_fields(form)
     finally:
         await form.close()
 
 
-async def _form_fields(items: list[tuple[str, UploadFile | str]]) -> CreateBody:
+async def _form_fields(form: FormData) -> dict[str, Any]:
     fields: dict[str, Any] = {}
-    picture = None
-    for name, value in items:
-        if name in fields or (name == IMAGE_FIELD and picture is not None):
-            raise ApiProblem(400, f"{name[:60]!r} is given twice; give it once", param=name[:60])
-        if isinstance(value, str):
-            fields[name] = value
-        elif name == IMAGE_FIELD:
-            picture = await value.read()
-        else:
-            raise ApiProblem(400, f"a file cannot be sent as {name[:60]!r}; send {IMAGE_FIELD}", param=name[:60])
-    if picture is None:
-        return _with_picture(fields)
-    return CreateBody(fields, picture)
+    for name, value in form.multi_items():
+        param = name[:MAX_ECHO_CHARACTERS]
+        if name in fields:
+            raise ApiProblem(400, f"{param!r} is given twice; give it once", param=param)
+        if not isinstance(value, str) and name != PICTURE_FIELD:
+            raise ApiProblem(400, f"a file cannot be sent as {param!r}; send {PICTURE_FIELD}", param=param)
+        fields[name] = value if isinstance(value, str) else await value.read()
+    return fields
 
 
 def _parse_json(content: bytes) -> dict[str, Any]:
     try:
         fields = json.loads(content)
-    except (ValueError, RecursionError) as error:
-        raise ApiProblem(400, "the body is not JSON", code="invalid_json") from error
+    except (ValueError, RecursionError):
+        fields = None
     if not isinstance(fields, dict):
         raise ApiProblem(400, "the body is not a JSON object", code="invalid_json")
     return fields
-
-
-def _with_picture(fields: dict[str, Any]) -> CreateBody:
-    """Take the picture out of the fields: a data URL, an address, or OpenAI's object that holds one of them."""
-    left = dict(fields)
-    url = left.pop(IMAGE_FIELD, None)
-    for name in _URL_FIELDS:
-        url = left.pop(name, None) or url
-    if isinstance(url, dict):
-        if set(url) != {"image_url"}:
-            raise ApiProblem(400, "input_reference takes a file, or image_url with a data URL", param=IMAGE_FIELD)
-        url = url["image_url"]
-    if url is None:
-        return CreateBody(left)
-    if not isinstance(url, str):
-        raise ApiProblem(400, "image_url is not text; give a data URL", param=IMAGE_FIELD)
-    if url.startswith("data:"):
-        return CreateBody(left, _data_url(url))
-    return CreateBody(left, picture_url=url)
-
-
-def _data_url(url: str) -> bytes:
-    head, comma, data = url.partition(",")
-    if not comma or not head.endswith(";base64"):
-        raise ApiProblem(400, "the data URL is not of the form data:image/png;base64,...", param=IMAGE_FIELD)
-    try:
-        return base64.b64decode(data, validate=True)
-    except (binascii.Error, ValueError) as error:
-        raise ApiProblem(400, "the data URL is not base64", param=IMAGE_FIELD) from error
 
 
 class _NoRedirects(urllib.request.HTTPRedirectHandler):
@@ -176,7 +113,7 @@ def _fetch(url: str, limits: ServiceLimits) -> bytes:
     """Fetch a picture over https from a host on the list; the list is empty unless the operator fills it."""
     if not _is_allowed(url, limits):
         message = "pictures are not fetched from there; send the file, or a data URL"
-        raise ApiProblem(400, message, param=IMAGE_FIELD, code="url_not_allowed")
+        raise ApiProblem(400, message, param=PICTURE_FIELD, code="url_not_allowed")
     opener = urllib.request.build_opener(_NoRedirects)
     deadline = time.monotonic() + _FETCH_SECONDS
     content = bytearray()
@@ -187,10 +124,10 @@ def _fetch(url: str, limits: ServiceLimits) -> bytes:
                 content += piece
                 if time.monotonic() > deadline:
                     raise TimeoutError
-    except (OSError, ValueError, http.client.HTTPException, urllib.error.URLError) as error:
-        raise ApiProblem(400, "the picture cannot be fetched", param=IMAGE_FIELD, code="fetch_failed") from error
+    except (OSError, ValueError, http.client.HTTPException) as error:
+        raise ApiProblem(400, "the picture cannot be fetched", param=PICTURE_FIELD, code="fetch_failed") from error
     if len(content) > limits.max_upload_bytes:
-        raise ApiProblem(413, "the picture is too large", param=IMAGE_FIELD)
+        raise ApiProblem(413, "the picture is too large", param=PICTURE_FIELD)
     return bytes(content)
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import html
 import logging
+from dataclasses import fields, replace
 from importlib.resources import files
 from typing import TYPE_CHECKING, Any
 
@@ -96,7 +97,7 @@ class _Wires:
     ) -> None:
         self.studio = studio
         self.current, self.shown = current, shown
-        self.form = [form[name] for name in ("image", "prompt", "size", "frames", "steps", "seed")]
+        self.form = [form[field.name] for field in fields(Form)]
         self.outputs = [current, shown, notice, stage, library]
 
     def start(self, begin: Callable[[Form], Any]) -> Callable[..., Any]:
@@ -104,7 +105,7 @@ class _Wires:
 
         def clicked(current: str, *values: Any) -> tuple[Any, ...]:
             try:
-                current = begin(_form_of(values)).id
+                current = begin(Form(*values)).id
             except Exception as error:  # noqa: BLE001 - shown to the user, whatever it is
                 return self._refused(current, error)
             return self._seen(current)
@@ -118,15 +119,8 @@ class _Wires:
         try:
             if action == "reuse":
                 form = self.studio.reuse(job_id)
-                values = (
-                    _picture_of(form),
-                    form.prompt,
-                    form.size,
-                    form.num_frames,
-                    form.num_inference_steps,
-                    form.seed,
-                )
-                return (*self._seen(job_id), *values)
+                form = replace(form, image=_picture_of(form))
+                return (*self._seen(job_id), *(getattr(form, field.name) for field in fields(form)))
             return (*self._seen(self._acted(action, job_id, current)), *kept)
         except Exception as error:  # noqa: BLE001 - shown to the user, whatever it is
             return (*self._refused(current, error), *kept)
@@ -191,22 +185,20 @@ def _connect_plan(studio: Studio, form: dict[str, Any], plan: Any) -> None:
 
     def changed(label: str, size: str, frames: float | None, steps: float | None) -> str:
         try:
-            asked = Form(size=size or "", num_frames=frames, num_inference_steps=steps)
-            return _quoted(studio.plan(label, asked))
+            return _quoted(studio.plan(label, Form(size=size, num_frames=frames, num_inference_steps=steps)))
         except SwiftI2VError as error:
             return _alert(one_line(error))
 
-    form["card"].input(chosen, form["card"], [form["size"], form["frames"], plan], **_QUIET)
-    watched = [form["card"], form["size"], form["frames"], form["steps"]]
+    form["card"].input(chosen, form["card"], [form["size"], form["num_frames"], plan], **_QUIET)
+    watched = [form[name] for name in ("card", "size", "num_frames", "num_inference_steps")]
     gr.on([field.change for field in watched[1:]], changed, watched, plan, **_QUIET)
 
 
 def _form(studio: Studio) -> tuple[dict[str, Any], dict[str, Any], Any, Any]:
     """Lay out the form; return its fields, the buttons, the line of the plan and that of what went wrong."""
     preset = studio.preset(DEFAULT_CARD)
-    defaults = studio.defaults
-    fields: dict[str, Any] = {}
-    fields["image"] = gr.Image(
+    parts: dict[str, Any] = {}
+    parts["image"] = gr.Image(
         label="Picture",
         type="filepath",
         image_mode=None,
@@ -217,8 +209,8 @@ def _form(studio: Studio) -> tuple[dict[str, Any], dict[str, Any], Any, Any]:
     )
     # The file as it was dropped: `load_image` reads it, with its profile, its rotation and its error messages. (A class
     # of our own would make Gradio write a stub beside this file.)
-    fields["image"].preprocess = _path_of
-    fields["prompt"] = gr.Textbox(
+    parts["image"].preprocess = _path_of
+    parts["prompt"] = gr.Textbox(
         label="What should move, and how",
         lines=2,
         max_lines=6,
@@ -231,31 +223,22 @@ def _form(studio: Studio) -> tuple[dict[str, Any], dict[str, Any], Any, Any]:
             "video": gr.Button("Make video", variant="secondary", elem_id="generate", min_width=120),
         }
     notice = gr.HTML("", elem_id="notice")
-    fields["card"] = gr.Radio(
-        [card.label for card in CARDS], value=DEFAULT_CARD, label="Graphics memory", elem_id="card"
-    )
+    cards = [card.label for card in CARDS]
+    parts["card"] = gr.Radio(cards, value=DEFAULT_CARD, label="Graphics memory", elem_id="card")
     plan = gr.HTML(_quoted(preset.summary), elem_id="plan")
     with gr.Accordion("Size, length, seed", open=False, elem_id="details"):
         with gr.Row():
-            fields["size"] = gr.Dropdown(
-                list(studio.sizes),
-                value=str(preset.size),
-                label="Size",
-                allow_custom_value=True,
-                min_width=120,
-                elem_id="size",
-            )
-            fields["frames"] = gr.Number(
-                preset.num_frames, label="Frames (4k+1)", precision=None, min_width=120, elem_id="frames"
-            )
+            size = {"value": str(preset.size), "allow_custom_value": True, "min_width": 120}
+            parts["size"] = gr.Dropdown(list(studio.sizes), label="Size", elem_id="size", **size)
+            parts["num_frames"] = _number("Frames (4k+1)", "frames", preset.num_frames)
         with gr.Row():
-            fields["steps"] = gr.Number(
-                defaults.num_inference_steps, label="Stage II steps", precision=None, min_width=120, elem_id="steps"
-            )
-            fields["seed"] = gr.Number(
-                None, label="Seed (empty: random)", precision=None, min_width=120, elem_id="seed"
-            )
-    return fields, buttons, plan, notice
+            parts["num_inference_steps"] = _number("Stage II steps", "steps", studio.defaults.num_inference_steps)
+            parts["seed"] = _number("Seed (empty: random)", "seed", None)
+    return parts, buttons, plan, notice
+
+
+def _number(label: str, name: str, value: int | None) -> Any:
+    return gr.Number(value, label=label, precision=None, min_width=120, elem_id=name)
 
 
 def _custom(name: str, script: str) -> Any:
@@ -282,11 +265,6 @@ def _picture_of(form: Form) -> PIL.Image.Image | None:
         return picture.convert("RGB")
 
 
-def _form_of(values: tuple[Any, ...]) -> Form:
-    image, prompt, size, frames, steps, seed = values
-    return Form(image, prompt or "", size or "", frames, steps, seed)
-
-
 def _header(studio: Studio) -> str:
     model = html.escape(studio.model)
     return f"<h1>{_TITLE}</h1><p>One picture and a prompt in, a high-resolution video out. <span>{model}</span></p>"
@@ -305,7 +283,7 @@ def _asset(name: str) -> str:
 
 
 def _theme() -> gr.themes.Base:
-    """Return colours and letters; the fonts are those of the system, for others would be fetched."""
+    """Return the theme; its fonts are those of the system, since others would be fetched."""
     return gr.themes.Base(
         primary_hue="indigo", neutral_hue="slate", radius_size="lg", font=_SYSTEM_FONTS, font_mono=_FIXED_FONTS
     ).set(

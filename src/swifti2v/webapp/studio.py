@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from swifti2v.memory.budget import PipelineDimensions
 
 MAX_LISTED = 40
+_NO_PLAN = "No plan: the parts of this checkpoint are not on this machine yet; a first run downloads them."
+_NUMBERS = ("num_frames", "num_inference_steps", "seed")  # the page sends whole numbers as floats
 _SEED_LIMIT = 2**31  # short enough to be read out, and far more than anybody will try
 
 
@@ -28,7 +30,7 @@ class Form:
     """What the user has filled in.
 
     Args:
-        image: path of the picture that was dropped.
+        image: path of the picture that was dropped (for the page: the picture itself).
         prompt: what should move, and how.
         size: of the video, WIDTHxHEIGHT.
         num_frames: pixel frames, 4k+1; None for the checkpoint's.
@@ -36,9 +38,9 @@ class Form:
         seed: None to draw one, which is then kept with the job.
     """
 
-    image: str | None = None
-    prompt: str = ""
-    size: str = ""
+    image: Any = None
+    prompt: str | None = ""
+    size: str | None = ""
     num_frames: float | None = None
     num_inference_steps: float | None = None
     seed: float | None = None
@@ -125,15 +127,9 @@ class Studio:
     def reuse(self, job_id: str) -> Form:
         """Return the form that a job came from, its seed included; raises `JobError` if its picture is gone."""
         job = self.queue.store.get(job_id)
-        options = self.defaults.settled(job.request.options)
-        return Form(
-            image=str(self._picture(job)),
-            prompt=job.request.prompt,
-            size=str(options.size),
-            num_frames=options.num_frames,
-            num_inference_steps=options.num_inference_steps,
-            seed=options.seed,
-        )
+        settings = self.defaults.settled(job.request.options)
+        numbers = {name: getattr(settings, name) for name in _NUMBERS}
+        return Form(str(self._picture(job)), job.request.prompt, str(settings.size), **numbers)
 
     def newest(self) -> str:
         """Return the job to show first: the newest that waits or runs, else the newest; empty if there is none."""
@@ -151,23 +147,20 @@ class Studio:
     def _submit(self, form: Form, *, preview: bool) -> Job:
         if not form.image:
             msg = "there is no picture yet; drop one into the field, or choose a file"
-            raise InvalidInputError(msg)
+            raise InvalidInputError(msg, param="image")
         loaded = load_image(form.image)
-        choices = plain_choices(self._choices(form))
-        request = JobRequest(self.model, form.prompt, choices, loaded.notes, preview=preview, keep_motion=True)
+        choices, prompt = plain_choices(self._choices(form)), form.prompt or ""
+        request = JobRequest(self.model, prompt, choices, loaded.notes, preview=preview, keep_motion=True)
         return self.queue.submit(loaded.image, request)
 
     def _choices(self, form: Form) -> dict[str, Any]:
         """Return the settings of a form with every choice settled, so that a job says all that it was made of."""
-        seed = secrets.randbelow(_SEED_LIMIT) if form.seed is None else _whole("seed", form.seed)
-        wanted = {
-            "size": form.size.strip() or None,
-            "num_frames": None if form.num_frames is None else _whole("frames", form.num_frames),
-            "num_inference_steps": (
-                None if form.num_inference_steps is None else _whole("steps", form.num_inference_steps)
-            ),
-            "seed": seed,
-        }
+        wanted: dict[str, Any] = {"size": (form.size or "").strip() or None}
+        for name in _NUMBERS:
+            value = getattr(form, name)
+            wanted[name] = int(value) if value is not None and value == int(value) else value
+        if wanted["seed"] is None:
+            wanted["seed"] = secrets.randbelow(_SEED_LIMIT)
         settled = self.defaults.settled(wanted)
         return {name: getattr(settled, name) for name in (*wanted, "fps")}
 
@@ -177,13 +170,3 @@ class Studio:
             msg = "the picture of this job is gone; drop it into the form again"
             raise JobError(msg)
         return path
-
-
-_NO_PLAN = "No plan: the parts of this checkpoint are not on this machine yet; a first run downloads them."
-
-
-def _whole(name: str, value: float) -> int:
-    if value != int(value):
-        msg = f"{name} is {value}; write a whole number"
-        raise InvalidInputError(msg)
-    return int(value)

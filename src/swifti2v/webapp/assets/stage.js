@@ -172,7 +172,7 @@ function place({ kind, media, frame }) {
   const share = 1 / zoom;
   const left = Math.min(1 - share, Math.max(0, loupe.x - share / 2));
   const top = Math.min(1 - share, Math.max(0, loupe.y - share / 2));
-  // The input covers the frame, centred, as `fit_image` cuts it; the motion is stretched to it, as the pipeline does.
+  // The input covers the frame, centered, as `fit_image` cuts it; the motion is stretched to it, as the pipeline does.
   const scale = Math.max(box.width / width, box.height / height);
   const [across, down] = kind === "input" ? [box.width / scale, box.height / scale] : [width, height];
   const part = [(width - across) / 2 + left * across, (height - down) / 2 + top * down, across * share, down * share];
@@ -261,7 +261,7 @@ function drawView() {
   compare.tabIndex = shown === "compare" ? 0 : -1;
   compare.setAttribute("role", "group");
   compare.setAttribute("aria-label", shown === "compare"
-    ? "Comparison: arrow keys move the loupe, plus and minus change it, Escape centres it, space plays" : NAMES[shown] || "");
+    ? "Comparison: arrow keys move the loupe, plus and minus change it, Escape centers it, space plays" : NAMES[shown] || "");
   controls.hidden = visibleVideos().length === 0;
   zoomLabel.hidden = shown !== "compare";
   view.hidden = kinds.length === 0;

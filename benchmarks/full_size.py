@@ -93,8 +93,8 @@ def measured(arguments: argparse.Namespace, size: Size) -> tuple[list[Row], dict
     from swifti2v.runner.acceleration import Acceleration, accelerated
     from swifti2v.runner.fitting import MemoryLimits
     from swifti2v.runner.two_stage import TwoStagePipeline
-    from swifti2v.wan.light_decoder import LightDecoder
-    from swifti2v.wan.vae import WanStreamingCodec
+    from swifti2v.wan.streaming import WanStreamingCodec
+    from swifti2v.wan.taehv import LightDecoder
 
     limits = MemoryLimits.parse(arguments.cap) if arguments.cap else None
     ways = Acceleration("native", compile_blocks=arguments.compile, quantization=arguments.quantization)
@@ -184,7 +184,7 @@ def measured_baseline(size: Size, device: str) -> list[Row]:
         clip = torch.randn(1, 48, 3, size.height // 16, size.width // 16, **random)
         decode_tflop = WAN22_VAE.decode_tflop(size, 9)
         rows.append(timed("diffusers: decode, 3 latent frames", lambda: codec.decode(clip), decode_tflop))
-        from swifti2v.wan.vae import WanStreamingCodec
+        from swifti2v.wan.streaming import WanStreamingCodec
 
         streaming = WanStreamingCodec(codec)
         rows.append(timed("decode, 3 latent frames", lambda: list(streaming.decode_pixel_stream([clip])), decode_tflop))

@@ -184,25 +184,25 @@ def kept_context(num_latent_frames: int, goal: float, *, repeats: int) -> Ratio:
     import torch
 
     from swifti2v.segments import Segment, plan_segments
-    from swifti2v.wan.context_attention import ContextMemory
+    from swifti2v.wan.context_attention import KVCache
     from swifti2v.wan.transformer import StageTwoTransformer
 
     torch.manual_seed(0)
     network = StageTwoTransformer(in_channels=96, reference_channels=48, out_channels=48, **TINY).eval()
     clip, text = torch.randn(1, 96, num_latent_frames, ROWS, COLUMNS), torch.randn(1, 16, 64)
 
-    def forward(frames: Sequence[int], kinds: Sequence[int], targets: slice, memory: ContextMemory | None) -> None:
+    def forward(frames: Sequence[int], kinds: Sequence[int], targets: slice, memory: KVCache | None) -> None:
         network(
             clip[:, :, list(frames)],
             torch.full((1, len(frames)), 500.0),
             text,
             frame_kinds=torch.tensor(kinds),
-            context_memory=memory,
+            kv_cache=memory,
             output_frames=targets,
         )
 
     def steps(segment: Segment) -> None:
-        memory = ContextMemory(len(network.blocks))
+        memory = KVCache(len(network.blocks))
         forward(segment.window, segment.kinds, segment.target_slice, memory)
         for _ in range(3):
             forward(segment.targets, segment.kinds[segment.target_slice], slice(0, len(segment.targets)), memory)
@@ -227,7 +227,7 @@ def streaming_decode(repeats: int) -> Ratio:
     from diffusers import AutoencoderKLWan
 
     from benchmarks.full_size_networks import VAE22
-    from swifti2v.wan.vae import WanStreamingCodec
+    from swifti2v.wan.streaming import WanStreamingCodec
 
     torch.manual_seed(0)
     vae = AutoencoderKLWan(**(VAE22 | {"base_dim": 20, "decoder_base_dim": 32})).eval()

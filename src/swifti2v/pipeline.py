@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from swifti2v.segments import Segment
     from swifti2v.stage_one import StageOne
     from swifti2v.stage_two import StageTwo
-    from swifti2v.wan.vae import VideoDecoder
+    from swifti2v.wan.streaming import VideoDecoder
     from swifti2v.work_directory import WorkDirectory
 
 

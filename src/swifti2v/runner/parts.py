@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     from swifti2v.stage_one import StageOne
     from swifti2v.stage_two import StageTwo
     from swifti2v.wan.checkpoints import Part
-    from swifti2v.wan.quantized_products import Quantization
-    from swifti2v.wan.vae import VideoDecoder
+    from swifti2v.wan.quantized_linear import Quantization
+    from swifti2v.wan.streaming import VideoDecoder
 
 
 @dataclass(frozen=True)

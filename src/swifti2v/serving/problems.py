@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 LOGGER = logging.getLogger(__name__)
 
 MAX_ECHO_CHARACTERS = 60
-"""So much of what a client wrote is repeated in an answer."""
+"""Limit of what an answer repeats of a client's text."""
 
 _RETRY_LATER = {"Retry-After": "5"}
 _TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
@@ -51,7 +51,7 @@ class ErrorBody(BaseModel):
 
 
 class ApiProblem(Exception):  # noqa: N818 - an answer to a client, not an error of this package
-    """A request that cannot be answered as wished.
+    """A request that is answered with an error.
 
     Args:
         status: of HTTP.

@@ -235,7 +235,7 @@ def _start(settings: ServiceSettings, cluster: ClusterSettings, address: tuple[s
 
 
 def _ingress(settings: ServiceSettings, options: dict[str, Any]) -> Any:
-    """Return the deployment of the HTTP application, built in its own process since a database connection cannot be pickled."""
+    """Return the deployment of the HTTP application, built where it runs: a database connection cannot be pickled."""
 
     def build() -> FastAPI:
         return create_app(settings)

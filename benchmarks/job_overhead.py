@@ -36,7 +36,7 @@ from swifti2v.jobs.queue import JobQueue
 from swifti2v.jobs.runner import PipelineRunner
 from swifti2v.jobs.state import JobRequest
 from swifti2v.jobs.store import JobStore
-from swifti2v.jobs.worker import Outcome, Worker, _Claim
+from swifti2v.jobs.worker import Outcome, Task, Worker
 from swifti2v.media.video_writer import VideoWriter
 from swifti2v.runner.loading import settings_of as settings_of_model
 from swifti2v.runner.two_stage import TwoStagePipeline
@@ -61,7 +61,7 @@ PARTS: tuple[tuple[Any, str, str], ...] = (
     (JobFiles, "begin_attempt", "files"),
     (JobFiles, "keep_only", "files"),
     (JobStore, "complete", "complete"),
-    (_Claim, "report", "progress"),
+    (Task, "report", "progress"),
     (runner_module, "save_thumbnail", "pictures"),
     (Spritesheet, "add", "pictures"),
     (Spritesheet, "save", "pictures"),

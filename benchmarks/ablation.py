@@ -4,7 +4,7 @@ Command: ``make ablation CLIPS=DIR``, or ``python -m benchmarks.ablation --clips
 Of a Stage II of your own, on its device and at its size: ``make ablation CLIPS=DIR MODEL=RUN/checkpoint SIZE=2560x1408
 DEVICE=cuda DOCUMENT=my.md``; a document that does not exist is begun, and the plot is written beside it.
 Clips, motion references and measures are those of `benchmarks.baselines`. A row changes one thing of the checkpoint's
-own way (M targets, one finished neighbour before them, the anchor); one network serves all rows but those of
+own way (M targets, one finished neighbor before them, the anchor); one network serves all rows but those of
 ``--network``, whose folders hold a transformer that was trained in another way (`swifti2v.training`). Memory is given
 as the largest window in latent frames, which is what it grows with.
 
@@ -71,10 +71,10 @@ FULL = Variant("full", "**full CSG**")
 VARIANTS = (
     FULL,
     Variant("no_anchor", "no anchor", {"anchor": False}),
-    Variant("no_neighbors", "no neighbours", {"neighbors_before": 0}),
-    Variant("neither", "neither anchor nor neighbours", {"anchor": False, "neighbors_before": 0}),
-    Variant("both_sides", "neighbours on both sides", {"neighbors_after": 1}),
-    Variant("two_before", "two neighbours before", {"neighbors_before": 2}),
+    Variant("no_neighbors", "no neighbors", {"neighbors_before": 0}),
+    Variant("neither", "neither anchor nor neighbors", {"anchor": False, "neighbors_before": 0}),
+    Variant("both_sides", "neighbors on both sides", {"neighbors_after": 1}),
+    Variant("two_before", "two neighbors before", {"neighbors_before": 2}),
     Variant("compact", "compact positions", {"positions": "compact"}),
     *(Variant(f"m{size}", f"M = {size}", {"segment_size": size}) for size in (1, 2, 4, 5, 6)),
     Variant("whole", "full sequence", {"segment_size": WHOLE}),

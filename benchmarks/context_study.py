@@ -6,7 +6,7 @@ one that was stopped goes on), then judges them on clips that training never saw
 
 - short, 33 frames: every row changes one thing of the first network's own way;
 - seeds: the first way with both kinds of context, over the seeds: what differs less than they do is not shown;
-- artefacts: trained on references with or without the artefacts of Stage I's codec (stage-transition, as far as `mini`
+- artifacts: trained on references with or without the artifacts of Stage I's codec (stage-transition, as far as `mini`
   can show it), each fed with both, over the seeds;
 - long, 161 frames, and 321 (the same to and fro): errors have time to add up. Decay: PSNR of the first 15% of the
   frames less that of the last 15%.
@@ -84,13 +84,13 @@ class Network:
 
 BIDIRECTIONAL = Network("bidirectional")
 FROZEN = Network("frozen", model={"context_attention": "frozen"})
-WITH_ARTEFACTS = Network("artefacts", pairs={"coded_share": 1.0})
+WITH_ARTIFACTS = Network("artifacts", pairs={"coded_share": 1.0})
 CLEAN_CONTEXT = Network("clean_context", model={"context_noise": 0.0})
 OWN = {"own_context_share": 0.5, "own_context_segments": 2}
 OWN_CONTEXT = Network("own_context", model=OWN)
 OWN_FROZEN = Network("own_frozen", model={"context_attention": "frozen", **OWN})
 """The last two are judged by `benchmarks.own_context`."""
-NETWORKS = (BIDIRECTIONAL, FROZEN, WITH_ARTEFACTS, CLEAN_CONTEXT)
+NETWORKS = (BIDIRECTIONAL, FROZEN, WITH_ARTIFACTS, CLEAN_CONTEXT)
 
 SHORT = (
     *(row for row in VARIANTS if row.uses_reference),
@@ -156,7 +156,7 @@ def to_and_fro(frames: Array) -> Array:
     return np.concatenate([frames, frames[-2::-1]])
 
 
-def with_artefacts(clip: KnownClip, codec: MotionCodec) -> KnownClip:
+def with_artifacts(clip: KnownClip, codec: MotionCodec) -> KnownClip:
     """Return the clip with a reference whose motion has passed through Stage I's codec."""
     motion = through_codec(clip.motion, codec)
     image = from_uint8(clip.truth[:1])[0, :, 0]
@@ -229,7 +229,7 @@ def seeds_table(found: Mapping[str, Mapping[str, Sequence[float]]]) -> str:
     return markdown_table(("context, mean and range over seeds", *SEED_COLUMNS.values()), rows)
 
 
-def judge_artefacts(
+def judge_artifacts(
     parts_of: Mapping[tuple[str, int], Parts], clips: Path, codec: MotionCodec
 ) -> dict[str, dict[str, list[float]]]:
     """Return ``{fed with: {network: PSNR for each seed}}``, means over the clips."""
@@ -237,24 +237,24 @@ def judge_artefacts(
     settings = settings_for(next(iter(parts_of.values())), SHORT_FRAMES)
     for name, truth in small_clips(clips, SHORT_FRAMES):
         clean = known_clip(truth, settings)
-        for fed, clip in (("clean", clean), ("with artefacts", with_artefacts(clean, codec))):
+        for fed, clip in (("clean", clean), ("with artifacts", with_artifacts(clean, codec))):
             for (network, seed), parts in parts_of.items():
                 made, _ = made_frames(Baseline(network, network, "stage_two"), clip, parts, settings, None)
                 error = mean(psnr(frame, true) for frame, true in zip(made[1:], truth[1:], strict=True))
                 decibels.setdefault((fed, network, seed), []).append(error)
-        say(f"artefacts, {name}")
+        say(f"artifacts, {name}")
     found: dict[str, dict[str, list[float]]] = {}
     for (fed, network, _seed), values in decibels.items():
         found.setdefault(fed, {}).setdefault(network, []).append(mean(values))
     return found
 
 
-def artefacts_table(found: Mapping[str, Mapping[str, Sequence[float]]]) -> str:
-    """Return the Markdown table of `judge_artefacts`: mean over the seeds and their range."""
+def artifacts_table(found: Mapping[str, Mapping[str, Sequence[float]]]) -> str:
+    """Return the Markdown table of `judge_artifacts`: mean over the seeds and their range."""
     rows = []
     for network, label in (
         (BIDIRECTIONAL.name, "clean references"),
-        (WITH_ARTEFACTS.name, "references with artefacts"),
+        (WITH_ARTIFACTS.name, "references with artifacts"),
     ):
         rows.append((f"trained on {label}", *(_mean_and_range(values[network]) for values in found.values())))
     return markdown_table(("PSNR (dB), mean and range over seeds", *(f"fed {fed}" for fed in found)), rows)
@@ -306,7 +306,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--clips", type=Path, required=True, help="folder with INDEX.csv: to train on and held back")
     parser.add_argument("--runs", type=Path, required=True, help="where the networks are, or will be")
-    parser.add_argument("--seeds", type=int, default=3, help="networks of each of the ways that `artefacts` compares")
+    parser.add_argument("--seeds", type=int, default=3, help="networks of each of the ways that `artifacts` compares")
     parser.add_argument("--max-long-clips", type=int, help="only the first of the long clips; they take longest")
     parser.add_argument("--document", type=Path, help="Markdown file whose part between the marks is replaced")
     add_result_arguments(parser, pictures=False)
@@ -316,21 +316,21 @@ def main() -> None:
     first = {each.name: with_network(parts, trained(each, 0, **place)) for each in NETWORKS}
     every = {
         (each.name, seed): with_network(parts, trained(each, seed, **place))
-        for each in (BIDIRECTIONAL, FROZEN, WITH_ARTEFACTS)
+        for each in (BIDIRECTIONAL, FROZEN, WITH_ARTIFACTS)
         for seed in range(arguments.seeds)
     }
     codec = MotionCodec.from_pretrained(_codec_folder("stage_one"))
     with torch.no_grad():
         short = judge_short(first, arguments.clips)
-        seeds = judge_seeds(_without(every, WITH_ARTEFACTS), arguments.clips)
-        artefacts = judge_artefacts(_without(every, FROZEN), arguments.clips, codec)
+        seeds = judge_seeds(_without(every, WITH_ARTIFACTS), arguments.clips)
+        artifacts = judge_artifacts(_without(every, FROZEN), arguments.clips, codec)
         long = {
             LONG_FRAMES: judge_long(first, arguments.clips, is_doubled=False, max_clips=arguments.max_long_clips),
             2 * LONG_FRAMES - 1: judge_long(
                 first, arguments.clips, is_doubled=True, max_clips=arguments.max_long_clips
             ),
         }
-    sections = [table(short, SHORT), seeds_table(seeds), artefacts_table(artefacts)]
+    sections = [table(short, SHORT), seeds_table(seeds), artifacts_table(artifacts)]
     sections += [f"{length} frames:\n\n{long_table(results)}" for length, results in long.items()]
     print("\n\n".join(sections))
     if arguments.document is not None:
@@ -339,7 +339,7 @@ def main() -> None:
         arguments.document.write_text(written, encoding="utf-8")
         pictures.save(plot(short, SHORT), IMAGES / "ablation_context.png")
         pictures.save(curves(long), IMAGES / "ablation_long.png")
-    content = {"settings": settings_of(arguments), "short": short, "seeds": seeds, "artefacts": artefacts, "long": long}
+    content = {"settings": settings_of(arguments), "short": short, "seeds": seeds, "artifacts": artifacts, "long": long}
     say(f"written to {write_results('context_study', content, arguments.output)}")
 
 

@@ -1,7 +1,7 @@
 """How near the system comes to the truth, on real clips that training never saw.
 
 Command: ``python -m benchmarks.fidelity --model mini --clips DIR --frames 33 [--pictures DIR]``.
-Clips: those of ``DIR/INDEX.csv`` at least 1152 pixels wide, the first frames, cropped at the centre. Motion reference:
+Clips: those of ``DIR/INDEX.csv`` at least 1152 pixels wide, the first frames, cropped at the center. Motion reference:
 the truth reduced four times (antialiased bicubic, uint8), so that Stage I is left out. Every variant is judged in eight
 bits. One clip is held in memory: about 0.6 GB for 33 frames of 1280x704.
 
@@ -330,10 +330,10 @@ def main() -> None:
     arguments = parser.parse_args()
     with torch.no_grad():
         results = run(arguments)
-    judgements = checks(results, arguments.reference)
-    print(table(results, arguments.reference), checks_table(judgements), sep="\n\n")
+    judgments = checks(results, arguments.reference)
+    print(table(results, arguments.reference), checks_table(judgments), sep="\n\n")
     content = {"settings": settings_of(arguments), "results": results, "mean": means(results)}
-    content["checks"] = [vars(check) for check in judgements]
+    content["checks"] = [vars(check) for check in judgments]
     theme = "fidelity" if arguments.reference == "transport" else "fidelity_replace"
     say(f"written to {write_results(theme, content, arguments.output)}")
 

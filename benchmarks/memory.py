@@ -156,10 +156,10 @@ def main() -> None:
         say(f"{arguments.size}x{num_frames} ...")
         rows.append(measure(arguments, num_frames))
         say(f"  {rows[-1].peak_bytes / GIBIBYTE:.2f} GiB, {rows[-1].seconds:.0f} s")
-    judgements = checks(rows)
-    print(table(rows), checks_table(judgements), sep="\n\n")
+    judgments = checks(rows)
+    print(table(rows), checks_table(judgments), sep="\n\n")
     content = {"settings": settings_of(arguments), "rows": [asdict(row) for row in rows]}
-    content["checks"] = [vars(check) for check in judgements]
+    content["checks"] = [vars(check) for check in judgments]
     say(f"written to {write_results('memory', content, arguments.output)}")
 
 

@@ -2,7 +2,7 @@
 
 Command: ``python -m benchmarks.motion --model mini --image PHOTO --size 1280x704 --frames 81 [--pictures DIR]``.
 
-Motion: for each procedural prompt Stage I alone is run, and the optical flow (DIS) between neighbouring frames of the
+Motion: for each procedural prompt Stage I alone is run, and the optical flow (DIS) between neighboring frames of the
 motion reference is compared with the motion that the prompt's words stand for (`swifti2v.mini.procedural`, default
 speed), in pixels per frame of the motion reference. Ratio: of the mean lengths of the vectors. Agreement: cosine
 between both fields over all pixels and frames.
@@ -26,7 +26,7 @@ import numpy as np
 import torch
 
 from benchmarks import pictures
-from benchmarks.motion_fields import MotionSummary, agreement, asked_field, made_field, summarise
+from benchmarks.motion_fields import MotionSummary, agreement, asked_field, made_field, summarize
 from benchmarks.results import (
     Check,
     add_result_arguments,
@@ -117,7 +117,7 @@ def measure_prompt(
     size = Size(frames[0].shape[1], frames[0].shape[0])
     asked = asked_field(name, size=size, num_frames=len(frames), horizon=find_horizon(frames[0]))
     made = made_field(frames)
-    return PromptResult(request.prompt, summarise(asked), summarise(made), agreement(made, asked), seconds)
+    return PromptResult(request.prompt, summarize(asked), summarize(made), agreement(made, asked), seconds)
 
 
 def measure_video(
@@ -273,22 +273,22 @@ def videos_table(videos: dict[str, Any]) -> str:
 def checks(motions: dict[str, PromptResult], videos: dict[str, Any]) -> list[Check]:
     """Compare with what is required."""
     ratios = {name: result.ratio for name, result in motions.items() if result.asked.magnitude > 0}
-    judgements = []
+    judgments = []
     if ratios:
         lowest, highest = min(ratios, key=ratios.__getitem__), max(ratios, key=ratios.__getitem__)
         measured = f"{ratios[lowest]:.2f} ({lowest}) .. {ratios[highest]:.2f} ({highest})"
         holds = all(0.5 <= ratio <= 2 for ratio in ratios.values())
-        judgements.append(Check("motion / asked motion 0.5 .. 2, every prompt", measured, holds))
+        judgments.append(Check("motion / asked motion 0.5 .. 2, every prompt", measured, holds))
     pairs = list(_present_opposites(motions))
     if pairs:
         good = sum(are_opposite(motions[one], motions[other], quantity) for one, other, quantity in pairs)
-        judgements.append(Check("opposite prompts move opposite ways", f"{good} of {len(pairs)}", good == len(pairs)))
+        judgments.append(Check("opposite prompts move opposite ways", f"{good} of {len(pairs)}", good == len(pairs)))
     seams = [measures["seam_worst"] for modes in videos.values() for measures in modes.values()]
     if seams:
-        judgements.append(
+        judgments.append(
             Check("seam ratio <= 1.05, worst video", number(max(seams), 3), judged(max(seams), at_most=1.05))
         )
-    return judgements
+    return judgments
 
 
 def main() -> None:
@@ -305,16 +305,16 @@ def main() -> None:
     arguments = parser.parse_args()
     with torch.no_grad():
         motions, videos = run(arguments)
-    judgements = checks(motions, videos)
+    judgments = checks(motions, videos)
     tables = [motion_table(motions), opposites_table(motions)]
     if videos:
         tables.append(videos_table(videos))
-    print(*tables, checks_table(judgements), sep="\n\n")
+    print(*tables, checks_table(judgments), sep="\n\n")
     content = {
         "settings": settings_of(arguments),
         "motions": {name: result.as_json() for name, result in motions.items()},
         "videos": videos,
-        "checks": [vars(check) for check in judgements],
+        "checks": [vars(check) for check in judgments],
     }
     say(f"written to {write_results('motion', content, arguments.output)}")
 

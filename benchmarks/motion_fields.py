@@ -1,6 +1,6 @@
 """Fields of motion, asked for and made: how much they move, where to, and whether they agree.
 
-A field is the motion of the content between neighbouring frames, [F-1, H, W, 2] float32 in pixels, x to the right and y
+A field is the motion of the content between neighboring frames, [F-1, H, W, 2] float32 in pixels, x to the right and y
 down, given at the later frame's pixels.
 """
 
@@ -54,13 +54,13 @@ def made_field(frames: Iterable[Array]) -> Array:
     return np.stack([-pair.backward for pair in consecutive_pairs(frames)])
 
 
-def summarise(field: Array) -> MotionSummary:
+def summarize(field: Array) -> MotionSummary:
     """Return the means of a field; zoom and rotation by least squares over all pixels."""
     flow = field.mean(axis=0, dtype=np.float64)
     height, width = flow.shape[:2]
     columns = np.arange(width) - (width - 1) / 2
     rows = (np.arange(height) - (height - 1) / 2)[:, None]
-    # The pixels' grid is centred, so that the slopes of a least-squares plane do not depend on each other.
+    # The pixels' grid is centerd, so that the slopes of a least-squares plane do not depend on each other.
     slope_x = (flow * columns[:, None]).sum(axis=(0, 1)) / (height * (columns**2).sum())
     slope_y = (flow * rows[..., None]).sum(axis=(0, 1)) / (width * (rows**2).sum())
     return MotionSummary(

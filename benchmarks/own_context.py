@@ -1,4 +1,4 @@
-"""Whether a network that met its own output in training makes better use of its neighbours over a long video.
+"""Whether a network that met its own output in training makes better use of its neighbors over a long video.
 
 Command: ``python -m benchmarks.own_context --clips DIR --runs RUNS [--seeds 3] [--ways NAME ...] [--document FILE]``.
 Networks of `benchmarks.context_study` (trained now, unless ``RUNS`` holds them), on clips that training never saw: 161
@@ -66,12 +66,12 @@ class ContextWay:
 
 INDEPENDENT = {"neighbors_before": 0}
 WAYS = (
-    ContextWay("truth", "trained on the truth: neighbours", BIDIRECTIONAL),
+    ContextWay("truth", "trained on the truth: neighbors", BIDIRECTIONAL),
     ContextWay("truth_independent", "the same network: independent segments", BIDIRECTIONAL, INDEPENDENT),
-    ContextWay("truth_frozen", "trained on the truth, frozen: neighbours", FROZEN),
-    ContextWay("own", "trained on its own output: neighbours", OWN_CONTEXT),
+    ContextWay("truth_frozen", "trained on the truth, frozen: neighbors", FROZEN),
+    ContextWay("own", "trained on its own output: neighbors", OWN_CONTEXT),
     ContextWay("own_independent", "the same network: independent segments", OWN_CONTEXT, INDEPENDENT),
-    ContextWay("own_frozen", "trained on its own output, frozen: neighbours", OWN_FROZEN),
+    ContextWay("own_frozen", "trained on its own output, frozen: neighbors", OWN_FROZEN),
 )
 
 

@@ -1,7 +1,7 @@
 """How near the transported reference comes to the truth, on real clips, clean and damaged.
 
 Command: ``python -m benchmarks.reference_transport --clips DIR [--frames 25] [--size 1280x704] [--damages all]``.
-Truth = the first frames of each clip at least as large as the size, centre-cropped; motion reference = the truth
+Truth = the first frames of each clip at least as large as the size, center-cropped; motion reference = the truth
 reduced four times (antialiased bicubic, uint8), optionally damaged. Prints a table; writes
 ``benchmarks/results/reference_transport_<hardware>_<date>.json``. PSNR: mean over clips of the mean over frames 1.. .
 HF: high-frequency energy over the truth's (`swifti2v.evaluation.metrics.high_frequency_ratio`), the same means.

@@ -344,11 +344,11 @@ def main() -> None:
         for ratio in measured if isinstance(measured, list) else [measured]:
             ratios.append(ratio)
             say(f"{ratio.name}: {ratio.ratio:.2f}x")
-    judgements = checks(ratios, sampler_overhead(), help_seconds(arguments.repeats))
+    judgments = checks(ratios, sampler_overhead(), help_seconds(arguments.repeats))
     rows = [(r.name, number(r.other_seconds, 3), number(r.seconds, 3), f"{r.ratio:.2f}") for r in ratios]
-    print(markdown_table(("what", "other s", "ours s", "ratio"), rows), checks_table(judgements), sep="\n\n")
+    print(markdown_table(("what", "other s", "ours s", "ratio"), rows), checks_table(judgments), sep="\n\n")
     content = {"settings": settings_of(arguments), "ratios": [asdict(r) | {"ratio": r.ratio} for r in ratios]}
-    content["checks"] = [vars(check) for check in judgements]
+    content["checks"] = [vars(check) for check in judgments]
     say(f"written to {write_results('speed', content, arguments.output)}")
 
 

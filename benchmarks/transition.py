@@ -1,7 +1,7 @@
 """Do synthetic references look like what Stage I really makes? Spectra of motion references, and pictures.
 
 Command: ``python -m benchmarks.transition --model mini --clips DIR --frames 33 [--pictures DIR]``.
-Clips: the held-back ones of ``DIR/INDEX.csv``, cropped at the centre. For each clip, at Stage I's size:
+Clips: the held-back ones of ``DIR/INDEX.csv``, cropped at the center. For each clip, at Stage I's size:
 
 - reduced: the clip itself, what a Stage II without stage-transition is trained on;
 - transition SIGMA: the clip noised to SIGMA and denoised again by Stage I (`swifti2v.training.refiner.transition`);
@@ -9,7 +9,7 @@ Clips: the held-back ones of ``DIR/INDEX.csv``, cropped at the centre. For each 
 
 Spectrum: power of luma over rings of equal spatial frequency (Hann window), in decibels, mean over the frames 1.. and
 the clips. Distance: root mean square difference of two spectra in decibels over the rings above a quarter of the
-Nyquist frequency, where artefacts live. Follows: PSNR against the clip, frames 1..; it falls as the motion is lost.
+Nyquist frequency, where artifacts live. Follows: PSNR against the clip, frames 1..; it falls as the motion is lost.
 """
 
 from __future__ import annotations
@@ -188,7 +188,7 @@ def main() -> None:
 
 
 def _row(made: Mapping[str, Array]) -> Array:
-    """Return the last frame of every kind, the centre enlarged."""
+    """Return the last frame of every kind, the center enlarged."""
     panels = []
     for name, frames in made.items():
         height, width = frames.shape[1:3]

@@ -38,7 +38,7 @@ def test_only_wide_clips_are_held_back(tmp_path: Path) -> None:
         held_back_clips(tmp_path, min_width=2000)
 
 
-def test_the_truth_is_the_centre_of_4k_plus_1_frames(clip: Path) -> None:
+def test_the_truth_is_the_center_of_4k_plus_1_frames(clip: Path) -> None:
     truth = truth_frames(clip, Size(64, 32), 9)
     assert truth.shape == (5, 32, 64, 3)
     assert truth[:, 4:-4, 4:-4].min() > 180

@@ -19,10 +19,10 @@ from benchmarks.context_study import (
     NETWORKS,
     RECIPE,
     SHORT,
-    WITH_ARTEFACTS,
-    artefacts_table,
+    WITH_ARTIFACTS,
+    artifacts_table,
     curves,
-    judge_artefacts,
+    judge_artifacts,
     judge_seeds,
     judge_short,
     long_numbers,
@@ -32,7 +32,7 @@ from benchmarks.context_study import (
     small_clips,
     to_and_fro,
     trained,
-    with_artefacts,
+    with_artifacts,
 )
 from benchmarks.fidelity import known_clip
 from swifti2v.config import load_yaml
@@ -68,7 +68,7 @@ def clips(tmp_path_factory: pytest.TempPathFactory) -> Path:
         with VideoWriter(folder / f"{name}.mp4", size=size, fps=8) as writer:
             writer.write(moving(12, size))
     (folder / "INDEX.csv").write_text(
-        "file,kind,width,caption,licence_tier,licence\n"
+        "file,kind,width,caption,license_tier,license\n"
         "narrow.mp4,clip,96,hills,A,CC0\nwide.mp4,clip,1152,sea,A,CC0\nphoto.png,photo,480,a lake,A,CC0\n"
     )
     return folder
@@ -130,7 +130,7 @@ def test_networks_are_trained_once_and_share_their_pairs(clips: Path, tmp_path: 
     trained(BIDIRECTIONAL, 0, clips=clips, runs=runs)
     assert [path.stat().st_mtime_ns for path in weights] == made
 
-    coded = trained(WITH_ARTEFACTS, 0, clips=clips, runs=runs)
+    coded = trained(WITH_ARTIFACTS, 0, clips=clips, runs=runs)
     assert not (coded.parent / "pairs.pt").samefile(pairs[0])
 
     networks = {"bidirectional": with_network(parts, folders[0]), "frozen": with_network(parts, folders[1])}
@@ -144,9 +144,9 @@ def test_networks_are_trained_once_and_share_their_pairs(clips: Path, tmp_path: 
     assert seeds["frozen"]["high_frequency_ratio"] == [
         pytest.approx(results["wide"]["frozen"]["high_frequency_ratio"], abs=1e-6)
     ]
-    by_seed = {("bidirectional", 0): networks["bidirectional"], ("artefacts", 0): with_network(parts, coded)}
-    found = judge_artefacts(by_seed, clips, codec)
-    assert found["clean"]["bidirectional"][0] > found["with artefacts"]["bidirectional"][0]
+    by_seed = {("bidirectional", 0): networks["bidirectional"], ("artifacts", 0): with_network(parts, coded)}
+    found = judge_artifacts(by_seed, clips, codec)
+    assert found["clean"]["bidirectional"][0] > found["with artifacts"]["bidirectional"][0]
 
 
 @pytest.mark.usefixtures("small")
@@ -164,10 +164,10 @@ def test_to_and_fro_ends_where_it_began() -> None:
     assert np.array_equal(doubled[4:], frames[::-1])
 
 
-def test_artefacts_are_those_of_the_codec_and_spare_the_image(parts: Parts) -> None:
+def test_artifacts_are_those_of_the_codec_and_spare_the_image(parts: Parts) -> None:
     clip = known_clip(moving(FRAMES, Size(128, 64)), settings_for(parts, FRAMES))
     codec = MotionCodec.from_pretrained(resolve("mini", parts=("stage_one",)).folder_of("stage_one") / "vae")
-    coded = with_artefacts(clip, codec)
+    coded = with_artifacts(clip, codec)
     assert np.array_equal(coded.reference[0].numpy(), clip.reference[0].numpy())
     assert float((coded.reference[1] - clip.reference[1]).abs().mean()) > 0.01
 
@@ -187,8 +187,8 @@ def test_decay_is_what_is_lost_from_beginning_to_end(parts: Parts, monkeypatch: 
 
 
 def test_tables_and_plot() -> None:
-    found = {"clean": {"bidirectional": [30.0, 31.0], "artefacts": [29.0, 29.5]}}
-    assert "| trained on clean references | 30.500 (30.000 .. 31.000) |" in artefacts_table(found)
+    found = {"clean": {"bidirectional": [30.0, 31.0], "artifacts": [29.0, 29.5]}}
+    assert "| trained on clean references | 30.500 (30.000 .. 31.000) |" in artifacts_table(found)
     measures = {"psnr": [27.0, 28.0], "high_frequency_ratio": [0.3], "seam_luma": [1.0], "seam_detail": [1.1]}
     assert "| frozen | 27.500 (27.000 .. 28.000) | 0.300 (0.300 .. 0.300) |" in seeds_table({"frozen": measures})
     rows: dict[str, Any] = {row.name: {"psnr": 30.0, "decay": 0.5, "curve": [30.0] * 8} for row in LONG}

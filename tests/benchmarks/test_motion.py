@@ -1,4 +1,4 @@
-"""Tables, judgements and the measures of a full video."""
+"""Tables, judgments and the measures of a full video."""
 
 from __future__ import annotations
 

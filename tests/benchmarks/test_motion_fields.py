@@ -8,7 +8,7 @@ import cv2
 import numpy as np
 import pytest
 
-from benchmarks.motion_fields import agreement, asked_field, made_field, summarise
+from benchmarks.motion_fields import agreement, asked_field, made_field, summarize
 from swifti2v.geometry import Size
 from swifti2v.mini.procedural import Motion, displacement, render
 
@@ -29,12 +29,12 @@ def photograph() -> np.ndarray:
 
 def rendered(photograph: np.ndarray, name: str, speed: float = 1.0) -> np.ndarray:
     field = displacement([Motion(name, speed)], size=SIZE, num_frames=NUM_FRAMES)
-    return render(photograph, field, centre=(160, 120), crop_width=SIZE.width)
+    return render(photograph, field, center=(160, 120), crop_width=SIZE.width)
 
 
 def test_a_shift_is_measured_in_pixels_per_frame(photograph: np.ndarray) -> None:
     frames = [photograph[20:132, 60 - 2 * t : 252 - 2 * t] for t in range(4)]
-    summary = summarise(made_field(frames))
+    summary = summarize(made_field(frames))
     assert summary.x == pytest.approx(2, abs=0.1)
     assert summary.magnitude == pytest.approx(2, abs=0.1)
     assert abs(summary.y) < 0.05
@@ -55,9 +55,9 @@ def test_a_rendered_prompt_does_what_it_asks(photograph: np.ndarray, name: str, 
     """The renderer moves pixels, the flow finds where they went: neither knows of `asked_field`."""
     made = made_field(rendered(photograph, name))
     asked = asked_field(name, size=SIZE, num_frames=NUM_FRAMES, horizon=0.0)
-    assert summarise(made).magnitude / summarise(asked).magnitude == pytest.approx(1, abs=0.2)
-    assert getattr(summarise(made), quantity) == pytest.approx(getattr(summarise(asked), quantity), rel=0.2)
-    assert getattr(summarise(asked), quantity) > 0
+    assert summarize(made).magnitude / summarize(asked).magnitude == pytest.approx(1, abs=0.2)
+    assert getattr(summarize(made), quantity) == pytest.approx(getattr(summarize(asked), quantity), rel=0.2)
+    assert getattr(summarize(asked), quantity) > 0
     assert agreement(made, asked) > 0.9
     assert agreement(made, asked_field(opposite, size=SIZE, num_frames=NUM_FRAMES, horizon=0.0)) < -0.8
 
@@ -65,7 +65,7 @@ def test_a_rendered_prompt_does_what_it_asks(photograph: np.ndarray, name: str, 
 def test_twice_the_speed_doubles_the_ratio_and_keeps_the_agreement(photograph: np.ndarray) -> None:
     made = made_field(rendered(photograph, "pan left", speed=2))
     asked = asked_field("pan left", size=SIZE, num_frames=NUM_FRAMES, horizon=0.0)
-    assert summarise(made).magnitude / summarise(asked).magnitude == pytest.approx(2, abs=0.2)
+    assert summarize(made).magnitude / summarize(asked).magnitude == pytest.approx(2, abs=0.2)
     assert agreement(made, asked) > 0.9
 
 
@@ -74,7 +74,7 @@ def test_zoom_and_rotation_of_a_linear_field_are_exact() -> None:
     angle = math.radians(0.25)
     y, x = np.mgrid[:20, :30].astype(np.float32)
     field = np.stack([0.015 * (x - 4) - angle * y, 0.015 * (y - 9) + angle * x], axis=-1)[None]
-    summary = summarise(field)
+    summary = summarize(field)
     assert summary.zoom == pytest.approx(1.5, rel=1e-4)
     assert summary.rotation == pytest.approx(0.25, rel=1e-4)
 
@@ -82,6 +82,6 @@ def test_zoom_and_rotation_of_a_linear_field_are_exact() -> None:
 def test_what_does_not_move_agrees_with_nothing() -> None:
     still = asked_field("still", size=SIZE, num_frames=3, horizon=0.0)
     moving = asked_field("pan left", size=SIZE, num_frames=3, horizon=0.0)
-    assert summarise(still).magnitude == 0
+    assert summarize(still).magnitude == 0
     assert math.isnan(agreement(moving, still))
     assert agreement(moving, -3 * moving) == pytest.approx(-1)

@@ -76,8 +76,8 @@ def test_a_way_is_judged_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 def test_the_table_has_the_range_over_networks() -> None:
     seeds = [{"one": dict.fromkeys(COLUMNS, value)} for value in (27.0, 28.0, 30.0)]
     text = table({"own": seeds, "own_frozen": seeds[:1]})
-    assert "| trained on its own output: neighbours | 3 | 28.33 (27.00 .. 30.00) |" in text
-    assert "frozen: neighbours | 1 | 27.00 |" in text
+    assert "| trained on its own output: neighbors | 3 | 28.33 (27.00 .. 30.00) |" in text
+    assert "frozen: neighbors | 1 | 27.00 |" in text
     assert "trained on the truth" not in text
 
 

@@ -97,7 +97,7 @@ def test_segments_see_every_frame_and_the_full_sequence_sees_them_once(monkeypat
 
     monkeypatch.setattr(StageTwoTransformer, "forward", forward)
     segments_against_full_sequence(8, 2.0, repeats=1)
-    # A warm-up of five; targets 1-3, 4-6 and 7 with the anchor and one neighbour; the clip.
+    # A warm-up of five; targets 1-3, 4-6 and 7 with the anchor and one neighbor; the clip.
     assert seen == [5, 4, 5, 3, 8]
     assert made == [3, 3, 3, 1, 7]
 
@@ -114,5 +114,5 @@ def test_kept_context_is_seen_in_the_first_step_of_a_segment(monkeypatch: pytest
 
     monkeypatch.setattr(StageTwoTransformer, "forward", watched)
     kept_context(6, 2.0, repeats=1)
-    # A warm-up of one segment; targets 1-3 and 4-5 with the anchor and one neighbour; the clip.
+    # A warm-up of one segment; targets 1-3 and 4-5 with the anchor and one neighbor; the clip.
     assert seen == [4, 3, 3, 3, 4, 3, 3, 3, 4, 2, 2, 2, 6]

@@ -21,7 +21,7 @@ def worse(frame: np.ndarray) -> np.ndarray:
     return (cv2.GaussianBlur(frame, (0, 0), 1.0) * 0.95 + 0.02 * noise).clip(0, 1)
 
 
-def grey(frame: np.ndarray) -> np.ndarray:
+def gray(frame: np.ndarray) -> np.ndarray:
     return frame.astype(np.float64) @ np.array([0.299, 0.587, 0.114])
 
 
@@ -51,13 +51,13 @@ def halved(values: np.ndarray) -> np.ndarray:
 def test_ssim_is_its_formula() -> None:
     frame = picture(30, 41)
     damaged = worse(frame)
-    assert similarity(damaged, frame).ssim == pytest.approx(written_out(grey(damaged), grey(frame))[0], abs=2e-5)
+    assert similarity(damaged, frame).ssim == pytest.approx(written_out(gray(damaged), gray(frame))[0], abs=2e-5)
 
 
 def test_ms_ssim_is_the_weighted_product_over_scales() -> None:
     frame = picture(47, 60)  # odd: a row is left out on the way down
     damaged = worse(frame)
-    a, b = grey(damaged), grey(frame)
+    a, b = gray(damaged), gray(frame)
     first, second = written_out(a, b), written_out(halved(a), halved(b))
     assert num_scales(47, 60) == 3
     third = written_out(halved(halved(a)), halved(halved(b)))

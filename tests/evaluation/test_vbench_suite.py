@@ -12,7 +12,6 @@ import pytest
 from swifti2v.errors import ImageInputError, InvalidInputError, OutputError
 from swifti2v.evaluation.vbench.suite import (
     PROMPTS_PATH,
-    Suite,
     checkout_commit,
     load_suite,
     nearest_crop,
@@ -40,7 +39,7 @@ def corners(path: Path) -> tuple[float, float, float, float]:
     """Left, top, right and bottom edge of what a picture shows, in pixels of its original."""
     with PIL.Image.open(path) as image:
         pixels = np.asarray(image.convert("RGB"), dtype=np.float64)
-    x = pixels[..., 0].mean(axis=0) / 255 * (ORIGIN[0] - 1) + 0.5  # centres of pixels
+    x = pixels[..., 0].mean(axis=0) / 255 * (ORIGIN[0] - 1) + 0.5  # centers of pixels
     y = pixels[..., 1].mean(axis=1) / 255 * (ORIGIN[1] - 1) + 0.5
     half_x, half_y = (x[-2] - x[1]) / (len(x) - 3) / 2, (y[-2] - y[1]) / (len(y) - 3) / 2
     return x[1] - 3 * half_x, y[1] - 3 * half_y, x[-2] + 3 * half_x, y[-2] + 3 * half_y
@@ -205,7 +204,7 @@ def test_a_folder_that_is_no_suite(tmp_path: Path) -> None:
 
 def test_a_suite_that_cannot_be_written(checkout: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(OutputError, match="cannot be written"):
+    with pytest.raises(OutputError):
         prepare_suite(checkout, tmp_path / "file" / "suite", size=SIZE)
 
 
@@ -217,9 +216,3 @@ def test_the_commit_of_a_checkout() -> None:
         assert commit is not None
         assert len(commit) == 40
     assert checkout_commit(Path(__file__).parent) is None
-
-
-def test_a_suite_is_a_value() -> None:
-    suite = Suite(Path("a"), SIZE, "16-9", ())
-    assert suite == Suite(Path("a"), SIZE, "16-9", ())
-    assert suite.ratio == "20-11"

@@ -156,7 +156,7 @@ class TestHandledAndSaid:
         assert loaded.notes == ("reduced from 16 to 8 bits per channel", "converted from greyscale to RGB")
         assert np.abs(np.asarray(loaded.image)[0, :, 0] - ramp[0] / 257.0).max() <= 0.51
 
-    def test_sixteen_bit_colour(self, tmp_path: Path) -> None:
+    def test_sixteen_bit_color(self, tmp_path: Path) -> None:
         row = struct.pack(">6H", *([60_000, 30_000, 1_000] * 2))
         data = bytearray(png_header(2, 1))
         del data[8:]
@@ -178,7 +178,7 @@ class TestHandledAndSaid:
 
     def test_palette(self, tmp_path: Path) -> None:
         loaded = load_image(save(three_bars().convert("P", palette=Image.Palette.ADAPTIVE), tmp_path / "a.png"))
-        assert loaded.notes == ("converted from a colour palette",)
+        assert loaded.notes == ("converted from a color palette",)
         assert np.abs(pixel(loaded.image, 50, 5) - BLUE).max() <= 2
 
     def test_still_gif(self, tmp_path: Path) -> None:
@@ -202,14 +202,14 @@ class TestHandledAndSaid:
         assert loaded.notes == ()
         assert tuple(pixel(loaded.image, 50, 5)) == BLUE
 
-    def test_transparent_palette_colour(self, tmp_path: Path) -> None:
+    def test_transparent_palette_color(self, tmp_path: Path) -> None:
         image = three_bars().convert("P", palette=Image.Palette.ADAPTIVE, colors=4)
         loaded = load_image(save(image, tmp_path / "a.png", transparency=image.getpixel((10, 5))))
-        assert loaded.notes == ("converted from a colour palette", "transparent parts laid on white")
+        assert loaded.notes == ("converted from a color palette", "transparent parts laid on white")
         assert tuple(pixel(loaded.image, 10, 5)) == (255, 255, 255)
         assert np.abs(pixel(loaded.image, 30, 5) - GREEN).max() <= 2
 
-    def test_transparent_rgb_colour(self, tmp_path: Path) -> None:
+    def test_transparent_rgb_color(self, tmp_path: Path) -> None:
         loaded = load_image(save(three_bars(), tmp_path / "a.png", transparency=RED))
         assert tuple(pixel(loaded.image, 10, 5)) == (255, 255, 255)
         assert tuple(pixel(loaded.image, 30, 5)) == GREEN
@@ -236,7 +236,7 @@ class TestHandledAndSaid:
         assert np.abs(pixel(loaded.image, 5, 20) - RED).max() < 40
 
 
-class TestColourProfiles:
+class TestColorProfiles:
     def test_srgb_profile_changes_nothing(self, tmp_path: Path) -> None:
         profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
         loaded = load_image(save(three_bars(), tmp_path / "a.png", icc_profile=profile))
@@ -252,12 +252,12 @@ class TestColourProfiles:
         assert "Odd!" in ImageCms.getProfileDescription(ImageCms.ImageCmsProfile(io.BytesIO(profile)))
         loaded = load_image(save(three_bars(), tmp_path / "a.png", icc_profile=profile))
         assert len(loaded.notes) == 1
-        assert loaded.notes[0].startswith("colours converted to sRGB")
+        assert loaded.notes[0].startswith("colors converted to sRGB")
         assert np.abs(pixel(loaded.image, 10, 5) - RED[::-1]).max() <= 3
 
     def test_damaged_profile_is_said(self, tmp_path: Path) -> None:
         loaded = load_image(save(three_bars(), tmp_path / "a.png", icc_profile=b"nonsense" * 20))
-        assert loaded.notes == ("colours taken as sRGB: its embedded colour profile cannot be used",)
+        assert loaded.notes == ("colors taken as sRGB: its embedded color profile cannot be used",)
         assert tuple(pixel(loaded.image, 10, 5)) == RED
 
     def test_profile_of_another_kind_of_pixels_is_said(self, tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ LUMA = {"bt601": (0.299, 0.587, 0.114), "bt709": (0.2126, 0.7152, 0.0722)}
 
 
 def grey_levels(count: int) -> list[int]:
-    """One grey level per frame, well apart, so that a frame tells its index."""
+    """One gray level per frame, well apart, so that a frame tells its index."""
     return [16 + 5 * i for i in range(count)]
 
 
@@ -111,15 +111,15 @@ class TestResampling:
         assert read_indices(VideoReader(path, fps=12, max_frames=4)) == [0, 2, 4, 6]
 
 
-class TestColours:
+class TestColors:
     @pytest.mark.parametrize(
         ("tag", "height", "matrix"), [(1, 64, "bt709"), (6, 64, "bt601"), (2, 64, "bt601"), (2, 720, "bt709")]
     )
     def test_matrix_by_tag_or_by_size(self, tmp_path: Path, tag: int, height: int, matrix: str) -> None:
-        colour = np.array([200, 60, 30]) / 255
+        color = np.array([200, 60, 30]) / 255
         red, green, blue = LUMA[matrix]
-        luma = float(colour @ (red, green, blue))
-        cb, cr = (colour[2] - luma) / (2 * (1 - blue)), (colour[0] - luma) / (2 * (1 - red))
+        luma = float(color @ (red, green, blue))
+        cb, cr = (color[2] - luma) / (2 * (1 - blue)), (color[0] - luma) / (2 * (1 - red))
         planes = np.full((height * 3 // 2, 64), round(16 + 219 * luma), np.uint8)
         planes[height : height * 5 // 4] = round(128 + 224 * cb)
         planes[height * 5 // 4 :] = round(128 + 224 * cr)
@@ -130,7 +130,7 @@ class TestColours:
             out.mux(stream.encode(av.VideoFrame.from_ndarray(planes, format="yuv420p")))
             out.mux(stream.encode(None))
         (chunk,) = VideoReader(tmp_path / "a.mp4")
-        assert np.abs(chunk[0].astype(int) - np.round(colour * 255)).max() <= 3
+        assert np.abs(chunk[0].astype(int) - np.round(color * 255)).max() <= 3
 
 
 # The matrix of a track header for displays that turn the picture: a, b, c, d in 16.16 fixed point.

@@ -116,26 +116,26 @@ def test_every_container(tmp_path: Path, extension: str) -> None:
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_colours_survive(tmp_path: Path) -> None:
-    colours = np.array([[255, 0, 0], [0, 255, 0], [0, 0, 255], [255, 255, 255], [0, 0, 0], [200, 150, 120]], np.uint8)
-    frame = np.repeat(np.repeat(colours[None], 64, 0), 16, 1)[None]
-    path = tmp_path / "colours.mp4"
+def test_colors_survive(tmp_path: Path) -> None:
+    colors = np.array([[255, 0, 0], [0, 255, 0], [0, 0, 255], [255, 255, 255], [0, 0, 0], [200, 150, 120]], np.uint8)
+    frame = np.repeat(np.repeat(colors[None], 64, 0), 16, 1)[None]
+    path = tmp_path / "colors.mp4"
     with VideoWriter(path, size=SIZE, fps=24, crf=4) as writer:
         writer.write(np.repeat(frame, 3, 0))
     with av.open(str(path)) as container:
         decoded = next(container.decode(video=0))
         planes = decoded.to_ndarray(format="yuv420p")
-    centres = 8 + 16 * np.arange(6)
-    luma = planes[32, centres].astype(float)
-    chroma = planes[64:].reshape(2, 32, 48)[:, 16, centres // 2].astype(float)
+    centers = 8 + 16 * np.arange(6)
+    luma = planes[32, centers].astype(float)
+    chroma = planes[64:].reshape(2, 32, 48)[:, 16, centers // 2].astype(float)
     # Back to RGB by the definition of BT.709 in limited range, not by FFmpeg.
     y, cb, cr = (luma - 16) / 219, (chroma[0] - 128) / 224, (chroma[1] - 128) / 224
     red, blue = y + 1.5748 * cr, y + 1.8556 * cb
     green = (y - 0.2126 * red - 0.0722 * blue) / 0.7152
-    assert np.abs(np.stack([red, green, blue], -1) * 255 - colours).max() < 6
+    assert np.abs(np.stack([red, green, blue], -1) * 255 - colors).max() < 6
     # And by whatever a player does that trusts the tags.
-    played = decoded.to_ndarray(format="rgb24")[32, centres]
-    assert np.abs(played.astype(int) - colours).max() < 8
+    played = decoded.to_ndarray(format="rgb24")[32, centers]
+    assert np.abs(played.astype(int) - colors).max() < 8
 
 
 def test_quality_of_a_textured_frame(tmp_path: Path) -> None:

@@ -164,7 +164,7 @@ def _settings(request: EvaluationRequest, standard: Standard, first: FrameSource
     settings: dict[str, Any] = {
         "size": str(first.size),
         "segment_size": "auto" if request.segment_size is None else request.segment_size,
-        "optical_flow": f"{FLOW}, long side at most {FLOW_LONG_SIDE} px between neighbouring frames",
+        "optical_flow": f"{FLOW}, long side at most {FLOW_LONG_SIDE} px between neighboring frames",
         "against": [path.name for path in request.against],
         "versions": {"swifti2v": __version__} | dict(_versions()),
     }

@@ -71,8 +71,8 @@ def psnr(frame: Array, truth: Array, *, mask: Array | None = None) -> float:
 
 def high_pass(frame: Array, *, sigma: float = HIGH_PASS_SIGMA) -> Array:
     """Return the fine detail of a frame, [H, W] float32: luma less luma blurred by a Gaussian of `sigma` pixels."""
-    grey = luma(frame)
-    return np.asarray(grey - np.asarray(cv2.GaussianBlur(grey, (0, 0), sigma)))
+    gray = luma(frame)
+    return np.asarray(gray - np.asarray(cv2.GaussianBlur(gray, (0, 0), sigma)))
 
 
 def high_frequency_energy(frame: Array, *, sigma: float = HIGH_PASS_SIGMA) -> float:
@@ -95,7 +95,7 @@ def warping_error(pair: FramePair) -> float:
 
     >= 0, lower is steadier; multiply by 1e3 to read it as papers do. A still video scores 0, so read it beside
     `mean_flow`. NaN if no pixel is visible. Source: Lai et al., "Learning Blind Video Temporal Consistency", ECCV 2018,
-    E_warp of neighbouring frames; with DIS instead of FlowNet2, so numbers compare with each other, not with that
+    E_warp of neighboring frames; with DIS instead of FlowNet2, so numbers compare with each other, not with that
     paper's.
     """
     squared = ((pair.later - pair.predicted) ** 2).sum(axis=-1, dtype=np.float64)

@@ -16,12 +16,12 @@ if TYPE_CHECKING:
 
 Array = np.ndarray[Any, Any]
 
-# In [0, 1] grey: half a level of eight bits. Keeps the ratio of a video in which nothing changes at 1.
+# In [0, 1] gray: half a level of eight bits. Keeps the ratio of a video in which nothing changes at 1.
 CHANGE_FLOOR = 0.5 / 255
 
 
 class FrameChange(NamedTuple):
-    """Motion-compensated change between frames: mean absolute difference on visible pixels, in [0, 1] grey."""
+    """Motion-compensated change between frames: mean absolute difference on visible pixels, in [0, 1] gray."""
 
     luma: float
     detail: float

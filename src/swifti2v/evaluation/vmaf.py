@@ -115,5 +115,5 @@ def _video_luma(frame: Array) -> Tensor:
     """Return luma as a file holds it, [1, 1, H, W] float32, whole levels of 16 .. 235."""
     import torch
 
-    grey = np.asarray(cv2.transform(unit_rgb(frame), _LUMA_OF_RGB))
-    return torch.from_numpy(np.rint(16 + 219 * grey)).reshape(1, 1, *grey.shape[:2])
+    gray = np.asarray(cv2.transform(unit_rgb(frame), _LUMA_OF_RGB))
+    return torch.from_numpy(np.rint(16 + 219 * gray)).reshape(1, 1, *gray.shape[:2])

@@ -19,7 +19,7 @@ class ReferenceOptions:
             `transport`, ours: besides, the image's detail carried along the motion.
         flow_scale: size at which the optical flow is computed, as a fraction of the output size, in (0, 1]. Against
             0.5 at 1280x704, 0.25 takes 0.6 times as long and loses 0.3 dB; 1.0 takes 2.6 times as long, gains 0.2 dB.
-        confidence_width: mean absolute difference (in [0, 1] grey) of the warped and the actual reference at which the
+        confidence_width: mean absolute difference (in [0, 1] gray) of the warped and the actual reference at which the
             confidence in a place has fallen to 1/e. Forgiving: brightness that drifts is no reason to lose detail.
         mismatch_width: the same for the difference relative to the local contrast: what tells wrong texture from noise.
         band_sigma: in pixels of the motion reference. 0 carries only what is finer than the motion reference's pixels.

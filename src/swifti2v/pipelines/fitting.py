@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
     from swifti2v.memory.codec_cost import CodecCost
     from swifti2v.pipelines.loading import Overlap, Parts
-    from swifti2v.pipelines.options import GenerationSettings
+    from swifti2v.settings import GenerationSettings
 
 LOGGER = logging.getLogger("swifti2v")
 ASSUMED_RATES: DeviceRates = DEVICES["rtx4090"]

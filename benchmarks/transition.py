@@ -15,7 +15,6 @@ Nyquist frequency, where artifacts live. Follows: PSNR against the clip, frames 
 from __future__ import annotations
 
 import argparse
-import io
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,7 +25,16 @@ import torch
 
 from benchmarks import pictures
 from benchmarks.clips import held_back_clips, truth_frames
-from benchmarks.results import add_result_arguments, markdown_table, mean, number, say, settings_of, write_results
+from benchmarks.results import (
+    add_result_arguments,
+    markdown_table,
+    mean,
+    number,
+    png_of,
+    say,
+    settings_of,
+    write_results,
+)
 from swifti2v.evaluation.metrics import psnr
 from swifti2v.geometry import Size
 from swifti2v.pipelines.two_stage import TwoStagePipeline
@@ -145,9 +153,6 @@ def table(kinds: Mapping[str, Kind]) -> str:
 
 def plot(kinds: Mapping[str, Kind]) -> Array:
     """Return the spectra as a picture uint8 [H, W, 3]."""
-    import matplotlib as mpl
-
-    mpl.use("Agg")
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7.5, 4.5), layout="constrained")
@@ -158,9 +163,8 @@ def plot(kinds: Mapping[str, Kind]) -> Array:
     axes.set(xlabel="spatial frequency / Nyquist", ylabel="power of luma, dB")
     axes.grid(alpha=0.3)
     axes.legend()
-    with io.BytesIO() as file:
-        figure.savefig(file, format="png", dpi=110)
-        return np.asarray(PIL.Image.open(file).convert("RGB"))
+    picture: Array = png_of(figure)
+    return picture
 
 
 def main() -> None:

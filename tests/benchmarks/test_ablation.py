@@ -12,14 +12,12 @@ import pytest
 from benchmarks import ablation, fidelity
 from benchmarks.ablation import (
     BEGIN,
-    DOCUMENT,
     END,
     FULL,
     VARIANTS,
     Variant,
     changed_clip,
     differences_of,
-    documented,
     measured,
     plot,
     table,
@@ -62,16 +60,6 @@ def test_plot_is_a_picture() -> None:
     assert picture.dtype == np.uint8
     assert picture.shape[1] == 1000
     assert picture.std() > 5
-
-
-def test_table_goes_between_its_marks() -> None:
-    text = f"before\n{BEGIN}\nold\n{END}\nafter\n"
-    once = documented(text, "| new |")
-    assert once == f"before\n{BEGIN}\n\n| new |\n\n{END}\nafter\n"
-    assert documented(once, "| new |") == once
-    with pytest.raises(ValueError, match="no marks"):
-        documented("nothing", "| new |")
-    assert documented(DOCUMENT.read_text(encoding="utf-8"), "| new |").count("| new |") == 1
 
 
 def test_variants_are_measured(tiny_checkpoint: Path, tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ def flat(*rgb: float) -> np.ndarray:
 
 def test_look_of_a_flat_color() -> None:
     seen = look(flat(0.8, 0.5, 0.2))
-    assert seen == pytest.approx(Look(0, 0, 0.6, 0.8, 0.5, 0.2, 0.299 * 0.8 + 0.587 * 0.5 + 0.114 * 0.2), abs=1e-5)
+    assert seen == pytest.approx(Look(0, 0, 0.6, 0.8, 0.5, 0.2, 0.299 * 0.8 + 0.587 * 0.5 + 0.114 * 0.2, 0), abs=1e-5)
     eight_bits = look(np.full((24, 32, 3), (204, 127.5, 51), np.float32).round().astype(np.uint8))
     assert eight_bits == pytest.approx(seen, abs=0.003)
 

@@ -166,7 +166,7 @@ def test_markdown_has_a_row_for_each_metric(full: Evaluation) -> None:
     for metric in full.metrics:
         assert sum(metric.label in row for row in rows) >= 1
         assert f"- **{metric.label}**: " in page
-    (psnr_row,) = [row for row in rows if row.startswith("| PSNR")]
+    (psnr_row,) = [row for row in rows if row.startswith("| PSNR (dB)")]
     assert "**100.0**" in psnr_row
     assert psnr_row.count("**") == 2
     assert "OpenCV DIS" in page

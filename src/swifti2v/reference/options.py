@@ -10,7 +10,7 @@ from swifti2v.settings import GenerationSettings, ReferenceMode
 
 @dataclass(frozen=True)
 class ReferenceOptions:
-    """How the hybrid reference is made. The defaults are those of `benchmarks/reference_transport.py`.
+    """How the hybrid reference is made. The defaults were measured on clips with known truth (`docs/log.md`).
 
     Args:
         mode: `replace`, the paper's: the upsampled motion reference with its first frame replaced by the image;

@@ -49,7 +49,7 @@ from swifti2v.config import load_yaml
 from swifti2v.evaluation.drift import drift, look
 from swifti2v.evaluation.metrics import high_frequency_ratio, psnr
 from swifti2v.evaluation.motion import consecutive_pairs
-from swifti2v.evaluation.seams import frame_change, seam_ratio_of_changes
+from swifti2v.evaluation.seams import frame_change, seam_ratio
 from swifti2v.geometry import Size
 from swifti2v.mini.motion_codec import MotionCodec
 from swifti2v.mini.recipes import StageTwoRun, train_stage_two
@@ -228,7 +228,7 @@ def long_numbers(frames: Sequence[Array], truth: Array, *, segment_size: int) ->
     made = list(zip(frames[1:], truth[1:], strict=True))
     curve = [psnr(frame, true) for frame, true in made]
     count = round(END_SHARE * len(curve))
-    seams = seam_ratio_of_changes(map(frame_change, consecutive_pairs(frames)), segment_size=segment_size)
+    seams = seam_ratio(map(frame_change, consecutive_pairs(frames)), segment_size=segment_size)
     return {
         "psnr": mean(curve),
         "decay": mean(curve[:count]) - mean(curve[-count:]),

@@ -124,7 +124,7 @@ def summarize(field: Array) -> MotionSummary:
     height, width = flow.shape[:2]
     columns = np.arange(width) - (width - 1) / 2
     rows = (np.arange(height) - (height - 1) / 2)[:, None]
-    # The pixels' grid is centerd, so that the slopes of a least-squares plane do not depend on each other.
+    # The pixels' grid is centered, so that the slopes of a least-squares plane do not depend on each other.
     slope_x = (flow * columns[:, None]).sum(axis=(0, 1)) / (height * (columns**2).sum())
     slope_y = (flow * rows[..., None]).sum(axis=(0, 1)) / (width * (rows**2).sum())
     return MotionSummary(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
@@ -138,11 +139,18 @@ def test_a_missing_image_is_told(folder: Path) -> None:
         evaluate_videos(EvaluationRequest((folder / "clip.mp4",), image=folder / "none.png"))
 
 
-def test_requests_that_cannot_be_judged() -> None:
-    with pytest.raises(InvalidInputError, match="at least one"):
-        EvaluationRequest(())
-    with pytest.raises(InvalidInputError, match="at least 2, or auto"):
-        EvaluationRequest((Path("a.mp4"),), segment_size=1)
+@pytest.mark.parametrize(
+    ("given", "param"),
+    [
+        ({"videos": ()}, "videos"),
+        ({"videos": (Path("a.mp4"),), "segment_size": 1}, "segment_size"),
+        ({"videos": (Path("a.mp4"),), "cvvdp": "python"}, "truth"),
+    ],
+)
+def test_requests_that_cannot_be_judged(given: dict[str, Any], param: str) -> None:
+    with pytest.raises(InvalidInputError) as caught:
+        EvaluationRequest(**given)
+    assert caught.value.param == param
 
 
 @pytest.mark.parametrize(

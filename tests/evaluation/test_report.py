@@ -320,29 +320,3 @@ def test_every_text_can_be_told_from_its_ground(scheme: dict[str, str]) -> None:
     for text, ground in pairs:
         low, high = sorted(luminance(scheme[name]) for name in (text, ground))
         assert (high + 0.05) / (low + 0.05) >= 4.5, (text, ground)
-
-
-# Of linear RGB, severity 1: Machado et al., "A Physiologically-based Model for Simulation of Color Vision Deficiency".
-DEFICIENCIES = {
-    "protanopia": [[0.152286, 1.052583, -0.204868], [0.114503, 0.786281, 0.099216], [-0.003882, -0.048116, 1.051998]],
-    "deuteranopia": [[0.367322, 0.860646, -0.227968], [0.280085, 0.672501, 0.047413], [-0.01182, 0.04294, 0.968881]],
-}
-
-
-def lab(color: str, deficiency: str) -> np.ndarray:
-    levels = np.array([int(color[start : start + 2], 16) / 255 for start in (1, 3, 5)])
-    linear = np.where(levels <= 0.04045, levels / 12.92, ((levels + 0.055) / 1.055) ** 2.4)
-    linear = (np.array(DEFICIENCIES[deficiency]) @ linear).clip(0, 1)
-    to_xyz = np.array([[0.4124, 0.3576, 0.1805], [0.2126, 0.7152, 0.0722], [0.0193, 0.1192, 0.9505]])
-    xyz = to_xyz @ linear / [0.9505, 1.0, 1.089]
-    f = np.where(xyz > 216 / 24389, np.cbrt(xyz), (24389 / 27 * xyz + 16) / 116)
-    return np.array([116 * f[1] - 16, 500 * (f[0] - f[1]), 200 * (f[1] - f[2])])
-
-
-@pytest.mark.parametrize("deficiency", DEFICIENCIES)
-@pytest.mark.parametrize("scheme", schemes(), ids=["light", "dark"])
-def test_the_first_four_lines_are_told_apart_by_the_color_blind(scheme: dict[str, str], deficiency: str) -> None:
-    """CIE76 distance above 10: several times the just noticeable one; lines have dashes and labels besides."""
-    colors = [lab(scheme[f"series-{number}"], deficiency) for number in range(1, 5)]
-    distances = [np.linalg.norm(a - b) for index, a in enumerate(colors) for b in colors[:index]]
-    assert min(distances) > 10

@@ -235,7 +235,7 @@ def test_against_the_image() -> None:
     assert result.values["first_ms_ssim"] == pytest.approx(1, abs=1e-5)
     detail = curve(result, "detail_retention")
     assert detail.frames == (8, 16, 17)  # frame 0 is the image itself
-    assert detail.values[-1] == pytest.approx(detail_retention(FramePair(image, eight_bits(frames)[-1])).retention)
+    assert detail.values[-1] == pytest.approx(detail_retention(FramePair(image, eight_bits(frames)[-1])))
     assert result.values["detail_retention"] == pytest.approx(sum(detail.values) / 3)
     soft = judged([frames[0], *(cv2.GaussianBlur(frame, (0, 0), 1.5) for frame in frames[1:])], image=image)
     assert soft.values["first_psnr"] == 100

@@ -45,7 +45,7 @@ def test_the_pixels_are_pillows(decoder: PictureDecoder) -> None:
 def test_notes_come_along(decoder: PictureDecoder) -> None:
     content = io.BytesIO()
     PIL.Image.new("L", (8, 8), 7).save(content, "PNG")
-    assert decoder.decode(content.getvalue()).notes == ("converted from greyscale to RGB",)
+    assert decoder.decode(content.getvalue()).notes == ("converted from grayscale to RGB",)
 
 
 def test_messages_name_no_path(decoder: PictureDecoder) -> None:

@@ -96,7 +96,7 @@ def test_what_was_done_to_the_picture_is_said(client: TestClient) -> None:
     grey.save(path)
     files = {"input_reference": ("../../grey.png", path.read_bytes())}
     answer = client.post("/v1/videos", data={"prompt": ""}, files=files).json()
-    assert answer["notes"] == ["converted from greyscale to RGB"]
+    assert answer["notes"] == ["converted from grayscale to RGB"]
 
 
 @pytest.mark.parametrize(

@@ -31,6 +31,13 @@ def unit_rgb(frame: Array) -> Array:
     return frame.astype(np.float32, copy=False)
 
 
+def check_same_size(first: Array, second: Array) -> None:
+    """Raise `VideoInputError` unless two frames have the same shape."""
+    if first.shape != second.shape:
+        msg = f"frames of sizes {first.shape[:2]} and {second.shape[:2]} cannot be compared; use one size"
+        raise VideoInputError(msg)
+
+
 def luma(frame: Array) -> Array:
     """Return the gray of a frame (ITU-R BT.601 weights of its gamma-coded values), [H, W] float32 in [0, 1]."""
     return np.asarray(cv2.cvtColor(unit_rgb(frame), cv2.COLOR_RGB2GRAY))
@@ -93,9 +100,7 @@ class FramePair:
     """
 
     def __init__(self, earlier: Array, later: Array) -> None:
-        if earlier.shape != later.shape:
-            msg = f"frames of sizes {earlier.shape[:2]} and {later.shape[:2]} cannot be compared; use one size"
-            raise VideoInputError(msg)
+        check_same_size(earlier, later)
         self.earlier, self.later = unit_rgb(earlier), unit_rgb(later)
 
     @cached_property

@@ -28,19 +28,19 @@ from swifti2v.evaluation.evenness import (
     split_error,
     split_psnr,
 )
-from swifti2v.evaluation.fidelity import similarity
 from swifti2v.evaluation.metrics import (
     detail_retention,
+    flow_magnitude,
     high_frequency_ratio,
-    mean_flow,
     psnr,
-    still_ratio,
+    similarity,
+    still_share,
     warping_error,
 )
 from swifti2v.evaluation.motion import FramePair
 from swifti2v.evaluation.registry import FLOW_LONG_SIDE
 from swifti2v.evaluation.results import Curve, VideoResult
-from swifti2v.evaluation.seams import FrameChange, SeamRatio, frame_change, seam_ratio_of_changes
+from swifti2v.evaluation.seams import FrameChange, SeamRatio, frame_change, seam_ratio
 
 if TYPE_CHECKING:
     from swifti2v.evaluation.colorvideovdp import ColorVideoVdp
@@ -161,8 +161,8 @@ def measure_pair(earlier: Array, later: Array) -> PairMeasures:
     return PairMeasures(
         frame_change(pair),
         warping_error(pair),
-        mean_flow(pair).magnitude,
-        still_ratio((pair,)),
+        flow_magnitude(pair),
+        still_share(pair),
         float(pair.visible.mean()),
         float(np.abs(pair.later - pair.earlier).mean(dtype=np.float64)),
         block_steps(pair.forward),
@@ -176,7 +176,7 @@ def measure_fidelity(frame: Array, truth: Array) -> Fidelity:
 
 def likeliest_segment_size(changes: Sequence[FrameChange]) -> tuple[int, SeamRatio] | None:
     """Return the segment size of 2 .. 8 latent frames whose seams show most, and its ratios; None if too short."""
-    ratios = ((size, seam_ratio_of_changes(changes, segment_size=size)) for size in CANDIDATE_SEGMENT_SIZES)
+    ratios = ((size, seam_ratio(changes, segment_size=size)) for size in CANDIDATE_SEGMENT_SIZES)
     defined = [(size, ratio) for size, ratio in ratios if math.isfinite(ratio.worst)]
     return max(defined, key=lambda entry: entry[1].worst, default=None)
 
@@ -331,7 +331,7 @@ def _add_seams(findings: _Findings, pairs: Sequence[PairMeasures], segment_size:
     """Add the seam ratios; return the segment size that they are of, None if none was given or found."""
     changes = [pair.change for pair in pairs]
     if segment_size is not None:
-        ratio = seam_ratio_of_changes(changes, segment_size=segment_size)
+        ratio = seam_ratio(changes, segment_size=segment_size)
     else:
         segment_size, ratio = likeliest_segment_size(changes) or (None, SeamRatio(math.nan, math.nan))
         findings.values["segment_size"] = math.nan if segment_size is None else segment_size
@@ -377,7 +377,7 @@ def _add_visible_differences(
 
 
 def _detail(image: Array, frame: Array) -> float:
-    return detail_retention(FramePair(image, frame)).retention
+    return detail_retention(FramePair(image, frame))
 
 
 def _reduced(frame: Array, scale: float) -> Array:

@@ -59,7 +59,7 @@ class LoadedImage:
 def load_image(path: str | os.PathLike[str]) -> LoadedImage:
     """Read the picture in `path` as an upright RGB image.
 
-    Handled and noted: EXIF orientation, embedded color profiles, CMYK, alpha (laid on white), 16 bits, greyscale,
+    Handled and noted: EXIF orientation, embedded color profiles, CMYK, alpha (laid on white), 16 bits, grayscale,
     palettes, the second picture of a camera's MPO file.
 
     Raises:
@@ -264,7 +264,7 @@ def _as_rgb(path: Path, image: Image.Image, notes: list[str]) -> Image.Image:
     profile = image.info.get("icc_profile")
     colors, alpha = _split_alpha(_eight_bits(path, image), notes)
     if colors.mode == "L":
-        notes.append("converted from greyscale to RGB")
+        notes.append("converted from grayscale to RGB")
     elif colors.mode != "RGB":
         notes.append(f"converted from {colors.mode} to RGB")
     converted = _by_profile(colors, profile, notes) if profile else None
@@ -279,7 +279,7 @@ def _as_rgb(path: Path, image: Image.Image, notes: list[str]) -> Image.Image:
 
 
 def _eight_bits(path: Path, image: Image.Image) -> Image.Image:
-    """Bring deep greyscale to 8 bits by scaling (Pillow's own conversion clips it)."""
+    """Bring deep grayscale to 8 bits by scaling (Pillow's own conversion clips it)."""
     if image.mode == "1":
         return image.convert("L")
     if not image.mode.startswith(("I", "F")):

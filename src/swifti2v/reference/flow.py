@@ -81,12 +81,12 @@ class CorrespondenceEstimator:
         # Sigmas are stated at output size; on the flow's grid they are as much smaller as the grid is.
         self.grid_scale = self.size[0] / width
         self.margins = (round(MARGIN * self.size[0]), round(MARGIN * self.size[1]))
-        self.origin = self._mirrored(self._grey(origin))
+        self.origin = self._mirrored(self._gray(origin))
         self.origin_unit = self.origin.astype(np.float32) / 255
 
     def __call__(self, frame: Array) -> Correspondence:
         """Explain `frame`, uint8 [h, w, 3] RGB of the first frame's size."""
-        gray = self._grey(frame)
+        gray = self._gray(frame)
         (width, height), (left, top) = self.size, self.margins
         flow = dense_flow(self._mirrored(gray), self.origin)[top : top + height, left : left + width]
         confidence = self._confidence(flow, gray.astype(np.float32) / 255)
@@ -96,7 +96,7 @@ class CorrespondenceEstimator:
         left, top = self.margins
         return np.asarray(cv2.copyMakeBorder(gray, top, top, left, left, cv2.BORDER_REFLECT))
 
-    def _grey(self, frame: Array) -> Array:
+    def _gray(self, frame: Array) -> Array:
         gray = cv2.cvtColor(frame, cv2.COLOR_RGB2GRAY)
         enlarges = self.size[0] > gray.shape[1]
         return np.asarray(cv2.resize(gray, self.size, interpolation=cv2.INTER_CUBIC if enlarges else cv2.INTER_AREA))
@@ -111,7 +111,7 @@ class CorrespondenceEstimator:
 
         e is the local mean absolute difference of warped and actual frame; q the same of the difference without its low
         frequencies (which lighting changes), over the frame's local contrast. Both were fitted to the shrinkage that
-        minimises the squared error, clean and damaged references together.
+        minimizes the squared error, clean and damaged references together.
         """
         (width, height), (left, top) = self.size, self.margins
         x = flow[..., 0] + np.arange(left, left + width, dtype=np.float32)

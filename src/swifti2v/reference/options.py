@@ -38,17 +38,16 @@ class ReferenceOptions:
     num_workers: int = 0
 
     def __post_init__(self) -> None:
-        if self.mode not in ("replace", "transport"):
-            msg = f"reference mode {self.mode!r} is unknown; use 'replace' or 'transport'"
-            raise InvalidInputError(msg)
-        if not 0 < self.flow_scale <= 1:
-            msg = f"flow_scale is {self.flow_scale}; it must be above 0 and at most 1"
-            raise InvalidInputError(msg)
-        for name in ("confidence_width", "mismatch_width"):
-            if not getattr(self, name) > 0:
-                msg = f"{name} is {getattr(self, name)}; it must be above 0"
-                raise InvalidInputError(msg)
-        for name in ("band_sigma", "num_workers"):
-            if not getattr(self, name) >= 0:
-                msg = f"{name} is {getattr(self, name)}; it must be 0 or more"
-                raise InvalidInputError(msg)
+        ranges = {
+            "mode": (self.mode in ("replace", "transport"), "'replace' or 'transport'"),
+            "flow_scale": (0 < self.flow_scale <= 1, "above 0 and at most 1"),
+            "confidence_width": (self.confidence_width > 0, "above 0"),
+            "mismatch_width": (self.mismatch_width > 0, "above 0"),
+            "band_sigma": (self.band_sigma >= 0, "0 or more"),
+            "num_workers": (self.num_workers >= 0, "0 or more"),
+        }
+        for name, (is_valid, words) in ranges.items():
+            if not is_valid:
+                value = getattr(self, name)
+                msg = f"{name} is {value!r}; it must be {words}"
+                raise InvalidInputError(msg, param=name, value=value)

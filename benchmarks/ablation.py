@@ -34,15 +34,15 @@ from benchmarks.results import (
     write_between,
     write_results,
 )
-from swifti2v.pipelines.stage_two import StageTwo
-from swifti2v.pipelines.two_stage import TwoStagePipeline
+from swifti2v.runner.two_stage import TwoStagePipeline
+from swifti2v.stage_two import StageTwo
 from swifti2v.wan.transformer import StageTwoTransformer
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from benchmarks.fidelity import Array, KnownClip, Numbers
-    from swifti2v.pipelines.loading import Parts
+    from swifti2v.runner.parts import Parts
     from swifti2v.settings import GenerationSettings
 
 DOCUMENT = Path(__file__).parents[1] / "docs" / "ablation.md"

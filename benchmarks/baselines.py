@@ -30,14 +30,14 @@ from swifti2v.evaluation.sources import FrameSource
 from swifti2v.evaluation.video import Standard, judge_video
 from swifti2v.evaluation.vmaf import MISSING, open_vmaf
 from swifti2v.geometry import Size
-from swifti2v.pipelines.two_stage import TwoStagePipeline
+from swifti2v.runner.two_stage import TwoStagePipeline
 
 if TYPE_CHECKING:
     from collections.abc import Generator, Sequence
 
     from benchmarks.fidelity import Array, KnownClip, Numbers
     from swifti2v.evaluation.results import VideoResult
-    from swifti2v.pipelines.loading import Parts
+    from swifti2v.runner.parts import Parts
     from swifti2v.settings import GenerationSettings
 
 TRUTH = "truth"

@@ -54,17 +54,17 @@ from swifti2v.geometry import Size
 from swifti2v.mini.motion_codec import MotionCodec
 from swifti2v.mini.recipes import StageTwoRun, train_stage_two
 from swifti2v.mini.reference_pairs import through_codec
-from swifti2v.pipelines.two_stage import TwoStagePipeline
 from swifti2v.pixels import from_uint8
 from swifti2v.reference.replace import replace_first_frame
 from swifti2v.reference.resample import reduce_frames
+from swifti2v.runner.two_stage import TwoStagePipeline
 from swifti2v.wan.checkpoints import resolve
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
     from benchmarks.fidelity import Array, Numbers
-    from swifti2v.pipelines.loading import Parts
+    from swifti2v.runner.parts import Parts
     from swifti2v.settings import GenerationSettings
     from swifti2v.training.engine.loop import StepReport
 

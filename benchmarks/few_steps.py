@@ -36,7 +36,7 @@ from benchmarks.results import (
 )
 from swifti2v.evaluation.metrics import psnr
 from swifti2v.mini.reference_pairs import ReferencePair
-from swifti2v.pipelines.two_stage import TwoStagePipeline
+from swifti2v.runner.two_stage import TwoStagePipeline
 from swifti2v.training.engine.loop import LoopOptions, TrainingLoop
 from swifti2v.training.refiner.distillation import DistillationObjective, DistillationOptions
 from swifti2v.training.refiner.distribution_matching import DistributionMatchingObjective, DistributionMatchingOptions
@@ -47,7 +47,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from benchmarks.fidelity import Numbers
-    from swifti2v.pipelines.loading import Parts
+    from swifti2v.runner.parts import Parts
     from swifti2v.settings import GenerationSettings
     from swifti2v.training.engine.loop import StepReport
 

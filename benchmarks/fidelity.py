@@ -34,18 +34,18 @@ from benchmarks.clips import REDUCTION, held_back_clips, truth_frames
 from benchmarks.results import add_result_arguments, markdown_table, mean, number, say, settings_of, write_results
 from swifti2v.evaluation.metrics import high_frequency_energy, psnr
 from swifti2v.geometry import Size
-from swifti2v.pipelines.two_stage import TwoStagePipeline
 from swifti2v.pixels import from_uint8, to_uint8
 from swifti2v.reference.options import ReferenceOptions
 from swifti2v.reference.replace import replace_first_frame
 from swifti2v.reference.resample import reduce_frames
 from swifti2v.reference.transport import transport_with_confidence
+from swifti2v.runner.two_stage import TwoStagePipeline
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from swifti2v.data.sources import MediaItem
-    from swifti2v.pipelines.loading import Parts
+    from swifti2v.runner.parts import Parts
     from swifti2v.settings import GenerationSettings
 
 Array = np.ndarray[Any, Any]

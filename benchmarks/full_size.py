@@ -90,9 +90,9 @@ def measured(arguments: argparse.Namespace, size: Size) -> tuple[list[Row], dict
     from swifti2v.memory.budget import WAN22, plan_run
     from swifti2v.memory.light_cost import with_light_decoder
     from swifti2v.memory.run_settings import RunSettings
-    from swifti2v.pipelines.acceleration import Acceleration, accelerated
-    from swifti2v.pipelines.fitting import MemoryLimits
-    from swifti2v.pipelines.two_stage import TwoStagePipeline
+    from swifti2v.runner.acceleration import Acceleration, accelerated
+    from swifti2v.runner.fitting import MemoryLimits
+    from swifti2v.runner.two_stage import TwoStagePipeline
     from swifti2v.wan.light_decoder import LightDecoder
     from swifti2v.wan.vae import WanStreamingCodec
 

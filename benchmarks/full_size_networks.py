@@ -13,8 +13,8 @@ if TYPE_CHECKING:
     from diffusers import AutoencoderKLWan, WanImageToVideoPipeline, WanTransformer3DModel
     from transformers import PreTrainedTokenizerFast
 
-    from swifti2v.pipelines.fitting import MemoryLimits
-    from swifti2v.pipelines.loading import Parts
+    from swifti2v.runner.fitting import MemoryLimits
+    from swifti2v.runner.parts import Parts
     from swifti2v.wan.light_decoder import LightDecoder
     from swifti2v.wan.transformer import StageTwoTransformer
 
@@ -105,10 +105,10 @@ def light_decoder(device: str, *, wide: bool = False) -> LightDecoder:
 def parts(device: str, memory: MemoryLimits | None, *, light: bool = False) -> Parts:
     """Both stages, as a checkpoint would give them; with limits the weights wait in host memory."""
     from swifti2v.geometry import Size
-    from swifti2v.pipelines.loading import Parts
-    from swifti2v.pipelines.stage_one import StageOne
-    from swifti2v.pipelines.stage_two import StageTwo
+    from swifti2v.runner.parts import Parts
     from swifti2v.settings import GenerationSettings
+    from swifti2v.stage_one import StageOne
+    from swifti2v.stage_two import StageTwo
     from swifti2v.wan.vae import open_codec
 
     home = device if memory is None else "cpu"

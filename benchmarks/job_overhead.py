@@ -38,8 +38,8 @@ from swifti2v.jobs.state import JobRequest
 from swifti2v.jobs.store import JobStore
 from swifti2v.jobs.worker import Outcome, Worker, _Claim
 from swifti2v.media.video_writer import VideoWriter
-from swifti2v.pipelines.loading import settings_of as settings_of_model
-from swifti2v.pipelines.two_stage import TwoStagePipeline
+from swifti2v.runner.loading import settings_of as settings_of_model
+from swifti2v.runner.two_stage import TwoStagePipeline
 from swifti2v.serving.application import create_app
 from swifti2v.serving.settings import ServedModel, ServiceSettings
 from swifti2v.settings import plain_choices
@@ -47,7 +47,7 @@ from swifti2v.settings import plain_choices
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from swifti2v.pipelines.runs import FinishedFrames
+    from swifti2v.runs import FinishedFrames
 
 PIPELINE = "pipeline and writing"
 """What a run without a job has too: the frames, and the file that they are written into."""
@@ -66,7 +66,6 @@ PARTS: tuple[tuple[Any, str, str], ...] = (
     (Spritesheet, "add", "pictures"),
     (Spritesheet, "save", "pictures"),
     (TwoStagePipeline, "request", PIPELINE),
-    (TwoStagePipeline, "prompt_notes", PIPELINE),
     (VideoWriter, "write", PIPELINE),
     (VideoWriter, "__enter__", PIPELINE),
     (VideoWriter, "__exit__", PIPELINE),

@@ -33,12 +33,12 @@ from swifti2v.evaluation.sources import FrameSource
 from swifti2v.evaluation.video import Standard, judge_video
 from swifti2v.geometry import Size
 from swifti2v.mini.procedural import PHRASES, Motion, MotionName, displacement, find_horizon
-from swifti2v.pipelines.two_stage import TwoStagePipeline
+from swifti2v.runner.two_stage import TwoStagePipeline
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
-    from swifti2v.pipelines.runs import FinishedFrames, GenerationRequest
+    from swifti2v.runs import FinishedFrames, GenerationRequest
 
 Array = np.ndarray[Any, Any]
 

@@ -118,7 +118,7 @@ def compiled_forwards(repeats: int) -> list[Ratio]:
     import torch
     from diffusers import WanTransformer3DModel
 
-    from swifti2v.pipelines.acceleration import compile_blocks
+    from swifti2v.runner.acceleration import compile_blocks
     from swifti2v.wan.transformer import StageTwoTransformer
 
     def theirs() -> WanTransformer3DModel:
@@ -188,7 +188,7 @@ def segments_against_full_sequence(num_latent_frames: int, *, repeats: int, is_c
     """
     import torch
 
-    from swifti2v.pipelines.acceleration import compile_blocks
+    from swifti2v.runner.acceleration import compile_blocks
     from swifti2v.segments import plan_segments
     from swifti2v.wan.transformer import StageTwoTransformer
 
@@ -287,7 +287,7 @@ def sampler_overhead() -> float:
     """Return what share of refining 49 frames with `mini` its sampler takes: neither network, nor codec, nor noise."""
     import torch
 
-    from swifti2v.pipelines.loading import load_parts
+    from swifti2v.runner.loading import load_parts
     from swifti2v.sampling import segmented
     from swifti2v.sampling.schedules import shifted_sigmas
     from swifti2v.sampling.segmented import sample_segments

@@ -37,7 +37,7 @@ from benchmarks.results import (
 )
 from swifti2v.evaluation.metrics import psnr
 from swifti2v.geometry import Size
-from swifti2v.pipelines.two_stage import TwoStagePipeline
+from swifti2v.runner.two_stage import TwoStagePipeline
 from swifti2v.settings import GenerationSettings
 from swifti2v.training.refiner.encoding import resized
 from swifti2v.training.refiner.transition import lightly_denoised
@@ -45,7 +45,7 @@ from swifti2v.training.refiner.transition import lightly_denoised
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from swifti2v.pipelines.loading import Parts
+    from swifti2v.runner.parts import Parts
 
 Array = np.ndarray[Any, Any]
 
@@ -106,13 +106,11 @@ def motion_references(parts: Parts, clip: Array, caption: str, sigmas: list[floa
     for sigma in sigmas:
         redrawn = lightly_denoised(parts.stage_one, frames, embeds, sigma=sigma, seed=0)
         made[f"transition {sigma:g}"] = redrawn.numpy()
-    height, width = clip.shape[1:3]
+    _height, _width = clip.shape[1:3]
     pieces = parts.stage_one.generate(
         PIL.Image.fromarray(clip[0]),
-        None,
+        embeds,
         GenerationSettings(num_frames=len(clip)),
-        size=Size(width, height),
-        prompt_embeds=embeds,
     )
     made[REAL] = torch.cat(list(pieces)).numpy()
     return made

@@ -18,7 +18,7 @@ from swifti2v import Size, SwiftI2VError, TwoStagePipeline
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from swifti2v.pipelines.runs import Progress
+    from swifti2v.runs import Progress
 
 
 def main(arguments: Sequence[str] | None = None) -> Path:

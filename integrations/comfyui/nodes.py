@@ -18,17 +18,17 @@ from swifti2v import InvalidInputError, Size, TwoStagePipeline
 from swifti2v.media.images import image_to_tensor
 from swifti2v.media.video_writer import VideoWriter
 from swifti2v.memory.placement import PlacedNetworks
-from swifti2v.pipelines.fitting import MemoryLimits, place, plan_for
 from swifti2v.reference.hybrid import hybrid_reference
 from swifti2v.reference.options import ReferenceOptions
+from swifti2v.runner.fitting import MemoryLimits, place, plan_for
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
 
     from torch import Tensor
 
-    from swifti2v.pipelines.loading import Parts
-    from swifti2v.pipelines.runs import GenerationRequest, Progress
+    from swifti2v.runner.parts import Parts
+    from swifti2v.runs import GenerationRequest, Progress
     from swifti2v.settings import GenerationSettings
 
 CATEGORY = "SwiftI2V"

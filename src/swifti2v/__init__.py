@@ -30,8 +30,8 @@ from swifti2v.errors import (
 from swifti2v.geometry import Size
 
 if TYPE_CHECKING:
-    from swifti2v.pipelines.runs import Video
-    from swifti2v.pipelines.two_stage import TwoStagePipeline
+    from swifti2v.runner.two_stage import TwoStagePipeline
+    from swifti2v.runs import Video
     from swifti2v.settings import GenerationSettings
     from swifti2v.wan.transformer import StageTwoTransformer
 
@@ -65,8 +65,8 @@ __all__ = [
 _LAZY = {
     "GenerationSettings": "swifti2v.settings",
     "StageTwoTransformer": "swifti2v.wan.transformer",
-    "TwoStagePipeline": "swifti2v.pipelines.two_stage",
-    "Video": "swifti2v.pipelines.runs",
+    "TwoStagePipeline": "swifti2v.runner.two_stage",
+    "Video": "swifti2v.runs",
 }
 
 

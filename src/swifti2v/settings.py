@@ -277,6 +277,9 @@ OPTIONS: Mapping[str, Option] = {
 }
 """By the name of the setting."""
 
+TYPES: Mapping[str, Any] = {name: hint.__origin__ for name, hint in _HINTS.items()}
+"""What a value of a setting is, by its name: ``int``, a literal, ``float | None``."""
+
 DESCRIPTIONS: Mapping[str, str] = {
     name: next(item.description or "" for item in hint.__metadata__ if isinstance(item, FieldInfo))
     for name, hint in _HINTS.items()

@@ -26,7 +26,7 @@ from benchmarks.ablation import (
 from benchmarks.fidelity import known_clip
 from swifti2v.geometry import Size
 from swifti2v.media.video_writer import VideoWriter
-from swifti2v.pipelines.loading import load_parts
+from swifti2v.runner.loading import load_parts
 from swifti2v.settings import GenerationSettings
 from swifti2v.training.refiner.network import NetworkOptions, load_network, save_network
 

@@ -41,12 +41,14 @@ from swifti2v.geometry import Size
 from swifti2v.media.video_writer import VideoWriter
 from swifti2v.mini.motion_codec import MotionCodec
 from swifti2v.mini.recipes import StageTwoRun
-from swifti2v.pipelines.loading import Parts, load_parts
+from swifti2v.runner.loading import load_parts
 from swifti2v.wan.checkpoints import resolve
 from swifti2v.wan.transformer import StageTwoTransformer
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+    from swifti2v.runner.parts import Parts
 
 SMALL = Size(64, 64)
 FRAMES = 9

@@ -11,11 +11,13 @@ import torch
 from benchmarks import few_steps
 from benchmarks.few_steps import BATCH_SIZE, CROP, LABELS, PairCrops, Student, distilled, judge, table
 from swifti2v.mini.reference_pairs import ReferencePair
-from swifti2v.pipelines.loading import Parts, load_parts
+from swifti2v.runner.loading import load_parts
 from swifti2v.wan.transformer import StageTwoTransformer
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+    from swifti2v.runner.parts import Parts
 
 
 @pytest.fixture(scope="module")

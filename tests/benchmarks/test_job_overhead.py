@@ -10,7 +10,7 @@ import pytest
 from benchmarks.job_overhead import PIPELINE, Account, added, one_job, served
 from swifti2v.geometry import Size
 from swifti2v.jobs.queue import JobQueue
-from swifti2v.pipelines.two_stage import TwoStagePipeline
+from swifti2v.runner.two_stage import TwoStagePipeline
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -62,7 +62,7 @@ def test_compiled_blocks_are_compared_with_both_forms_of_diffusers_class(monkeyp
     """One graph for the one length of window; traced only, for the code is the compiler's."""
     import torch
 
-    from swifti2v.pipelines import acceleration
+    from swifti2v.runner import acceleration
 
     torch._dynamo.reset()
     compile_blocks = acceleration.compile_blocks

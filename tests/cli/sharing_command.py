@@ -13,7 +13,7 @@ import torch
 
 from swifti2v.cli.main import main
 from swifti2v.errors import MemoryBudgetError
-from swifti2v.pipelines.stage_two import StageTwo
+from swifti2v.stage_two import StageTwo
 
 torch.set_num_threads(1)
 torch.accelerator.device_count = lambda: 2

@@ -14,7 +14,7 @@ from swifti2v.cli.app import app as web_app
 from swifti2v.cli.generate import generate
 from swifti2v.cli.jobs import work
 from swifti2v.cli.serve import serve
-from swifti2v.pipelines.acceleration import Acceleration
+from swifti2v.runner.acceleration import Acceleration
 
 NAMES = [each.name for each in fields(AccelerationOptions)]
 

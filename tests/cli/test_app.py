@@ -16,7 +16,7 @@ from swifti2v.errors import ConfigurationError, InvalidInputError, SwiftI2VError
 from swifti2v.jobs.queue import JobQueue
 from swifti2v.jobs.runner import PipelineRunner
 from swifti2v.memory.budget import WAN22
-from swifti2v.pipelines.acceleration import Acceleration
+from swifti2v.runner.acceleration import Acceleration
 
 if TYPE_CHECKING:
     from pathlib import Path

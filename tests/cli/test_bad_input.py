@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 from swifti2v.cli.main import EXIT_ERROR, app
 from swifti2v.media import video_writer
 from swifti2v.media.video_reader import VideoReader
-from swifti2v.pipelines import two_stage
+from swifti2v.runner import two_stage
 
 if TYPE_CHECKING:
     from collections.abc import Callable

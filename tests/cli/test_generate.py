@@ -17,10 +17,10 @@ from swifti2v.cli.main import EXIT_ERROR, EXIT_INTERRUPTED, app
 from swifti2v.errors import GenerationCancelled, InvalidInputError
 from swifti2v.geometry import Size
 from swifti2v.media.video_reader import VideoReader
-from swifti2v.pipelines.fitting import dimensions_of
-from swifti2v.pipelines.loading import load_parts
-from swifti2v.pipelines.two_stage import TwoStagePipeline
-from tests.pipelines.light_weights import write_light_weights
+from swifti2v.runner.fitting import dimensions_of
+from swifti2v.runner.loading import load_parts
+from swifti2v.runner.two_stage import TwoStagePipeline
+from tests.runner.light_weights import write_light_weights
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -139,7 +139,7 @@ def test_options_reach_the_pipeline(run: Run, monkeypatch: pytest.MonkeyPatch) -
 def test_float8_products_that_a_card_has_not_are_refused_before_anything_is_loaded(
     run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("swifti2v.pipelines.loading.open_device", torch.device)
+    monkeypatch.setattr("swifti2v.runner.loading.open_device", torch.device)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (8, 0))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "A100")
     result = run(*SHORT, "--quantization", "float8", "--device", "cuda:0")
@@ -170,7 +170,7 @@ def test_whoever_starts_the_full_size_on_a_cpu_is_told(
     def load(*_arguments: object, **_options: object) -> None:
         raise InvalidInputError("far enough")
 
-    monkeypatch.setattr("swifti2v.pipelines.two_stage.load_parts", load)
+    monkeypatch.setattr("swifti2v.runner.two_stage.load_parts", load)
     chosen = () if model is None else ("--model", model)
     arguments = ["generate", str(photo), "--device", "cpu", "--output", str(tmp_path / "out.mp4"), *chosen]
     result = CliRunner().invoke(app, arguments)

@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 from swifti2v.cli.jobs import app
 from swifti2v.errors import ConfigurationError, ImageInputError, InvalidInputError, JobError, SwiftI2VError
 from swifti2v.media.video_reader import VideoReader
-from tests.pipelines.light_weights import write_light_weights
+from tests.runner.light_weights import write_light_weights
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 from swifti2v.cli import jobs, serve
 from swifti2v.errors import InvalidInputError, SwiftI2VError
 from swifti2v.jobs.state import ALL_STAGES, JobStage
-from swifti2v.pipelines.acceleration import Acceleration
+from swifti2v.runner.acceleration import Acceleration
 from swifti2v.serving.keys import KeyFile
 from swifti2v.serving.settings import ClusterSettings, ServiceSettings
 

@@ -14,11 +14,11 @@ import torch
 
 from swifti2v.geometry import Size
 from swifti2v.memory.placement import PlacedNetworks, stored_narrow
-from swifti2v.pipelines.acceleration import Acceleration, compile_blocks, transformers_of
-from swifti2v.pipelines.fitting import MemoryLimits, place, plan_for
-from swifti2v.pipelines.loading import Parts, load_parts
-from swifti2v.pipelines.stage_two import StageTwo
-from swifti2v.pipelines.two_stage import TwoStagePipeline
+from swifti2v.runner.acceleration import Acceleration, compile_blocks, transformers_of
+from swifti2v.runner.fitting import MemoryLimits, place, plan_for
+from swifti2v.runner.loading import load_parts
+from swifti2v.runner.two_stage import TwoStagePipeline
+from swifti2v.stage_two import StageTwo
 from swifti2v.wan.quantized_products import LAYERS, quantization_of
 from swifti2v.wan.tiling import Tiling
 from swifti2v.wan.vae import CodecSettings, WanStreamingCodec
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from swifti2v.memory.ways import Placement
+    from swifti2v.runner.parts import Parts
     from swifti2v.wan.quantized_products import Quantization
 
 pytestmark = pytest.mark.gpu

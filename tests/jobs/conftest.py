@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from swifti2v.jobs.worker import Task
-    from swifti2v.pipelines.two_stage import TwoStagePipeline
+    from swifti2v.runner.two_stage import TwoStagePipeline
 
 LEASE_SECONDS = 10.0
 BROKEN = JobFailure("internal_error", "it broke")
@@ -91,7 +91,7 @@ def job(queue: JobQueue, picture: PIL.Image.Image) -> Job:
 @pytest.fixture(scope="module")
 def pipeline(tiny_checkpoint: Path) -> TwoStagePipeline:
     """The tiny checkpoint as it is loaded, for jobs that are really run."""
-    from swifti2v.pipelines.two_stage import TwoStagePipeline
+    from swifti2v.runner.two_stage import TwoStagePipeline
 
     return TwoStagePipeline.from_pretrained(tiny_checkpoint, device="cpu")
 

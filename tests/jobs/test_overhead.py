@@ -17,7 +17,7 @@ from swifti2v.jobs.runner import PipelineRunner
 from swifti2v.jobs.state import JobRequest
 from swifti2v.jobs.worker import Outcome, Worker
 from swifti2v.media.video_writer import VideoWriter
-from swifti2v.pipelines.two_stage import TwoStagePipeline
+from swifti2v.runner.two_stage import TwoStagePipeline
 from swifti2v.settings import plain_choices
 
 if TYPE_CHECKING:

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from swifti2v.jobs.files import AttemptFiles
     from swifti2v.jobs.queue import JobQueue
-    from swifti2v.pipelines.two_stage import TwoStagePipeline
+    from swifti2v.runner.two_stage import TwoStagePipeline
 
 OPTIONS = {"num_frames": 17, "segment_size": 1, "num_inference_steps": 1, "stage_one_steps": 2, "seed": 3}
 

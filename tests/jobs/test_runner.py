@@ -22,9 +22,9 @@ from swifti2v.jobs.runner import PipelineRunner, ProgressGauge
 from swifti2v.jobs.state import Job, JobProgress, JobRequest, JobState
 from swifti2v.jobs.worker import Outcome, Task, Worker, WorkerOptions
 from swifti2v.media.video_reader import VideoReader
-from swifti2v.pipelines.acceleration import transformers_of
-from swifti2v.pipelines.runs import Progress
-from swifti2v.pipelines.two_stage import TwoStagePipeline
+from swifti2v.runner.acceleration import transformers_of
+from swifti2v.runner.two_stage import TwoStagePipeline
+from swifti2v.runs import Progress
 from swifti2v.settings import plain_choices
 from tests.jobs.conftest import wait_for
 
@@ -262,7 +262,7 @@ from pathlib import Path
 from swifti2v.jobs.queue import JobQueue
 from swifti2v.jobs.runner import PipelineRunner
 from swifti2v.jobs.worker import Worker, WorkerOptions
-from swifti2v.pipelines.two_stage import TwoStagePipeline
+from swifti2v.runner.two_stage import TwoStagePipeline
 class Stuck(PipelineRunner):
     def run(self, task):
         report = task.report

@@ -16,7 +16,7 @@ from swifti2v.geometry import Size
 from swifti2v.jobs.runner import PipelineRunner
 from swifti2v.jobs.state import ALL_STAGES, Job, JobProgress, JobRequest, JobResult, JobStage, JobState
 from swifti2v.jobs.worker import Outcome, Task, Worker, WorkerOptions
-from swifti2v.pipelines.two_stage import TwoStagePipeline
+from swifti2v.runner.two_stage import TwoStagePipeline
 from swifti2v.settings import plain_choices
 from tests.jobs.conftest import BROKEN, LEASE_SECONDS, StepRunner, claim, submit, wait_for
 from tests.jobs.test_chaos import AUDIT

@@ -11,7 +11,7 @@ from torch import nn
 from swifti2v.errors import AdapterError
 from swifti2v.memory.normal_float import BLOCK_SIZE, VALUES, NormalFloatLinear, pack, pack_blocks
 from swifti2v.memory.placement import PlacedNetworks, store_weights, stored_narrow
-from swifti2v.pipelines.acceleration import compile_blocks
+from swifti2v.runner.acceleration import compile_blocks
 from swifti2v.wan.adapters import AdapterWeights, LoraDelta, attach, fuse
 from tests.wan.few_bits import CPU, relative_error, wan_output
 

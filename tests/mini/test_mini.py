@@ -25,8 +25,8 @@ from swifti2v.mini.recipes import (
 from swifti2v.mini.reference_pairs import PairOptions
 from swifti2v.mini.train_stage_one import ClipShape, StageOneRecipe
 from swifti2v.mini.train_stage_two import StageTwoRecipe
-from swifti2v.pipelines.loading import settings_of
-from swifti2v.pipelines.two_stage import TwoStagePipeline
+from swifti2v.runner.loading import settings_of
+from swifti2v.runner.two_stage import TwoStagePipeline
 from swifti2v.training.engine.loop import LoopOptions
 from swifti2v.wan.transformer import StageTwoTransformer
 

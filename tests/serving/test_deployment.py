@@ -18,12 +18,12 @@ from swifti2v.errors import DeviceLostError
 from swifti2v.jobs.queue import JobQueue
 from swifti2v.jobs.state import JobStage, JobState
 from swifti2v.jobs.worker import Worker
-from swifti2v.pipelines.acceleration import Acceleration
+from swifti2v.runner.acceleration import Acceleration
 from swifti2v.serving.settings import ClusterSettings, ServedModel, ServiceSettings
 from swifti2v.wan.light_decoder import LightDecoder
 from tests.jobs.conftest import wait_for
 from tests.jobs.test_chaos import AUDIT
-from tests.pipelines.light_weights import write_light_weights
+from tests.runner.light_weights import write_light_weights
 from tests.serving.conftest import DEFAULTS, picture_bytes
 
 pytest.importorskip("ray", reason="Ray is not installed: pip install 'swifti2v[ray]'")

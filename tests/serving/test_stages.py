@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from swifti2v.jobs.runner import PipelineRunner
 from swifti2v.jobs.state import JobProgress, JobStage
 from swifti2v.jobs.worker import Outcome, Task, Worker, WorkerOptions
-from swifti2v.pipelines.two_stage import TwoStagePipeline
+from swifti2v.runner.two_stage import TwoStagePipeline
 from tests.serving.conftest import create, queue_of
 
 if TYPE_CHECKING:

@@ -10,7 +10,7 @@ from torch import nn
 
 from swifti2v.errors import AdapterError, InvalidInputError
 from swifti2v.memory.placement import PlacedNetworks, store_weights, stored_narrow
-from swifti2v.pipelines.acceleration import compile_blocks
+from swifti2v.runner.acceleration import compile_blocks
 from swifti2v.segments import FrameKind
 from swifti2v.wan.adapters import AdapterWeights, LoraDelta, attach, fuse
 from swifti2v.wan.context_attention import ContextMemory

@@ -16,12 +16,12 @@ from swifti2v.webapp.studio import Form, Studio
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from swifti2v.pipelines.two_stage import TwoStagePipeline
+    from swifti2v.runner.two_stage import TwoStagePipeline
 
 
 @pytest.fixture(scope="session")
 def pipeline(tiny_checkpoint: Path) -> TwoStagePipeline:
-    from swifti2v.pipelines.two_stage import TwoStagePipeline
+    from swifti2v.runner.two_stage import TwoStagePipeline
 
     return TwoStagePipeline.from_pretrained(tiny_checkpoint, device="cpu")
 

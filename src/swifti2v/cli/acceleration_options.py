@@ -1,4 +1,4 @@
-"""How runs are accelerated, as options of every command that runs them (`swifti2v.pipelines.acceleration`)."""
+"""How runs are accelerated, as options of every command that runs them (`swifti2v.runner.acceleration`)."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import typer
 from swifti2v.cli.option_groups import with_option_group
 
 if TYPE_CHECKING:
-    from swifti2v.pipelines.acceleration import Acceleration
+    from swifti2v.runner.acceleration import Acceleration
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class AccelerationOptions:
         Raises:
             InvalidInputError: as `Acceleration` does.
         """
-        from swifti2v.pipelines.acceleration import Acceleration
+        from swifti2v.runner.acceleration import Acceleration
 
         decoding: dict[str, Any] = {}
         if decodes:

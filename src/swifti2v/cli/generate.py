@@ -7,14 +7,14 @@ import time
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from swifti2v.cli.acceleration_options import AccelerationOptions, with_acceleration_options
 from swifti2v.cli.processes import ProcessGroup, launched_processes
 from swifti2v.cli.progress import progress_bars
-from swifti2v.cli.stage_one_options import StageOneSampling, with_stage_one_options
+from swifti2v.cli.setting_options import STAGE_ONE_SETTINGS, with_setting_options
 from swifti2v.errors import InvalidInputError, MemoryBudgetError
 from swifti2v.geometry import Size
 from swifti2v.memory.device_errors import is_out_of_memory
@@ -23,116 +23,72 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from swifti2v.media.video_writer import VideoWriter
-    from swifti2v.pipelines.runs import GenerationRequest, Progress
-    from swifti2v.pipelines.two_stage import TwoStagePipeline
+    from swifti2v.runner.two_stage import TwoStagePipeline
+    from swifti2v.runs import GenerationRequest, Progress
 
 PHASE_LABELS = {"stage_one": "Stage I, motion", "stage_two": "Stage II, segment", "frames": "frames written"}
+SPEED = "Speed and memory"
 
 ImageArgument = Annotated[Path, typer.Argument(help="The input image: JPEG, PNG, WebP, TIFF, ...")]
 PromptOption = Annotated[str, typer.Option(help="What should move, and how.")]
 OutputOption = Annotated[Path, typer.Option("--output", "-o", help="The video to write: .mp4, .mov or .mkv.")]
-ModelOption = Annotated[str, typer.Option(help="mini (embedded), wan2.2, a checkpoint folder or a hub repository.")]
-SizeOption = Annotated[str | None, typer.Option(help="Output size, WIDTHxHEIGHT, multiples of 32.")]
-FramesOption = Annotated[int | None, typer.Option(help="Pixel frames, 4k+1.")]
-FpsOption = Annotated[float | None, typer.Option(help="Frames per second of the file.")]
-SeedOption = Annotated[int | None, typer.Option(help="Seed of the noise.")]
+ModelOption = Annotated[
+    str | None,
+    typer.Option(
+        help="mini (ships with the package), wan2.2, a checkpoint folder or a hub repository. "
+        "Default: wan2.2 where there is a GPU, else mini."
+    ),
+]
 WorkDirOption = Annotated[Path | None, typer.Option(help="Keep finished work here, and continue from what it holds.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of progress.")]
 DeviceOption = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ...; default: a CUDA card if there is one.")]
 
 
-@with_stage_one_options
+@with_setting_options
 @with_acceleration_options
 def generate(  # noqa: PLR0913 - typer makes an option of each parameter
     image: ImageArgument,
     *,
     output: OutputOption,
     prompt: PromptOption = "",
-    model: ModelOption = "wan2.2",
-    size: SizeOption = None,
-    frames: FramesOption = None,
-    fps: FpsOption = None,
-    seed: SeedOption = None,
-    steps: Annotated[int | None, typer.Option(help="Steps of Stage II.")] = None,
-    sigma_start: Annotated[float | None, typer.Option(help="Noise level that Stage II starts from, (0, 1].")] = None,
-    guidance: Annotated[float | None, typer.Option(help="Guidance scale of Stage II.")] = None,
-    refiner: Annotated[
-        Literal["concat", "training-free", "none"] | None, typer.Option(help="How Stage II works.")
+    model: ModelOption = None,
+    choices: dict[str, Any],
+    memory: Annotated[
+        str | None,
+        typer.Option(help="GPU memory to plan for: auto, or 24GiB; see `swifti2v plan`.", rich_help_panel=SPEED),
     ] = None,
-    reference: Annotated[
-        Literal["replace", "transport"] | None, typer.Option(help="How the hybrid reference is made.")
+    host_memory: Annotated[
+        str | None, typer.Option(help="Host memory to plan for, with --memory.", rich_help_panel=SPEED)
     ] = None,
-    flow_scale: Annotated[float | None, typer.Option(help="Size of transport's optical flow, (0, 1].")] = None,
-    segment_size: Annotated[int | None, typer.Option(help="Latent frames that a segment makes.")] = None,
-    neighbors_before: Annotated[int | None, typer.Option(help="Finished latent frames that it sees.")] = None,
-    neighbors_after: Annotated[int | None, typer.Option(help="Unrefined latent frames that it sees.")] = None,
-    keep_context: Annotated[
-        bool, typer.Option("--keep-context", help="Run a segment's context in its first step only: faster, inexact.")
-    ] = False,
-    positions: Annotated[
-        Literal["absolute", "compact"] | None, typer.Option(help="Time positions of a segment's frames.")
-    ] = None,
-    stage_one: StageOneSampling,
-    memory: Annotated[str | None, typer.Option(help="Device memory to plan for: auto, or 24GiB; see `plan`.")] = None,
-    host_memory: Annotated[str | None, typer.Option(help="Host memory to plan for, with --memory.")] = None,
     accelerated_by: AccelerationOptions,
     work_dir: WorkDirOption = None,
     device: DeviceOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Make a video from an image and a prompt."""
-    choices = {
-        "size": size,
-        "num_frames": frames,
-        "fps": fps,
-        "seed": seed,
-        "refiner": refiner,
-        "reference": reference,
-        "flow_scale": flow_scale,
-        "num_inference_steps": steps,
-        "sigma_start": sigma_start,
-        "guidance_scale": guidance,
-        "segment_size": segment_size,
-        "neighbors_before": neighbors_before,
-        "neighbors_after": neighbors_after,
-        "keep_context": keep_context or None,
-        "positions": positions,
-        **stage_one.choices(),
-    }
-    job = _Job(image, prompt, output, choices, work_dir, as_json)
     if host_memory is not None and memory is None:
         msg = "--host-memory belongs to --memory; give both, --memory auto for instance"
-        raise InvalidInputError(msg)
+        raise InvalidInputError(msg, param="host_memory", value=host_memory)
+    command = _Command(image, prompt, output, choices, work_dir, as_json)
     speed = _Speed(None if memory is None else (memory, host_memory), accelerated_by)
-    job.run(model, device=device, few_step=not stage_one.many_step, speed=speed)
+    command.run(model, device=device, speed=speed)
 
 
-@with_stage_one_options
-def preview(  # noqa: PLR0913 - typer makes an option of each parameter
+@with_setting_options(only=STAGE_ONE_SETTINGS)
+def preview(
     image: ImageArgument,
     *,
     output: OutputOption,
     prompt: PromptOption = "",
-    model: ModelOption = "wan2.2",
-    size: SizeOption = None,
-    frames: FramesOption = None,
-    fps: FpsOption = None,
-    seed: SeedOption = None,
-    stage_one: StageOneSampling,
+    model: ModelOption = None,
+    choices: dict[str, Any],
     work_dir: WorkDirOption = None,
     device: DeviceOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Make the motion reference only (Stage I); `generate` with the same --work-dir continues from it."""
-    choices = {
-        "size": size,
-        "num_frames": frames,
-        "fps": fps,
-        "seed": seed,
-        **stage_one.choices(),
-    }
-    job = _Job(image, prompt, output, choices, work_dir, as_json)
-    job.run(model, device=device, few_step=not stage_one.many_step, stage_one_only=True, speed=_Speed())
+    command = _Command(image, prompt, output, choices, work_dir, as_json, stage_one_only=True)
+    command.run(model, device=device, speed=_Speed())
 
 
 @dataclass(frozen=True)
@@ -144,7 +100,7 @@ class _Speed:
 
 
 @dataclass
-class _Job:
+class _Command:
     """One command: what was asked for, and what is told about it."""
 
     image: Path
@@ -153,36 +109,29 @@ class _Job:
     choices: dict[str, Any]
     work_dir: Path | None
     as_json: bool
+    stage_one_only: bool = False
     processes: ProcessGroup = field(default_factory=ProcessGroup)
     notes: list[str] = field(default_factory=list)
     started: float = field(default_factory=time.monotonic)
 
-    def run(
-        self,
-        model: str,
-        *,
-        device: str | None,
-        few_step: bool,
-        speed: _Speed,
-        stage_one_only: bool = False,
-    ) -> None:
-        """Load, generate, write, and say what was done."""
+    def run(self, model: str | None, *, device: str | None, speed: _Speed) -> None:
+        """Check, load, generate, write, and say what was done."""
         with launched_processes() as processes:
             self.processes = processes
-            processes.together(lambda: self._check(model, device, few_step=few_step, speed=speed))
-            pipeline = processes.together(lambda: self._load(model, device, few_step=few_step, speed=speed))
-            loaded = time.monotonic()
+            pipeline = processes.together(lambda: self._described(model, device, speed))
             request = processes.together(lambda: self._request(pipeline))
+            processes.together(lambda: self._load(pipeline, request))
+            loaded = time.monotonic()
             if not processes.is_first:
-                self._take_part(pipeline, request, stage_one_only=stage_one_only)
+                self._take_part(pipeline, request)
                 return
-            for note in (*request.notes, *pipeline.prompt_notes(request)):
+            for note in request.notes:
                 self._say(note)
             with _memory_errors(), processes.work_directory(self.work_dir) as work_dir:
-                first_seconds = self._write(pipeline, request, work_dir, stage_one_only=stage_one_only)
+                first_seconds = self._write(pipeline, request, work_dir)
         summary = {
             "output": str(self.output),
-            "size": str(pipeline.parts.motion_size(request.settings.size) if stage_one_only else request.settings.size),
+            "size": str(request.motion_size if self.stage_one_only else request.settings.size),
             "num_frames": request.settings.num_frames,
             "fps": request.settings.fps,
             "load_seconds": round(loaded - self.started, 2),
@@ -197,78 +146,75 @@ class _Job:
                 f"{summary['output']}: {summary['num_frames']} frames of {summary['size']}, {summary['seconds']} s"
             )
 
-    def _load(self, model: str, device: str | None, *, few_step: bool, speed: _Speed) -> TwoStagePipeline:
-        from swifti2v.memory.heap import map_large_blocks
-        from swifti2v.pipelines.fitting import MemoryLimits
-        from swifti2v.pipelines.in_turn import StagesInTurn, open_pipeline
+    def _described(self, model: str | None, device: str | None, speed: _Speed) -> TwoStagePipeline:
+        """Check what can be checked without the checkpoint, and read its configurations, not its weights."""
+        for name, given in (("--device", device), ("--memory", speed.memory)):
+            if self.processes.count > 1 and given is not None:
+                msg = f"{name} is for one process, and torchrun gives each a card; leave it out"
+                raise InvalidInputError(msg, param=name, value=given)
+        from swifti2v.media.video_writer import check_output_path
 
+        check_output_path(self.output)
+        quiet_libraries()
+
+        from swifti2v.memory.heap import map_large_blocks
+        from swifti2v.runner.fitting import MemoryLimits
+        from swifti2v.runner.loading import open_device
+        from swifti2v.runner.two_stage import TwoStagePipeline
+        from swifti2v.work_directory import WorkDirectory
+
+        if self.work_dir is not None:
+            WorkDirectory(self.work_dir)
+        place = open_device(device or self.processes.device)
         map_large_blocks()
-        pipeline = open_pipeline(
-            model,
-            self.choices,
-            device=device or self.processes.device,
-            few_step=few_step,
+        return TwoStagePipeline.describe(
+            self._chosen_model(model, place.type),
+            device=place,
+            few_step=self.choices.get("few_step", True),
             memory=MemoryLimits.parse(*speed.memory) if speed.memory is not None else None,
             acceleration=speed.options.acceleration(
                 num_processes=self.processes.count, decodes=self.processes.is_first
             ),
         )
-        if isinstance(pipeline, StagesInTurn):
-            self._say("the host has room for one stage at a time; each is loaded when it is its turn")
-        return pipeline
+
+    def _chosen_model(self, model: str | None, device_type: str) -> str:
+        if model is None and device_type == "cpu":
+            self._say("no GPU was found, so the small model `mini` is used; --model wan2.2 asks for the full one")
+            return "mini"
+        if model == "wan2.2" and device_type == "cpu":
+            self._say("wan2.2 is 75 GiB and made for a GPU; on a CPU it is far too slow: try --model mini")
+        return model or "wan2.2"
 
     def _request(self, pipeline: TwoStagePipeline) -> GenerationRequest:
-        from swifti2v.pipelines.acceleration import check_shared
+        from swifti2v.runner.acceleration import check_shared
 
         request = pipeline.request(self.image, self.prompt, **self.choices)
         check_shared(pipeline.parts, request.settings, self.processes.count)
         return request
 
-    def _take_part(self, pipeline: TwoStagePipeline, request: GenerationRequest, *, stage_one_only: bool) -> None:
+    def _load(self, pipeline: TwoStagePipeline, request: GenerationRequest) -> None:
+        if self.stage_one_only:
+            return  # Stage I is loaded when it is run, and Stage II is not needed
+        pipeline.load(request.settings)
+        if pipeline.loads_in_turn:
+            self._say("the host has room for one stage at a time; each is loaded when it is its turn")
+
+    def _take_part(self, pipeline: TwoStagePipeline, request: GenerationRequest) -> None:
         """Do what a process does that neither prints nor writes: its share of every forward pass."""
-        from swifti2v.pipelines.decoders import Undecoded
+        from swifti2v.runner.decoders import Undecoded
 
         pipeline.parts = replace(pipeline.parts, decoder=Undecoded())
-        make = pipeline.preview if stage_one_only else pipeline.stream
+        make = pipeline.preview if self.stage_one_only else pipeline.stream
         with _memory_errors(), self.processes.work_directory(self.work_dir) as work_dir:
             for piece in make(request, work_dir=work_dir):
                 del piece
 
-    def _check(self, model: str, device: str | None, *, few_step: bool, speed: _Speed) -> None:
-        """Find what can be found wrong before a model is loaded, which may take minutes."""
-        for name, given in (("--device", device), ("--memory", speed.memory)):
-            if self.processes.count > 1 and given is not None:
-                msg = f"{name} is for one process, and torchrun gives each a card; leave it out"
-                raise InvalidInputError(msg)
-        from swifti2v.media.images import load_image
-        from swifti2v.media.video_writer import check_output_path
-
-        check_output_path(self.output)
-        load_image(self.image)
-        quiet_libraries()
-
-        from swifti2v.pipelines.loading import open_device, settings_of
-        from swifti2v.pipelines.run_store import RunStore
-        from swifti2v.wan.quantized_products import check_quantized_device
-
-        settings_of(model, self.choices, few_step=few_step)
-        quantization = speed.options.quantization
-        if quantization != "none":
-            check_quantized_device(quantization, open_device(device or self.processes.device))
-        if self.work_dir is not None:
-            RunStore(self.work_dir)
-        # It is the default: whoever tries the command on a laptop is to know before the download.
-        if model == "wan2.2" and open_device(device or self.processes.device).type == "cpu":
-            self._say("wan2.2 is 75 GiB and made for a GPU; on a CPU it is far too slow: try --model mini")
-
-    def _write(
-        self, pipeline: TwoStagePipeline, request: GenerationRequest, work_dir: Path | None, *, stage_one_only: bool
-    ) -> float:
+    def _write(self, pipeline: TwoStagePipeline, request: GenerationRequest, work_dir: Path | None) -> float:
         """Write the file; return when the first frames were in it."""
         from swifti2v.media.video_writer import VideoWriter
 
         first_seconds = 0.0
-        make = pipeline.preview if stage_one_only else pipeline.stream
+        make = pipeline.preview if self.stage_one_only else pipeline.stream
         with (
             _phase_bars(quiet=self.as_json) as on_progress,
             closing(make(request, work_dir=work_dir, on_progress=on_progress)) as pieces,
@@ -300,7 +246,7 @@ class _Job:
 
     def _say(self, note: str) -> None:
         self.notes.append(note)
-        if not self.as_json:
+        if not self.as_json and self.processes.is_first:
             typer.echo(f"note: {note}", err=True)
 
 

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from swifti2v.jobs.runner import PipelineRunner
     from swifti2v.jobs.state import Job, JobStage
     from swifti2v.jobs.worker import Worker
-    from swifti2v.pipelines.acceleration import Acceleration
+    from swifti2v.runner.acceleration import Acceleration
 
 DEFAULT_DATA = Path("swifti2v-data")
 
@@ -70,7 +70,7 @@ def submit(  # noqa: PLR0913 - typer makes an option of each parameter
     """Queue a video, and print the name of its job."""
     from swifti2v.jobs.state import JobRequest
     from swifti2v.media.images import load_image
-    from swifti2v.pipelines.loading import settings_of
+    from swifti2v.runner.loading import settings_of
     from swifti2v.settings import plain_choices
 
     choices = {
@@ -109,7 +109,7 @@ def batch(  # noqa: PLR0913 - as above
     database: DatabaseOption = None,
 ) -> None:
     """Make a video of every picture in a folder, on all workers of the queue; a repeated call goes on where it was."""
-    from swifti2v.pipelines.loading import settings_of
+    from swifti2v.runner.loading import settings_of
 
     queue = _open(data, database)  # says what to install, before the module below needs it
     from swifti2v.jobs.batch import Batch, pictures_in

@@ -26,7 +26,7 @@ from swifti2v.errors import ConfigurationError, InvalidInputError
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from swifti2v.pipelines.acceleration import Acceleration
+    from swifti2v.runner.acceleration import Acceleration
     from swifti2v.serving.settings import ClusterSettings, ServiceSettings
 
 KEY_FILE = "keys.json"
@@ -209,8 +209,8 @@ def _check_packages() -> None:
 
 def _check_worker(device: str | None, decode_device: str | None, memory: str | None) -> None:
     """Raise `InvalidInputError` for options with which every worker would end, and be started again, for ever."""
-    from swifti2v.pipelines.fitting import MemoryLimits
-    from swifti2v.pipelines.loading import open_device
+    from swifti2v.runner.fitting import MemoryLimits
+    from swifti2v.runner.loading import open_device
 
     open_device(device)
     if decode_device is not None:
@@ -220,7 +220,7 @@ def _check_worker(device: str | None, decode_device: str | None, memory: str | N
 
 
 def _served_models(names: list[str], *, few_step: bool) -> Any:
-    from swifti2v.pipelines.loading import settings_of
+    from swifti2v.runner.loading import settings_of
     from swifti2v.serving.settings import ServedModel
 
     return tuple(ServedModel(name, settings_of(name, few_step=few_step)) for name in names)

@@ -130,10 +130,10 @@ class JobQueue:
 
 def _first_stage(begun: AttemptFiles) -> JobStage:
     """Return what a job that begins with the work of another has to begin with."""
-    from swifti2v.pipelines.run_store import RunStore  # with torch, which most users of a queue do without
+    from swifti2v.work_directory import WorkDirectory  # with torch, which most users of a queue do without
 
     try:
         # A preview of an earlier version has left no prompt for a worker of Stage II alone.
-        return JobStage.TWO if RunStore(begun.work).is_ready_for_stage_two else JobStage.ONE
+        return JobStage.TWO if WorkDirectory(begun.work).is_ready_for_stage_two else JobStage.ONE
     except WorkDirectoryError:  # it is damaged; the worker that finds this out begins anew
         return JobStage.ONE

@@ -13,17 +13,17 @@ from swifti2v.jobs.pictures import Spritesheet, save_thumbnail
 from swifti2v.jobs.state import ALL_STAGES, JobProgress, JobResult, JobStage
 from swifti2v.media.video_writer import VideoWriter
 from swifti2v.memory.device_errors import broken_devices
-from swifti2v.pipelines.run_store import RunStore
 from swifti2v.settings import checked_choices
+from swifti2v.work_directory import WorkDirectory
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterable
 
     from swifti2v.jobs.files import AttemptFiles
     from swifti2v.jobs.worker import Task
-    from swifti2v.pipelines.acceleration import Acceleration
-    from swifti2v.pipelines.runs import FinishedFrames, GenerationRequest, OnProgress, Progress
-    from swifti2v.pipelines.two_stage import TwoStagePipeline
+    from swifti2v.runner.acceleration import Acceleration
+    from swifti2v.runner.two_stage import TwoStagePipeline
+    from swifti2v.runs import FinishedFrames, GenerationRequest, OnProgress, Progress
     from swifti2v.settings import GenerationSettings
 
 LOGGER = logging.getLogger(__name__)
@@ -68,8 +68,8 @@ class PipelineRunner:
             few_step: as in `TwoStagePipeline.from_pretrained`; to be the same for the workers of a job's two stages.
         """
         from swifti2v.memory.heap import map_large_blocks
-        from swifti2v.pipelines.fitting import MemoryLimits
-        from swifti2v.pipelines.two_stage import TwoStagePipeline
+        from swifti2v.runner.fitting import MemoryLimits
+        from swifti2v.runner.two_stage import TwoStagePipeline
 
         map_large_blocks()
         limits = None if memory is None else MemoryLimits.parse(memory)
@@ -130,7 +130,7 @@ class PipelineRunner:
             height=size.height,
             num_frames=settings.num_frames,
             fps=settings.fps,
-            notes=(*asked.notes, *request.notes, *pipeline.prompt_notes(request)),
+            notes=(*asked.notes, *request.notes),
         )
 
     def pipeline(self, model: str) -> TwoStagePipeline:
@@ -193,7 +193,7 @@ def _write(pieces: Iterable[FinishedFrames], size: Size, settings: GenerationSet
 
 def _write_motion(files: AttemptFiles, fps: float) -> None:
     """Write the motion reference, which Stage I has finished, as a video to be compared with the result."""
-    chunks = RunStore(files.work).motion.chunks()
+    chunks = WorkDirectory(files.work).motion.chunks()
     first = next(chunks)
     size = Size(first.shape[2], first.shape[1])
     with VideoWriter(files.motion, size=size, fps=fps, preset=MOTION_PRESET, keep_partial=False) as writer:

@@ -11,7 +11,7 @@ from swifti2v.jobs.state import ALL_STAGES, JobStage
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from swifti2v.pipelines.acceleration import Acceleration
+    from swifti2v.runner.acceleration import Acceleration
     from swifti2v.settings import GenerationSettings
 
 

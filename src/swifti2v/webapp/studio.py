@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from swifti2v.errors import InvalidInputError, JobError
 from swifti2v.jobs.state import ACTIVE_STATES, Job, JobRequest
 from swifti2v.media.images import load_image
-from swifti2v.pipelines.loading import settings_of
+from swifti2v.runner.loading import settings_of
 from swifti2v.settings import plain_choices
 from swifti2v.webapp.presets import Preset, preset_of, size_choices, summary
 from swifti2v.webapp.views import job_view, library_view

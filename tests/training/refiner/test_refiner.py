@@ -20,8 +20,8 @@ from swifti2v.data.latent_cache import LatentCache
 from swifti2v.data.shards import FreshSample, write_shard
 from swifti2v.errors import CheckpointError, ConfigurationError, InvalidInputError, LatentCacheError
 from swifti2v.geometry import Size
-from swifti2v.pipelines.loading import settings_of
-from swifti2v.pipelines.two_stage import TwoStagePipeline
+from swifti2v.runner.loading import settings_of
+from swifti2v.runner.two_stage import TwoStagePipeline
 from swifti2v.sampling.schedules import shifted_sigmas
 from swifti2v.sampling.segmented import sample_segments
 from swifti2v.segments import plan_segments

@@ -17,8 +17,8 @@ from hypothesis import strategies as st
 
 from swifti2v.errors import ConfigurationError, InvalidInputError
 from swifti2v.geometry import Size
-from swifti2v.pipelines.loading import load_parts
 from swifti2v.pixels import from_uint8
+from swifti2v.runner.loading import load_parts
 from swifti2v.sampling.schedules import FEW_STEP_SIGMAS
 from swifti2v.training.refiner.encoding import (
     EncodingOptions,

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from swifti2v.evaluation.vbench.clips import Clip
     from swifti2v.geometry import Size
-    from swifti2v.pipelines.two_stage import TwoStagePipeline
+    from swifti2v.runner.two_stage import TwoStagePipeline
 
 STILL_MODEL = "still"
 """Name of the control in place of a checkpoint's."""
@@ -67,7 +67,7 @@ class MakerSettings:
         if self.model == STILL_MODEL:
             num_frames = self.choices.get("num_frames") or GenerationSettings.num_frames
             return StillMaker(ClipShape(self.size, num_frames, self.choices.get("fps") or GenerationSettings.fps))
-        from swifti2v.pipelines.two_stage import TwoStagePipeline
+        from swifti2v.runner.two_stage import TwoStagePipeline
 
         pipeline = TwoStagePipeline.from_pretrained(self.model, device=self.device, few_step=self.few_step)
         return PipelineMaker(pipeline, self.choices, size=self.size)

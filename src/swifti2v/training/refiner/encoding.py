@@ -22,11 +22,11 @@ from swifti2v.data.fingerprint import weights_digest
 from swifti2v.errors import LatentCacheError
 from swifti2v.geometry import CodecGeometry, Size, motion_size
 from swifti2v.media.atomic_files import write_atomically
-from swifti2v.pipelines.stage_one import StageOne
 from swifti2v.pixels import from_uint8
 from swifti2v.reference.hybrid import hybrid_reference
 from swifti2v.reference.options import ReferenceOptions
 from swifti2v.settings import ReferenceMode  # noqa: TC001 - an annotation that pydantic reads while it runs
+from swifti2v.stage_one import StageOne
 from swifti2v.training.refiner.transition import TransitionOptions, lightly_denoised
 from swifti2v.training.refiner.window_source import LATENTS, PROMPT, REFERENCE
 from swifti2v.wan.checkpoint_files import read_json
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
-    from swifti2v.pipelines.stage_one import PromptEmbeds
+    from swifti2v.stage_one import PromptEmbeds
     from swifti2v.wan.vae import StreamingCodec
 
 

@@ -11,7 +11,7 @@ from peft.tuners.lora import LoraLayer
 from safetensors.torch import save_file
 
 from swifti2v.errors import ConfigurationError
-from swifti2v.pipelines.loading import trained_refiner
+from swifti2v.runner.loading import trained_refiner
 from swifti2v.training.engine.distributed import whole
 from swifti2v.training.engine.writing import writing
 from swifti2v.wan.checkpoints import load_stage_two_transformer, resolve

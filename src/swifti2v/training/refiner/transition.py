@@ -16,15 +16,15 @@ import torch
 from diffusers.pipelines.wan.pipeline_wan_i2v import retrieve_latents
 
 from swifti2v.errors import ConfigurationError, InvalidInputError
-from swifti2v.pipelines.stage_one import borrowed
 from swifti2v.pixels import from_uint8, to_uint8
 from swifti2v.sampling.schedules import FEW_STEP_SIGMAS
 from swifti2v.schedulers import FixedSigmaScheduler
+from swifti2v.stage_one import borrowed
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from swifti2v.pipelines.stage_one import PromptEmbeds, StageOne
+    from swifti2v.stage_one import PromptEmbeds, StageOne
 
 
 @dataclass(frozen=True)

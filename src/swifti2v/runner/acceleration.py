@@ -1,0 +1,164 @@
+"""How a pipeline is run: which attention and decoder, compiled or not, side by side, on how many cards."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import partial
+from math import prod
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+import torch
+
+from swifti2v.errors import InvalidInputError
+from swifti2v.wan.attention_choice import check_attention_name, set_attention
+from swifti2v.wan.quantized_products import Quantization, use_quantized_products
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from swifti2v.runner.parts import Parts
+    from swifti2v.settings import GenerationSettings
+
+
+MAX_GRAPHS = 64
+"""Of one block in a process: three or four for each size of video. PyTorch's own limit is 8; beyond it blocks run
+uncompiled without a word, in a worker that has made its third size."""
+
+
+@dataclass(frozen=True)
+class Acceleration:
+    """Ways to run faster; all but a light decoder and quantization give the same video.
+
+    Args:
+        attention: `auto`, or a name of `swifti2v.wan.attention_choice.BACKENDS`.
+        compile_blocks: compile the block of each transformer once (`torch.compile`, regional). Shapes are static: every
+            length of window is a graph of its own. With M targets and one neighbour before, those are the first window
+            (1 + M), the ones in the middle (1 + 1 + M) and, where M does not divide the clip, a shorter last one.
+        quantization: `float8`, `int8`: the linear layers of the transformers' blocks hold and multiply these
+            (`wan/quantized_products.py`), inexactly; with `compile_blocks` rounding costs less. `none`: as they are.
+        overlap: decode and hand out frames beside the denoising of the next segment.
+        num_processes: that share the sequence of every forward (Ulysses), one a card, as torchrun starts them.
+        decoder: `exact` is Stage II's codec; `light` a small network of lower fidelity (`wan/light_decoder.py`).
+        decoder_weights: of the light decoder: a file, or ``OWNER/NAME/FILE`` on the hub; None: the public one.
+        decode_device: where finished segments are decoded, ``cuda:1`` for instance; None: where they are made.
+
+    Raises:
+        InvalidInputError: the name of attention, quantization or decoder is unknown, weights are given for the exact
+            decoder, or there is less than one process.
+    """
+
+    attention: str = "auto"
+    compile_blocks: bool = False
+    quantization: Quantization = "none"
+    overlap: bool = True
+    num_processes: int = 1
+    decoder: Literal["exact", "light"] = "exact"
+    decoder_weights: str | None = None
+    decode_device: str | None = None
+
+    def __post_init__(self) -> None:
+        check_attention_name(self.attention)
+        if self.quantization not in get_args(Quantization):
+            msg = f"quantization {self.quantization!r} is not known; use none, float8 or int8"
+            raise InvalidInputError(msg)
+        if self.decoder not in {"exact", "light"}:
+            msg = f"decoder {self.decoder!r} is not known; use exact or light"
+            raise InvalidInputError(msg)
+        if self.decoder == "exact" and self.decoder_weights is not None:
+            msg = "weights of a decoder are for the light one, the exact one is the checkpoint's; use decoder light"
+            raise InvalidInputError(msg)
+        if self.num_processes < 1:
+            msg = f"num_processes is {self.num_processes}; use 1, or as many as torchrun has started"
+            raise InvalidInputError(msg)
+
+
+def accelerated(parts: Parts, acceleration: Acceleration) -> Parts:
+    """Set the networks of `parts` up, in place, and return the parts to run with.
+
+    Raises:
+        InvalidInputError: an attention that is not installed, processes that are not there, or products in eight
+            bits on a device or of weights that do not have them.
+    """
+    networks = transformers_of(parts)
+    use_quantized_products(networks, acceleration.quantization, device=parts.device)
+    set_attention(networks, acceleration.attention, device=parts.device)
+    if acceleration.num_processes > 1:
+        share_sequence(networks, acceleration.num_processes)
+    if acceleration.compile_blocks:
+        compile_blocks(networks)
+    return parts if acceleration.overlap else replace(parts, overlap="none")
+
+
+def transformers_of(parts: Parts) -> tuple[Any, ...]:
+    """Return the transformers that are held: of Stage I one or two experts, of Stage II the refiner."""
+    one = parts.stage_one.pipeline
+    experts = (one.transformer, one.transformer_2) if "stage_one" in parts.stages else ()
+    refiners = (parts.stage_two.transformer,) if "stage_two" in parts.stages else ()
+    return tuple(network for network in (*experts, *refiners) if network is not None)
+
+
+def compile_blocks(networks: Sequence[Any], *, backend: str = "inductor") -> None:
+    """Compile the repeated blocks of each network, with static shapes; they are traced when they are first called."""
+    import torch._dynamo
+
+    limits = torch._dynamo.config
+    limits.recompile_limit = max(limits.recompile_limit, MAX_GRAPHS)
+    for network in networks:
+        network.compile_repeated_blocks(backend=backend, dynamic=False)
+
+
+def share_sequence(networks: Sequence[Any], num_processes: int) -> None:
+    """Split the tokens of every forward over the processes of the default group, through diffusers' Ulysses attention.
+
+    Every process gives the same input and gets the whole result.
+
+    Raises:
+        InvalidInputError: the processes are not there, or have no cards; the heads of a network do not divide, or, when
+            it is called, the tokens of a window.
+    """
+    from diffusers import ContextParallelConfig
+
+    distributed = torch.distributed
+    present = distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
+    if present != num_processes:
+        msg = f"{num_processes} processes are to share the work and {present} are there; start them with torchrun"
+        raise InvalidInputError(msg)
+    for network in networks:
+        heads = network.config.num_attention_heads
+        if heads % num_processes:
+            msg = f"{heads} heads of attention do not divide among {num_processes} processes; start fewer"
+            raise InvalidInputError(msg)
+    if not torch.accelerator.device_count():  # diffusers divides by it
+        msg = f"{num_processes} processes share the work of as many CUDA cards, and there is none; start one process"
+        raise InvalidInputError(msg)
+    for network in networks:
+        network.enable_parallelism(config=ContextParallelConfig(ulysses_degree=num_processes))
+        network.register_forward_pre_hook(partial(_check_tokens, num_processes), with_kwargs=True)
+
+
+def check_shared(parts: Parts, settings: GenerationSettings, num_processes: int) -> None:
+    """Raise `InvalidInputError` unless every forward pass of a run can be divided among the processes."""
+    one, two = parts.stage_one, parts.stage_two
+    if num_processes > 1 and (settings.keep_context or two.transformer.config.context_attention == "frozen"):
+        msg = "context that is frozen or kept is not divided among processes; start one process, or keep no context"
+        raise InvalidInputError(msg)
+    motion = one.geometry.tokens_per_frame(parts.motion_size(settings.size))
+    windows = [motion * one.geometry.latent_frames(len(window)) for window in one.plan(settings.num_frames)]
+    if settings.refiner != "none":
+        windows += [two.geometry.tokens_per_frame(settings.size) * len(each.window) for each in two.plan(settings)]
+    for num_tokens in windows:
+        _check_divides(num_tokens, num_processes)
+
+
+def _check_tokens(num_processes: int, network: Any, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
+    hidden_states = named["hidden_states"] if "hidden_states" in named else arguments[0]
+    _check_divides(hidden_states[0, 0].numel() // prod(network.config.patch_size), num_processes)
+
+
+def _check_divides(num_tokens: int, num_processes: int) -> None:
+    if num_tokens % num_processes:
+        msg = (
+            f"{num_tokens} tokens of a window do not divide among {num_processes} processes; "
+            f"choose another size, or fewer processes"
+        )
+        raise InvalidInputError(msg)

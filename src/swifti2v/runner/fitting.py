@@ -1,0 +1,251 @@
+"""A run within limits of memory: planned for its size, placed, and planned anew when the device was full after all."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from dataclasses import asdict, dataclass, replace
+from typing import TYPE_CHECKING, Self, cast
+
+import torch
+
+from swifti2v.errors import MemoryBudgetError
+from swifti2v.memory.amounts import format_bytes, parse_bytes
+from swifti2v.memory.budget import PipelineDimensions
+from swifti2v.memory.checkpoint_dimensions import codec_from_config
+from swifti2v.memory.device_errors import is_out_of_memory
+from swifti2v.memory.devices import DEVICES, DeviceRates
+from swifti2v.memory.light_cost import LightDecoderDimensions
+from swifti2v.memory.placement import PlacedNetworks, storable_dtypes, store_weights, stored_narrow
+from swifti2v.memory.plan import CONTEXT_BYTES, MemoryPlan, plan_memory, tighter_budget
+from swifti2v.memory.run_settings import RunSettings
+from swifti2v.memory.transformer_cost import TextEncoderDimensions, TransformerDimensions
+from swifti2v.runner.acceleration import transformers_of
+from swifti2v.stage_two import StageTwo
+from swifti2v.wan.light_decoder import LightDecoder
+from swifti2v.wan.quantized_products import quantization_of
+from swifti2v.wan.tiling import Tiling
+from swifti2v.wan.vae import CodecSettings, WanStreamingCodec
+
+if TYPE_CHECKING:
+    from collections.abc import Generator
+
+    from torch import Tensor
+
+    from swifti2v.memory.codec_cost import CodecCost
+    from swifti2v.runner.ahead import Overlap
+    from swifti2v.runner.parts import Parts
+    from swifti2v.settings import GenerationSettings
+
+LOGGER = logging.getLogger("swifti2v")
+ASSUMED_RATES: DeviceRates = DEVICES["rtx4090"]
+"""Which plan is fastest hardly depends on the card; a card that can hold everything does not ask."""
+
+
+@dataclass(frozen=True)
+class MemoryLimits:
+    """What a run may take.
+
+    Args:
+        device_bytes: of the device; None: no limit.
+        host_bytes: of the host; None: no limit.
+        is_automatic: `device_bytes` is to be what is free on the device, once it is known which.
+    """
+
+    device_bytes: int | None = None
+    host_bytes: int | None = None
+    is_automatic: bool = False
+
+    @classmethod
+    def parse(cls, device: str, host: str | None = None) -> Self:
+        """Read ``24GiB`` and the like; ``auto`` is what is free on the CUDA device, no limit on another.
+
+        Raises:
+            InvalidInputError: an amount has another form.
+        """
+        is_automatic = device == "auto"
+        limit = None if is_automatic else parse_bytes(device)
+        return cls(limit, None if host is None else parse_bytes(host), is_automatic)
+
+    def on(self, device: torch.device) -> MemoryLimits:
+        """Return the limits in bytes, read off `device` now where they are automatic."""
+        if not self.is_automatic:
+            return self
+        if device.type != "cuda":
+            return MemoryLimits(None, self.host_bytes)
+        torch.cuda.empty_cache()  # what PyTorch keeps of networks that are gone counts as taken otherwise
+        # Plans keep bytes for the driver's own, and those are taken already.
+        return MemoryLimits(torch.cuda.mem_get_info(device)[0] + CONTEXT_BYTES, self.host_bytes)
+
+
+def frames_within_limits(
+    parts: Parts, settings: GenerationSettings, attempt: Callable[[Parts], Iterator[Tensor]]
+) -> Generator[Tensor, None, None]:
+    """Yield the frames of a run; where the device runs out of memory, go on with the next tighter plan.
+
+    Args:
+        parts: where they have no limits, the run is attempted once, as they are.
+        settings: of the run.
+        attempt: the run from its start with placed parts, in the same pieces every time; it finds finished segments
+            in its work directory. Pieces that were handed out are made again by a later attempt, and dropped.
+
+    Raises:
+        MemoryBudgetError: no plan fits, or none that is tighter than the one that failed.
+    """
+    if parts.memory is None:
+        yield from attempt(parts)
+        return
+    plan = plan_for(parts, settings, parts.memory)
+    num_done = 0
+    while True:
+        networks = PlacedNetworks(parts.device)
+        try:
+            placed = place(parts, plan, networks)
+            with closing(cast("Generator[Tensor, None, None]", attempt(placed))) as pieces:
+                for index, frames in enumerate(pieces):
+                    if index >= num_done:
+                        num_done += 1
+                        yield frames
+            return
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            plan = _tighter(parts, settings, plan, error)
+            LOGGER.warning(
+                "the device ran out of memory; going on with a plan of %s: %s",
+                format_bytes(plan.peak_bytes),
+                "; ".join(way.description for way in plan.ways),
+            )
+        finally:
+            networks.release()
+
+
+def plan_for(parts: Parts, settings: GenerationSettings, limits: MemoryLimits) -> MemoryPlan:
+    """Return the plan of a run; raise `MemoryBudgetError` if none fits.
+
+    Weights stay as they were loaded where there is a plan with them; else they are stored in float8, or in nf4. Once
+    they are, no later plan has them wider. Transformers with products of their own keep them in any plan, and only the
+    text encoder is left to store.
+    """
+    transformer = parts.stage_two.transformer
+    # Where there is a text encoder, it is stored whenever the transformers are, and has no products of its own.
+    stored = parts.stage_one.pipeline.text_encoder if "stage_one" in parts.stages else transformer
+    dtypes = storable_dtypes(transformer.dtype)
+    held = stored_narrow(stored)
+    return plan_memory(
+        dimensions_of(parts),
+        run_settings_of(parts, settings),
+        ASSUMED_RATES,
+        budget_bytes=limits.device_bytes,
+        host_bytes=limits.host_bytes,
+        dtypes=dtypes if held is None else dtypes[dtypes.index(held) :],
+    )
+
+
+def run_settings_of(parts: Parts, settings: GenerationSettings) -> RunSettings:
+    """Return what the cost of a run depends on."""
+    return RunSettings(
+        size=settings.size,
+        num_frames=settings.num_frames,
+        stage_one_steps=settings.stage_one_steps,
+        stage_one_guidance_scale=settings.stage_one_guidance_scale,
+        num_inference_steps=settings.num_inference_steps,
+        guidance_scale=settings.guidance_scale,
+        segment_size=settings.segment_size,
+        neighbors_before=settings.neighbors_before,
+        neighbors_after=settings.neighbors_after,
+        keep_context=parts.stage_two.keeps_context(settings),
+    )
+
+
+def dimensions_of(parts: Parts) -> PipelineDimensions:
+    """Return the dimensions of loaded networks; raise `ConfigurationError` for a codec whose cost is not known."""
+    one, two = parts.stage_one.pipeline, parts.stage_two
+    experts = [expert for expert in (one.transformer, one.transformer_2) if expert is not None]
+    return PipelineDimensions(
+        text_encoder=TextEncoderDimensions.from_config(one.text_encoder.config.to_dict()),
+        stage_one=TransformerDimensions.from_config(experts[0].config),
+        stage_one_codec=_codec_cost(one.vae),
+        stage_two=TransformerDimensions.from_config(two.transformer.config),
+        stage_two_codec=_codec_cost(getattr(two.codec, "vae", two.codec)),
+        num_experts=len(experts),
+        text_tokens=parts.stage_one.max_sequence_length,
+        reference_factor=parts.motion_reduction,
+        max_reference_area=parts.motion_max_area,
+        window_frames=parts.stage_one.window_frames,
+        overlap_frames=parts.stage_one.overlap_frames,
+        light_decoder=_light_dimensions(parts.decoder) if isinstance(parts.decoder, LightDecoder) else None,
+        products=next(map(quantization_of, transformers_of(parts)), "none"),
+        stages=parts.stages,
+    )
+
+
+def _light_dimensions(decoder: LightDecoder) -> LightDecoderDimensions:
+    return LightDecoderDimensions(**asdict(decoder.network.layout))
+
+
+def place(parts: Parts, plan: MemoryPlan, networks: PlacedNetworks) -> Parts:
+    """Put the networks where `plan` wants them, and return the parts to run with.
+
+    `networks` are to be released after the run, and also if this fails: then some of them have their places already.
+    """
+    one = parts.stage_one.pipeline
+    encoders = (one.text_encoder,) if "stage_one" in parts.stages else ()
+    for network in (*encoders, *transformers_of(parts)):
+        store_weights(network, plan.weight_dtype, compute_dtype=network.dtype)
+    if "stage_one" in parts.stages:
+        _place_stage_one(parts, plan, networks)
+    return _with_stage_two_placed(parts, plan, networks) if "stage_two" in parts.stages else parts
+
+
+def _place_stage_one(parts: Parts, plan: MemoryPlan, networks: PlacedNetworks) -> None:
+    one = parts.stage_one.pipeline
+    networks.place(one.text_encoder, plan.placement_of("text encoding"), group="text", by_leaf=True)
+    for group, network in (("high", one.transformer), ("low", one.transformer_2)):
+        if network is not None:
+            networks.place(network, plan.placement_of("stage one"), group=group)
+    one.vae.to(parts.device)  # a quarter of a GiB
+
+
+def _with_stage_two_placed(parts: Parts, plan: MemoryPlan, networks: PlacedNetworks) -> Parts:
+    two = parts.stage_two
+    networks.place(two.transformer, plan.placement_of("refinement"), group="refinement")
+    codec = two.codec
+    if isinstance(codec, WanStreamingCodec):
+        resident = plan.placement_of("refinement") == "resident"
+        networks.place(codec.vae, "resident" if resident else "loaded", group="refinement")
+        codec = WanStreamingCodec(codec.vae, settings=_codec_settings(plan, codec.settings))
+    elif isinstance(codec, torch.nn.Module):
+        codec.to(parts.device)
+    decoder = parts.decoder
+    beside: Overlap = "decode" if plan.overlaps_decode else "write"
+    if isinstance(decoder, WanStreamingCodec):
+        # On a device of its own: the same limit is taken to hold there, and here there is room beside.
+        decoder = WanStreamingCodec(decoder.vae, settings=_codec_settings(plan, decoder.settings))
+        beside = "decode"
+    placed = StageTwo(two.transformer, codec, uses_prompt=two.uses_prompt)
+    overlap = "none" if parts.overlap == "none" else beside
+    return replace(parts, stage_two=placed, overlap=overlap, decoder=decoder)
+
+
+def _codec_settings(plan: MemoryPlan, settings: CodecSettings) -> CodecSettings:
+    way = plan.codec
+    tiling = Tiling(way.tile) if way.columns * way.rows > 1 else None
+    return CodecSettings(tiling, settings.lean, way.frames_per_step, way.parks_features)
+
+
+def _codec_cost(codec: object) -> CodecCost:
+    config = dict(codec.config)  # type: ignore[attr-defined]
+    return codec_from_config(config | {"_class_name": type(codec).__name__})
+
+
+def _tighter(parts: Parts, settings: GenerationSettings, plan: MemoryPlan, error: BaseException) -> MemoryPlan:
+    limits = replace(parts.memory or MemoryLimits(), device_bytes=tighter_budget(plan))
+    try:
+        return plan_for(parts, settings, limits)
+    except MemoryBudgetError as refusal:
+        said = (str(error).splitlines() or [type(error).__name__])[0]
+        smallest = format_bytes(plan.peak_bytes)
+        msg = f"the device ran out of memory ({said}) with the smallest plan ({smallest}); {refusal}"
+        raise MemoryBudgetError(msg) from error

@@ -1,0 +1,100 @@
+"""`Parts`: what a checkpoint gives a pipeline, loaded or described."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import torch
+
+from swifti2v.errors import InvalidInputError
+from swifti2v.geometry import Size, motion_size
+from swifti2v.wan.checkpoints import PARTS
+
+if TYPE_CHECKING:
+    from swifti2v.runner.ahead import Overlap
+    from swifti2v.runner.fitting import MemoryLimits
+    from swifti2v.runs import GenerationRequest
+    from swifti2v.settings import GenerationSettings
+    from swifti2v.stage_one import StageOne
+    from swifti2v.stage_two import StageTwo
+    from swifti2v.wan.checkpoints import Part
+    from swifti2v.wan.quantized_products import Quantization
+    from swifti2v.wan.vae import VideoDecoder
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What a checkpoint gives a pipeline.
+
+    Args:
+        name: of the checkpoint, with a digest of its checksums where its index has them.
+        stage_one, stage_two: loaded, but for those not in `stages`, whose networks have no weights.
+        defaults: settings that the checkpoint recommends.
+        other_defaults: the same for the other value of `few_step`; None: there is none.
+        motion_reduction: output size over motion size.
+        motion_max_area: pixels of a motion frame at most, None for no limit.
+        known_motions: verbs of which a prompt should hold one, in any form; empty: any prompt will do.
+        few_step_ways: values of `few_step` that the loaded weights can sample with: one, where the few-step adapters
+            are in the weights or were left out of them, and both, where the checkpoint has none.
+        device: where hybrid reference and Stage II work.
+        memory: what a run may take; None: everything is on `device`.
+        overlap: what runs beside the denoising of the next segment.
+        decoder: what decodes finished segments; None: Stage II's codec.
+        quantization: what the linear layers of the transformers' blocks multiply.
+        stages: that can be run.
+    """
+
+    name: str
+    stage_one: StageOne
+    stage_two: StageTwo
+    defaults: GenerationSettings
+    other_defaults: GenerationSettings | None = None
+    motion_reduction: float = 4.0
+    motion_max_area: int | None = None
+    known_motions: tuple[str, ...] = ()
+    few_step_ways: tuple[bool, ...] = (True, False)
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    memory: MemoryLimits | None = None
+    overlap: Overlap = "decode"
+    decoder: VideoDecoder | None = None
+    quantization: Quantization = "none"
+    stages: tuple[Part, ...] = PARTS
+
+    def defaults_of(self, few_step: bool | None) -> GenerationSettings:
+        """Return the settings that the checkpoint recommends for a way of Stage I; None: for that of `defaults`."""
+        if self.other_defaults is None or few_step in {None, self.defaults.few_step}:
+            return self.defaults
+        return self.other_defaults
+
+    def motion_size(self, size: Size) -> Size:
+        """Return the size of the motion reference of an output of `size`."""
+        multiple = self.stage_one.geometry.size_multiple
+        return motion_size(size, reduction=self.motion_reduction, max_area=self.motion_max_area, multiple=multiple)
+
+    def check(self, settings: GenerationSettings) -> None:
+        """Raise `InvalidInputError` for settings that these stages cannot run."""
+        self.stage_two.plan(settings)
+        self.stage_one.plan(settings.num_frames)
+        self.stage_two.check_refiner(settings)
+        self.stage_one.check_settings(settings)
+        if settings.few_step not in self.few_step_ways:
+            state = "are part of" if self.few_step_ways[0] else "were left out of"
+            way = "few steps" if settings.few_step else "many steps"
+            msg = f"the few-step adapters {state} the loaded weights; load with few_step={settings.few_step} for {way}"
+            raise InvalidInputError(msg, param="few_step", value=settings.few_step)
+
+    def prompt_notes(self, request: GenerationRequest) -> tuple[str, ...]:
+        """Say that the prompt is empty or cut, or that the model knows none of its words."""
+        empty = () if request.prompt.strip() else ("the prompt is empty: what moves is left to the model",)
+        named = zip(("prompt", "negative prompt"), request.texts, strict=True)
+        cut = (self.stage_one.cut_note(name, text or "") for name, text in named)
+        return (*self._motion_notes(request.prompt), *empty, *(note for note in cut if note is not None))
+
+    def _motion_notes(self, prompt: str) -> tuple[str, ...]:
+        words = re.findall(r"[a-z]+", prompt.lower())
+        stems = tuple(verb.removesuffix("e") for verb in self.known_motions)
+        if not words or not stems or any(word.startswith(stems) for word in words):
+            return ()
+        return (f"the model knows no motion in this prompt; it knows {', '.join(self.known_motions)}",)

@@ -71,7 +71,7 @@ def clips(tmp_path_factory: pytest.TempPathFactory) -> Path:
         with VideoWriter(folder / f"{name}.mp4", size=size, fps=8) as writer:
             writer.write(moving(12, size))
     (folder / "INDEX.csv").write_text(
-        "file,kind,width,caption,license_tier,license\n"
+        "file,kind,width,caption,licence_tier,licence\n"
         "narrow.mp4,clip,96,hills,A,CC0\nwide.mp4,clip,1152,sea,A,CC0\nphoto.png,photo,480,a lake,A,CC0\n"
     )
     return folder

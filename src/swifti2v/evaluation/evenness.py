@@ -27,6 +27,7 @@ BLOCKS = 4  # rows and columns of blocks, so that a zoom, a rotation or a swayin
 STILL_BELOW = 0.05  # pixels a frame: less is the noise of the flow
 SMALLEST_UNCOVERED = 0.005  # share of all pixels below which their error says nothing
 UNCOVERED_LONG_SIDE = 640
+JOLT = 0.4  # share of the steps that has to repeat to be called a jolt; a real pan of 33 frames reached 0.28 by chance
 
 EVENNESS = (
     "judder",
@@ -221,7 +222,7 @@ def in_words(values: Mapping[str, float], *, segment_size: int | None) -> tuple[
     """Say how a video moves, and what of it a viewer would complain of, a line each."""
     judged = values.get("judder", math.nan)
     if math.isnan(judged):
-        return ("does not move, or is too short: nothing is said of evenness",)
+        return ("the picture as a whole does not move, or is too short: nothing is said of evenness",)
     names = ((0.3, "moves evenly"), (0.6, "moves as unevenly as a hand-held camera"), (math.inf, "lurches"))
     lines = [f"{next(words for limit, words in names if judged <= limit)} (judder {judged:.2f})"]
     period = TEMPORAL_FACTOR * (segment_size or 0)
@@ -230,15 +231,15 @@ def in_words(values: Mapping[str, float], *, segment_size: int | None) -> tuple[
     lines += [
         words.format(value)
         for value, limit, words in (
-            (values["motion_pulse"], 0.25, f"a jolt every {TEMPORAL_FACTOR} frames"),
-            (values["motion_pulse_borders"], 0.25, f"a jolt {borders}"),
+            (values["motion_pulse"], JOLT, f"a jolt every {TEMPORAL_FACTOR} frames"),
+            (values["motion_pulse_borders"], JOLT, f"a jolt {borders}"),
             (values["first_step"], 1.5, "its first step is {:.1f} times the usual one"),
             (values["backward_steps"], 0.0, "{:.0f}% of its steps go backward"),
             (-values["sharpness_kept"], -0.85, "its sharpness falls from frame 0 to frame 1"),
             (values["sharpness_pulse"], 5.0, f"its sharpness pulses every {TEMPORAL_FACTOR} frames, by {{:.0f}}%"),
             (values["brightness_pulse"], 0.3, f"its brightness pulses every {TEMPORAL_FACTOR} frames"),
             (values["brightness_pulse_borders"], 0.3, f"its brightness pulses {borders}"),
-            (values["first_color_offset"], 1.0, "the color of frame 0 is off by {:.1f} levels"),
+            (values["first_color_offset"], 2.0, "the color of frame 0 is off by {:.1f} levels"),
             (uncovered, 3.0, "what comes into view is {:.1f} dB worse than what was there before"),
         )
         if value > limit  # never of NaN

@@ -121,7 +121,7 @@ class Student:
 
     @property
     def name(self) -> str:
-        """Of its folder."""
+        """Name of its folder."""
         return f"{self.objective}_{self.num_steps}_{self.num_training_steps}_{self.crop}"
 
 

@@ -82,7 +82,7 @@ def seam_ratio(changes: Iterable[FrameChange], *, segment_size: int, temporal_fa
 
 
 def _border_ratio(changes: Sequence[float], segment_size: int, temporal_factor: int) -> float:
-    """Of ``changes[t - 1]``, the change from frame t-1 to t."""
+    """Return the ratio for one kind of change; ``changes[t - 1]`` is that from frame t-1 to t."""
     at_segments: list[float] = []
     at_others: list[float] = []
     for t in range(1 + temporal_factor, len(changes), temporal_factor):

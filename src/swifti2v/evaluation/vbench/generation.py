@@ -3,7 +3,7 @@
 ```
 run/
   run.json              model, options, seed and suite, so that another run is not mixed in
-  clips*.jsonl          one line a video: seed, seconds, memory; a file for each shard
+  clips*.jsonl          one line a video: seed and seconds; a file for each shard
   videos/<prompt>-<index>.mp4
 ```
 

@@ -163,7 +163,7 @@ def read_results(file: Path) -> dict[str, Any]:
 
 
 def _score_of(file: Path, name: str, result: Any) -> float:
-    """Of ``[score, per video]``, of ``[score, per type, per video]`` (camera_motion), or of the plain score."""
+    """Read a score: plain, ``[score, per video]``, or ``[score, per type, per video]`` (camera_motion)."""
     score = result[0] if isinstance(result, list) and result else result
     if isinstance(score, bool) or not isinstance(score, int | float) or not math.isfinite(score):
         msg = f"{str(file)!r} has no number as the score of {name} ({score!r:.40}); score that dimension again"

@@ -23,8 +23,8 @@ from functools import wraps
 from typing import TYPE_CHECKING, Any
 
 from benchmarks import full_size_networks as networks
-from benchmarks.full_size_account import Row, account_checks, accounts
-from benchmarks.results import Check, add_result_arguments, checks_table, markdown_table, number, say, settings_of
+from benchmarks.full_size_account import Row, accounts
+from benchmarks.results import add_result_arguments, markdown_table, number, say, settings_of
 from benchmarks.results import write_results as write
 from swifti2v.memory.amounts import GIB
 
@@ -235,18 +235,15 @@ def main() -> None:
     size = Size.parse(arguments.size)
     arguments.device = arguments.device or ("cuda" if torch.cuda.is_available() else "meta")
     whole: dict[str, Any] = {}
-    checks: list[Check] = []
     if arguments.device == "meta":
         rows = accounts(size, baseline=arguments.baseline, quantization=arguments.quantization)
-        checks = account_checks(rows) if arguments.size == "2560x1408" else []
     else:
         rows, whole = measured(arguments, size)
         torch.cuda.empty_cache()
         rows += measured_baseline(size, arguments.device) if arguments.baseline else []
         whole["device"] = torch.cuda.get_device_name()
-    print(table(rows), checks_table(checks), whole or "", sep="\n\n")
+    print(table(rows), whole or "", sep="\n\n")
     content = {"settings": settings_of(arguments), "rows": [asdict(row) for row in rows], "whole": whole}
-    content["checks"] = [vars(check) for check in checks]
     theme = "full_size_account" if arguments.device == "meta" else "full_size"
     say(f"written to {write(theme, content, arguments.output)}")
 

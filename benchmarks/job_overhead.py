@@ -128,7 +128,7 @@ class Account:
 
 def one_job(queue: JobQueue, pipeline: TwoStagePipeline, options: dict[str, Any]) -> dict[str, float]:
     """Submit and do one job; return its processor seconds by part, and of the whole process as ``process``."""
-    image = PIL.Image.effect_noise((options.size or Size(64, 32)), 64).convert("RGB")
+    image = PIL.Image.effect_noise(options.get("size", Size(64, 32)), 64).convert("RGB")
     with ExitStack() as stack:
         account = Account()
         for owner, name, part in PARTS:

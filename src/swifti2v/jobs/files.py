@@ -19,7 +19,7 @@ import shutil
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, BinaryIO
 
 from swifti2v.errors import JobError, OutputError
 from swifti2v.jobs.state import is_job_id
@@ -97,7 +97,11 @@ class JobFiles:
     def add_input(self, job_id: str, image: PIL.Image.Image) -> None:
         """Write the picture of a new job, under a name that holds a whole file or none."""
         make_folder(self.directory(job_id))
-        write_atomically(self.input(job_id), lambda file: image.save(file, "PNG", compress_level=_FAST_COMPRESSION))
+
+        def save(file: BinaryIO) -> None:
+            image.save(file, format="PNG", compress_level=_FAST_COMPRESSION)
+
+        write_atomically(self.input(job_id), save)
 
     def attempt(self, job_id: str, claim: int) -> AttemptFiles:
         """Return the files of the claim numbered `claim`, from 1."""

@@ -38,7 +38,7 @@ Results = dict[str, Array]  # what was made, by its name
 ROOT = Path(__file__).parents[1]
 IMAGE = ROOT / "examples" / "lake-sherburne.jpg"
 ASKED = ("--model", "mini", "--prompt", "pan right slowly", "--size", "320x192", "--frames", "33", "--seed", "7")
-KILL_TIMEOUT_SECONDS = 120
+KILL_ATTEMPTS = 3  # on a busy machine a run may be through before it is killed
 
 
 @dataclass(frozen=True)
@@ -89,22 +89,22 @@ def previewed(tree: Tree) -> Results:
 
 def resumed(tree: Tree) -> Results:
     """`generate`, killed with SIGKILL as soon as a segment is finished, then run again."""
-    work = tree.folder / "killed"
-    words = ("generate", IMAGE, *ASKED, "--output", "resumed.mp4", "--work-dir", work)
-    process = tree.start(*words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    last = time.monotonic() + KILL_TIMEOUT_SECONDS
-    while not (first := segment_files(work)) and process.poll() is None and time.monotonic() < last:
-        time.sleep(0.002)
-    process.kill()
-    process.wait()
-    at_kill = len(segment_files(work))
-    tree.run(*words)
-    finished = len(segment_files(work))
-    if not first or at_kill == finished:
-        msg = f"the run in {tree.root} was not killed in time: {at_kill} of {finished} segments were finished"
-        raise RuntimeError(msg)
-    say(f"    killed after {at_kill} of {finished} segments")
-    return {"frames": video_frames(tree.folder / "resumed.mp4")} | kept_in(work)
+    for attempt in range(KILL_ATTEMPTS):
+        work = tree.folder / f"killed_{attempt}"
+        words = ("generate", IMAGE, *ASKED, "--output", "resumed.mp4", "--work-dir", work)
+        process = tree.start(*words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        while not segment_files(work) and process.poll() is None:
+            time.sleep(0.002)
+        process.kill()
+        process.wait()
+        at_kill = len(segment_files(work))
+        tree.run(*words)
+        finished = len(segment_files(work))
+        if 0 < at_kill < finished:
+            say(f"    killed after {at_kill} of {finished} segments")
+            return {"frames": video_frames(tree.folder / "resumed.mp4")} | kept_in(work)
+    msg = f"the run in {tree.root} was not killed between segments in {KILL_ATTEMPTS} attempts"
+    raise RuntimeError(msg)
 
 
 def queued(tree: Tree) -> Results:

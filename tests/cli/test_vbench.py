@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 from swifti2v.cli.main import EXIT_ERROR, ReportingGroup
 from swifti2v.cli.vbench import app as vbench
-from swifti2v.evaluation.vbench.makers import StillMaker
+from swifti2v.evaluation.vbench.generation import StillMaker
 from swifti2v.media.video_reader import VideoReader
 from tests.evaluation.vbench_checkout import MAGI_ONE, make_checkout
 

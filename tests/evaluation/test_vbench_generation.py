@@ -21,8 +21,16 @@ from swifti2v.errors import (
     WorkDirectoryError,
 )
 from swifti2v.evaluation.vbench.clips import Clip, Shard, clip_seed, clips_of
-from swifti2v.evaluation.vbench.generation import ClipRecord, VideoRun, append_record, make_videos, open_run
-from swifti2v.evaluation.vbench.makers import ClipShape, MakerSettings, StillMaker
+from swifti2v.evaluation.vbench.generation import (
+    ClipRecord,
+    ClipShape,
+    MakerSettings,
+    StillMaker,
+    VideoRun,
+    append_record,
+    make_videos,
+    open_run,
+)
 from swifti2v.evaluation.vbench.ray_workers import RayJob, make_videos_with_ray
 from swifti2v.evaluation.vbench.suite import Suite, prepare_suite
 from swifti2v.geometry import Size

@@ -12,8 +12,7 @@ import pytest
 
 from swifti2v.errors import InvalidInputError, MemoryBudgetError, OutputError, VideoInputError
 from swifti2v.evaluation.vbench.clips import clips_of
-from swifti2v.evaluation.vbench.generation import VideoRun, make_videos
-from swifti2v.evaluation.vbench.makers import ClipShape, StillMaker
+from swifti2v.evaluation.vbench.generation import ClipShape, StillMaker, VideoRun, make_videos
 from swifti2v.evaluation.vbench.scoring import Judge, check_sizes, expected_videos, score_videos
 from swifti2v.evaluation.vbench.suite import Suite, prepare_suite
 from swifti2v.evaluation.vbench.total import DIMENSION_NAMES, read_scores, total_scores

@@ -70,8 +70,7 @@ def generate(  # noqa: PLR0913 - typer makes an option of each parameter
 ) -> None:
     """Make the videos under the names that VBench looks for; those that are there are kept."""
     from swifti2v.evaluation.vbench.clips import Shard, clips_of
-    from swifti2v.evaluation.vbench.generation import make_videos, open_run
-    from swifti2v.evaluation.vbench.makers import MakerSettings
+    from swifti2v.evaluation.vbench.generation import MakerSettings, make_videos, open_run
     from swifti2v.evaluation.vbench.suite import load_suite
 
     part = Shard.parse(shard)

@@ -19,8 +19,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
-    from swifti2v.evaluation.vbench.generation import OnClip
-    from swifti2v.evaluation.vbench.makers import MakerSettings
+    from swifti2v.evaluation.vbench.generation import MakerSettings, OnClip
 
 
 @dataclass(frozen=True)

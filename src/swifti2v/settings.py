@@ -23,6 +23,12 @@ from swifti2v.segments import PositionMode  # noqa: TC001 - annotations that pyd
 Refiner = Literal["concat", "training-free", "none"]
 ReferenceMode = Literal["replace", "transport"]
 SolverName = Literal["euler", "renoise"]
+Quantization = Literal["none", "float8", "int8"]
+"""Quantized matmul of the linear layers in the transformers' blocks (`wan/quantized_linear.py`)."""
+Storage = Literal["float32", "bfloat16", "float8", "nf4"]
+"""How weights are stored; the work is done in float32 or bfloat16."""
+STORAGES: tuple[Storage, ...] = ("bfloat16", "float8", "nf4")
+"""How weights can be stored where the work is done in bfloat16, the most exact first."""
 Panel = Literal["Main", "Stage I", "Stage II", "Speed and memory"]
 
 MAX_SIDE = 16_384

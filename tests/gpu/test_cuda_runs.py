@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
     from swifti2v.memory.ways import Placement
     from swifti2v.runner.parts import Parts
-    from swifti2v.wan.quantized_linear import Quantization
+    from swifti2v.settings import Quantization
 
 pytestmark = pytest.mark.gpu
 

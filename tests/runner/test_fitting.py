@@ -28,10 +28,10 @@ from swifti2v.wan.tiling import Tiling
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from swifti2v.memory.budget import WeightDtype
+    from swifti2v.memory.budget import Storage
     from swifti2v.memory.plan import MemoryPlan
     from swifti2v.runner.parts import Parts
-    from swifti2v.wan.quantized_linear import Quantization
+    from swifti2v.settings import Quantization
 
 LIMITLESS = MemoryLimits()
 
@@ -153,7 +153,7 @@ def test_streamed_networks_of_both_stages_give_the_frames_of_resident_ones(
 @pytest.mark.slow
 @pytest.mark.parametrize(("stored", "wider"), [("float8", "float32"), ("nf4", "float8")])
 def test_weights_are_stored_narrower_where_the_host_has_no_room_and_the_video_stays(
-    tiny_checkpoint: Path, stored: WeightDtype, wider: WeightDtype
+    tiny_checkpoint: Path, stored: Storage, wider: Storage
 ) -> None:
     """By the loader, before any run; and by a run, where only its parked features leave no room."""
     whole = opened(tiny_checkpoint, None).parts

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import PIL.Image
 import pytest
@@ -14,13 +15,10 @@ from swifti2v.runner.acceleration import Acceleration, transformers_of
 from swifti2v.runner.fitting import MemoryLimits, dimensions_of, place, plan_for
 from swifti2v.runner.loading import load_parts
 from swifti2v.runner.two_stage import TwoStagePipeline
-from swifti2v.wan.quantized_linear import (
-    Quantization,
-    quantization_of,
-    store_weights,
-    stored_narrow,
-    use_quantized_matmul,
-)
+from swifti2v.wan.quantized_linear import quantization_of, store_weights, stored_narrow, use_quantized_matmul
+
+if TYPE_CHECKING:
+    from swifti2v.settings import Quantization
 
 PHOTO = Path(__file__).parents[2] / "examples" / "lake-sherburne.jpg"
 OPTIONS = {"size": Size(320, 192), "num_frames": 17, "seed": 1}

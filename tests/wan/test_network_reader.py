@@ -17,17 +17,19 @@ from swifti2v.errors import CheckpointError
 from swifti2v.memory.live_bytes import LiveBytes
 from swifti2v.wan.checkpoints import load_stage_one_pipeline, load_stage_two_transformer, resolve
 from swifti2v.wan.network_reader import NetworkReader
-from swifti2v.wan.quantized_linear import WeightDtype, store_weights
+from swifti2v.wan.quantized_linear import store_weights
 from swifti2v.wan.transformer import StageTwoTransformer
 
 if TYPE_CHECKING:
     from torch import nn
 
+    from swifti2v.settings import Storage
+
 
 AS_LOADED = NetworkReader()
 
 
-def narrow(dtype: WeightDtype, compute_dtype: torch.dtype) -> NetworkReader:
+def narrow(dtype: Storage, compute_dtype: torch.dtype) -> NetworkReader:
     return NetworkReader(partial(store_weights, dtype=dtype, compute_dtype=compute_dtype))
 
 
@@ -66,7 +68,7 @@ def test_a_network_is_the_one_that_its_library_loads(
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("stored", ["float8", "nf4"])
 def test_what_is_stored_is_what_a_loaded_network_would_store(
-    tiny_checkpoint: Path, stored: WeightDtype, dtype: torch.dtype
+    tiny_checkpoint: Path, stored: Storage, dtype: torch.dtype
 ) -> None:
     """LoRAs included: they are in the weights before these are rounded."""
     resolved = resolve(tiny_checkpoint)
@@ -135,7 +137,7 @@ def edited(root: Path, folder: Path, **changes: torch.Tensor | None) -> Path:
 )
 @pytest.mark.parametrize("stored", ["bfloat16", "float8", "nf4"])
 def test_weights_that_do_not_belong(
-    tiny_checkpoint: Path, tmp_path: Path, changes: dict[str, Any], message: str, stored: WeightDtype
+    tiny_checkpoint: Path, tmp_path: Path, changes: dict[str, Any], message: str, stored: Storage
 ) -> None:
     folder = edited(tmp_path, tiny_checkpoint / "stage_one" / "transformer", **changes)
     with pytest.raises(CheckpointError, match=message):

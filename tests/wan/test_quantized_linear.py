@@ -23,7 +23,6 @@ from swifti2v.wan.quantized_linear import (
     Float8Linear,
     Int8Linear,
     Nf4Linear,
-    Quantization,
     QuantizedLinear,
     block_linears,
     check_quantized_device,
@@ -41,7 +40,7 @@ if TYPE_CHECKING:
     from transformers import UMT5EncoderModel
 
     from swifti2v.memory.ways import Placement
-    from swifti2v.wan.quantized_linear import WeightDtype
+    from swifti2v.settings import Quantization, Storage
     from swifti2v.wan.transformer_configuration import ContextAttention
 
 CPU = torch.device("cpu")
@@ -274,7 +273,7 @@ def test_nf4_blocks_of_zeros_stay_zeros_and_a_sign_is_kept() -> None:
 
 @each_kind
 def test_the_linear_layers_of_the_blocks_and_no_others_are_replaced(
-    tiny_wan_dit: Callable[..., Any], kind: WeightDtype
+    tiny_wan_dit: Callable[..., Any], kind: Storage
 ) -> None:
     network = tiny_wan_dit(**WIDE)
     quantize(network, "none")
@@ -459,7 +458,7 @@ def test_loras_go_into_the_weights_before_they_are_quantized(tiny_wan_dit: Calla
 @each_matmul
 @pytest.mark.parametrize("dtype", ["float8", "nf4"])
 def test_what_is_stored_narrow_gets_no_quantized_matmul(
-    tiny_wan_dit: Callable[..., Any], kind: Quantization, dtype: WeightDtype
+    tiny_wan_dit: Callable[..., Any], kind: Quantization, dtype: Storage
 ) -> None:
     network = tiny_wan_dit(**WIDE)
     store_weights(network, dtype, compute_dtype=torch.float32)

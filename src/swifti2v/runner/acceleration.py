@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 import torch
 
 from swifti2v.errors import InvalidInputError
+from swifti2v.settings import Quantization
 from swifti2v.wan.attention_choice import check_attention_name, set_attention
-from swifti2v.wan.quantized_linear import Quantization, use_quantized_matmul
+from swifti2v.wan.quantized_linear import use_quantized_matmul
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -23,7 +23,7 @@ from swifti2v.memory.run_settings import RunSettings
 from swifti2v.memory.transformer_cost import TextEncoderDimensions, TransformerDimensions
 from swifti2v.runner.acceleration import transformers_of
 from swifti2v.stage_two import StageTwo
-from swifti2v.wan.quantized_linear import quantization_of, storable_dtypes, store_weights, stored_narrow
+from swifti2v.wan.quantized_linear import quantization_of, storages_of, store_weights, stored_narrow
 from swifti2v.wan.streaming import CodecSettings, WanStreamingCodec
 from swifti2v.wan.taehv import LightDecoder
 from swifti2v.wan.tiling import Tiling
@@ -131,7 +131,7 @@ def plan_for(parts: Parts, settings: GenerationSettings, limits: MemoryLimits) -
     transformer = parts.stage_two.transformer
     # Where there is a text encoder, it is stored whenever the transformers are, and has no products of its own.
     stored = parts.stage_one.pipeline.text_encoder if "stage_one" in parts.stages else transformer
-    dtypes = storable_dtypes(transformer.dtype)
+    dtypes = storages_of(transformer.dtype)
     held = stored_narrow(stored)
     return plan_memory(
         dimensions_of(parts),

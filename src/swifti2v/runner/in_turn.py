@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from swifti2v.memory.plan import plan_stages
 from swifti2v.runner.fitting import ASSUMED_RATES, MemoryLimits, dimensions_of, run_settings_of
 from swifti2v.wan.checkpoints import PARTS
-from swifti2v.wan.quantized_linear import storable_dtypes
+from swifti2v.wan.quantized_linear import storages_of
 
 if TYPE_CHECKING:
     from swifti2v.runner.parts import Parts
@@ -34,6 +34,6 @@ def stages_fit_together(parts: Parts, settings: GenerationSettings) -> bool:
         ASSUMED_RATES,
         budget_bytes=limits.device_bytes,
         host_bytes=limits.host_bytes,
-        dtypes=storable_dtypes(parts.stage_two.transformer.dtype),
+        dtypes=storages_of(parts.stage_two.transformer.dtype),
     )
     return len(plans) == 1

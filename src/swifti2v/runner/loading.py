@@ -16,7 +16,7 @@ from swifti2v.runner.acceleration import Acceleration, accelerated
 from swifti2v.runner.decoders import decoder_elsewhere, open_light_decoder
 from swifti2v.runner.parts import Parts
 from swifti2v.schedulers import FixedSigmaScheduler
-from swifti2v.settings import checked_choices
+from swifti2v.settings import Quantization, Storage, checked_choices
 from swifti2v.stage_one import FEW_STEP_ADAPTER, StageOne
 from swifti2v.stage_two import StageTwo
 from swifti2v.wan.checkpoint_files import read_json
@@ -30,7 +30,7 @@ from swifti2v.wan.checkpoints import (
     resolve,
 )
 from swifti2v.wan.network_reader import NetworkReader
-from swifti2v.wan.quantized_linear import Quantization, WeightDtype, storable_dtypes, store_weights, stored_already
+from swifti2v.wan.quantized_linear import storages_of, store_weights, stored_already
 from swifti2v.wan.streaming import open_codec
 
 if TYPE_CHECKING:
@@ -105,11 +105,11 @@ class _Way:
         return cls(place, home, dtype, limits, few_step, local_files_only)
 
     @property
-    def loaded_dtype(self) -> WeightDtype:
+    def loaded_dtype(self) -> Storage:
         """How weights are stored where nothing is short."""
-        return storable_dtypes(self.dtype)[0]
+        return storages_of(self.dtype)[0]
 
-    def reader(self, stored: WeightDtype) -> NetworkReader:
+    def reader(self, stored: Storage) -> NetworkReader:
         """Return what reads networks tensor by tensor into `stored`."""
         return NetworkReader(partial(store_weights, dtype=stored, compute_dtype=self.dtype), self.place)
 
@@ -142,7 +142,7 @@ def _assembled(
 
 
 def _stage_two_networks(
-    checkpoint: ResolvedCheckpoint, way: _Way, stored: WeightDtype, *, is_held: bool
+    checkpoint: ResolvedCheckpoint, way: _Way, stored: Storage, *, is_held: bool
 ) -> tuple[StageTwoTransformer, StreamingCodec]:
     if not is_held:
         described, vae = described_stage_two(checkpoint, dtype=way.dtype)
@@ -155,7 +155,7 @@ def _stage_two_networks(
 
 
 def _stage_one_pipeline(
-    checkpoint: ResolvedCheckpoint, way: _Way, stored: WeightDtype, *, is_held: bool
+    checkpoint: ResolvedCheckpoint, way: _Way, stored: Storage, *, is_held: bool
 ) -> WanImageToVideoPipeline:
     entry = checkpoint.index.stage_one
     if not is_held:
@@ -197,7 +197,7 @@ def _exact_elsewhere(codec: StreamingCodec, acceleration: Acceleration) -> Video
 
 def _stored_dtype(
     checkpoint: ResolvedCheckpoint, way: _Way, stages: tuple[Part, ...], *, quantization: Quantization
-) -> WeightDtype:
+) -> Storage:
     """Return the widest dtype with which the host has room for the weights, or the narrowest there is.
 
     Raises:
@@ -214,7 +214,7 @@ def _stored_dtype(
         text_tokens=one.max_sequence_length,
     )
     dimensions = replace(dimensions, products=quantization, stages=stages)
-    dtypes = storable_dtypes(way.dtype)
+    dtypes = storages_of(way.dtype)
     fitting = (dtype for dtype in dtypes if dimensions.stored_bytes(dtype) <= memory.host_bytes)
     stored = next(fitting, dtypes[-1])
     if quantization != "none" and stored != loaded:

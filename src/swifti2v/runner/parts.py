@@ -16,11 +16,10 @@ if TYPE_CHECKING:
     from swifti2v.runner.ahead import Overlap
     from swifti2v.runner.fitting import MemoryLimits
     from swifti2v.runs import GenerationRequest
-    from swifti2v.settings import GenerationSettings
+    from swifti2v.settings import GenerationSettings, Quantization
     from swifti2v.stage_one import StageOne
     from swifti2v.stage_two import StageTwo
     from swifti2v.wan.checkpoints import Part
-    from swifti2v.wan.quantized_linear import Quantization
     from swifti2v.wan.streaming import VideoDecoder
 
 

@@ -26,7 +26,7 @@ from __future__ import annotations
 
 import re
 from itertools import chain, pairwise
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from diffusers import ModelMixin
@@ -34,16 +34,10 @@ from diffusers.hooks import apply_layerwise_casting
 from torch import Tensor, nn
 
 from swifti2v.errors import AdapterError, InvalidInputError, MemoryBudgetError
+from swifti2v.settings import STORAGES, Quantization, Storage
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
-
-WeightDtype = Literal["float32", "bfloat16", "float8", "int8", "nf4"]
-"""How weights are stored."""
-STORED_DTYPES: tuple[WeightDtype, ...] = ("bfloat16", "float8", "nf4")
-"""What `store_weights` offers, the most exact first."""
-Quantization = Literal["none", "float8", "int8"]
-"""Quantized matmul of the linear layers in the transformers' blocks."""
 
 IN_A_BLOCK = re.compile(r"(^|\.)blocks?\.\d+\.")
 """Names of layers in the blocks of Wan's transformers, and of UMT5's encoder."""
@@ -287,7 +281,7 @@ def _linears_to_replace(networks: Iterable[nn.Module]) -> list[tuple[nn.Module, 
 # ------------------------------------------------------------------------------------------------- stored narrow
 
 
-def store_weights(network: nn.Module, dtype: WeightDtype, *, compute_dtype: torch.dtype) -> None:
+def store_weights(network: nn.Module, dtype: Storage | Quantization, *, compute_dtype: torch.dtype) -> None:
     """Store the large weights of a transformer or text encoder as `dtype`, and compute in `compute_dtype` as before.
 
     Weights are never widened again, as that would not bring back what was rounded away. Call this before offloading.
@@ -318,12 +312,12 @@ def store_weights(network: nn.Module, dtype: WeightDtype, *, compute_dtype: torc
             apply_layerwise_casting(network, FLOAT8, compute_dtype, skip_modules_pattern=TEXT_ENCODER_EXACT)
 
 
-def storable_dtypes(dtype: torch.dtype) -> tuple[WeightDtype, ...]:
+def storages_of(dtype: torch.dtype) -> tuple[Storage, ...]:
     """Return how the weights of networks that work in `dtype` can be stored, the most exact (unchanged) first."""
-    return ("float32" if dtype == torch.float32 else "bfloat16", *STORED_DTYPES[1:])
+    return ("float32" if dtype == torch.float32 else "bfloat16", *STORAGES[1:])
 
 
-def stored_narrow(network: nn.Module) -> WeightDtype | None:
+def stored_narrow(network: nn.Module) -> Storage | Quantization | None:
     """Return the dtype of a network's large weights if it is narrower than that of the work, else None.
 
     This may be the doing of `store_weights` or of `use_quantized_matmul`.

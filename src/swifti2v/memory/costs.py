@@ -1,25 +1,12 @@
-"""What a network costs, as it was measured (`measure.py`): FLOPs, bytes at work, bytes of its weights.
-
-A question names a network and a shape; its answer comes from the table that is shipped with the package, from the
-user's own, or from running the network on the meta device, whose result is kept in the user's table. PyTorch is
-imported in the last case only.
-"""
+"""What can be asked about the cost of a network, and the answers: FLOPs, bytes at work, bytes of its weights."""
 
 from __future__ import annotations
 
-import json
-from dataclasses import asdict, dataclass, replace
-from functools import lru_cache
-from importlib.metadata import version
-from importlib.resources import files
-from pathlib import Path
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 
 if TYPE_CHECKING:
     from swifti2v.memory.networks import Network, Quantization, Storage
-
-SHIPPED_TABLE = "measured_costs.json"
-_PACKAGES = ("swifti2v", "torch", "diffusers", "transformers")
 
 
 @dataclass(frozen=True)
@@ -113,11 +100,11 @@ class ClipCost:
     peak_bytes: int
 
 
-_Answer = TypeVar("_Answer", WeightCost, ForwardCost, StreamCost, ClipCost)
+Answer = TypeVar("Answer", WeightCost, ForwardCost, StreamCost, ClipCost)
 
 
 @dataclass(frozen=True)
-class Question(Generic[_Answer]):
+class Question(Generic[Answer]):
     """What is asked about a network that works in `dtype`."""
 
     network: Network
@@ -125,11 +112,10 @@ class Question(Generic[_Answer]):
 
     answer: ClassVar[type[Any]]
 
-    @property
-    def key(self) -> str:
-        """Its name in a table."""
+    def key(self, digest: str) -> str:
+        """Return its name in a table, where its network has this digest."""
         values = (str(value) for name, value in vars(self).items() if name != "network")
-        return " ".join([self.network.class_name, self.network.digest, type(self).__name__, *values])
+        return " ".join([self.network.class_name, digest, type(self).__name__, *values])
 
 
 @dataclass(frozen=True)
@@ -185,63 +171,3 @@ class Clip(Question[ClipCost]):
     num_frames: int
 
     answer = ClipCost
-
-
-@lru_cache(maxsize=None)
-def measured(question: Question[_Answer]) -> _Answer:
-    """Return what was measured, now or at an earlier time."""
-    shipped, own = _shipped(), _own()
-    name = question.network.digest
-    known = shipped["networks"].get(name) or own["networks"].get(name)
-    found = shipped["costs"].get(_key(question, known)) or own["costs"].get(_key(question, known)) if known else None
-    if found is None:
-        from swifti2v.memory import measure
-
-        complete = replace(question, network=measure.completed(question.network))
-        key = complete.key
-        found = shipped["costs"].get(key) or own["costs"].get(key) or asdict(measure.measure(complete))
-        own["networks"][name] = complete.network.digest
-        own["costs"][key] = found
-        _write_own(own)
-    answer: _Answer = question.answer(**found)
-    return answer
-
-
-def _key(question: Question[Any], digest: str) -> str:
-    return question.key.replace(question.network.digest, digest)
-
-
-def user_table() -> Path:
-    """Return the file of the user's own table: one for each set of versions of the packages that are measured."""
-    from huggingface_hub import cached_assets_path
-
-    versions = "-".join(version(name) for name in _PACKAGES)
-    return cached_assets_path("swifti2v", "costs") / f"{versions}.json"
-
-
-@lru_cache(maxsize=1)
-def _shipped() -> dict[str, Any]:
-    return _read(files("swifti2v.memory").joinpath(SHIPPED_TABLE))
-
-
-@lru_cache(maxsize=1)
-def _own() -> dict[str, Any]:
-    return _read(user_table())
-
-
-def _read(path: Any) -> dict[str, Any]:
-    try:
-        table: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):  # there is none yet, or it was cut off: everything can be measured again
-        return {"networks": {}, "costs": {}}
-    return table
-
-
-def _write_own(table: dict[str, Any]) -> None:
-    path = user_table()
-    try:
-        partial = path.with_suffix(".partial")
-        partial.write_text(json.dumps(table, indent=1, sort_keys=True), encoding="utf-8")
-        partial.replace(path)
-    except OSError:  # a home that cannot be written costs time, and no more
-        return

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
 Storage = Literal["float32", "bfloat16", "float8", "nf4"]
 """How weights are stored; the work is done in float32 or bfloat16 (`placement.store_weights`)."""
+STORAGES: tuple[Storage, ...] = ("bfloat16", "float8", "nf4")
+"""How weights can be stored where the work is done in bfloat16, the most exact first."""
 Quantization = Literal["none", "float8", "int8"]
 """Arithmetic of the linear layers in the blocks of the transformers; also how those layers are stored."""
 Stage = Literal["stage_one", "stage_two"]

@@ -17,9 +17,9 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 
 from swifti2v.memory.heap import trim_heap
-from swifti2v.memory.placement import storable_dtypes
+from swifti2v.memory.placement import storages_of
 from swifti2v.memory.plan import plan_stages
-from swifti2v.pipelines.fitting import ASSUMED_RATES, MemoryLimits, dimensions_of, run_settings_of
+from swifti2v.pipelines.fitting import ASSUMED_RATES, MemoryLimits, networks_of, run_settings_of
 from swifti2v.pipelines.loading import load_parts
 from swifti2v.pipelines.options import GenerationOptions
 from swifti2v.pipelines.run_store import RunStore
@@ -86,12 +86,12 @@ class StagesInTurn(TwoStagePipeline):
         options, limits = options or GenerationOptions(), self.parts.memory or MemoryLimits()
         settings = self.parts.defaults_of(options.few_step).settled(options)
         plans = plan_stages(
-            replace(dimensions_of(self.parts), stages=PARTS, products=self._products),
+            replace(networks_of(self.parts), stages=PARTS, quantization=self._products),
             run_settings_of(self.parts, settings),
             ASSUMED_RATES,
             budget_bytes=limits.device_bytes,
             host_bytes=limits.host_bytes,
-            dtypes=storable_dtypes(self.parts.stage_two.transformer.dtype),
+            storages=storages_of(self.parts.stage_two.transformer.dtype),
         )
         return len(plans) > 1
 

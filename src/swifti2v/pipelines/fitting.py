@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from swifti2v.pipelines.loading import Overlap, Parts
-    from swifti2v.pipelines.options import GenerationSettings
+    from swifti2v.settings import GenerationSettings
 
 LOGGER = logging.getLogger("swifti2v")
 ASSUMED_RATES = device_rates("RTX 4090")

@@ -7,7 +7,7 @@ import json
 import re
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
@@ -18,10 +18,10 @@ from swifti2v.memory.placement import storages_of, store_weights
 from swifti2v.memory.ways import stored_bytes
 from swifti2v.pipelines.acceleration import Acceleration, accelerated
 from swifti2v.pipelines.decoders import decoder_elsewhere, open_light_decoder
-from swifti2v.pipelines.recommended import default_settings
 from swifti2v.pipelines.stage_one import FEW_STEP_ADAPTER, StageOne
 from swifti2v.pipelines.stage_two import StageTwo
 from swifti2v.schedulers import FixedSigmaScheduler
+from swifti2v.settings import checked_choices
 from swifti2v.wan.checkpoint_files import read_json
 from swifti2v.wan.checkpoints import (
     PARTS,
@@ -36,14 +36,15 @@ from swifti2v.wan.quantized_products import Quantization, stored_already
 from swifti2v.wan.vae import open_codec
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
     from pathlib import Path
 
     from diffusers import WanImageToVideoPipeline
 
     from swifti2v.memory.networks import Storage
     from swifti2v.pipelines.fitting import MemoryLimits
-    from swifti2v.pipelines.options import GenerationOptions, GenerationSettings
-    from swifti2v.wan.checkpoint_index import CheckpointIndex, Refiner, StageOneEntry
+    from swifti2v.settings import GenerationSettings, Refiner
+    from swifti2v.wan.checkpoint_index import CheckpointIndex, StageOneEntry
     from swifti2v.wan.checkpoints import Part, ResolvedCheckpoint
     from swifti2v.wan.transformer import StageTwoTransformer
     from swifti2v.wan.vae import StreamingCodec, VideoDecoder
@@ -199,8 +200,8 @@ def _assembled(
         name=_identity(checkpoint.index),
         stage_one=StageOne(pipeline, window_frames=one.window_frames, max_sequence_length=one.max_sequence_length),
         stage_two=StageTwo(refiner, codec, uses_prompt=two.uses_prompt),
-        defaults=default_settings(checkpoint.index, few_step=way.few_step),
-        other_defaults=default_settings(checkpoint.index, few_step=not way.few_step),
+        defaults=checkpoint.index.default_settings(few_step=way.few_step),
+        other_defaults=checkpoint.index.default_settings(few_step=not way.few_step),
         motion_reduction=one.reference_reduction,
         motion_max_area=one.max_area,
         known_motions=one.known_motions,
@@ -320,7 +321,7 @@ def open_device(device: str | torch.device | None) -> torch.device:
 
 def settings_of(
     name_or_path: str | Path,
-    options: GenerationOptions | None = None,
+    choices: Mapping[str, Any] | None = None,
     *,
     few_step: bool = True,
     revision: str | None = None,
@@ -330,12 +331,11 @@ def settings_of(
 
     Raises:
         CheckpointError: there is no such checkpoint.
-        InvalidInputError: an option is out of its range.
+        InvalidInputError: a choice is unknown or out of its range.
     """
     index = resolve(name_or_path, revision=revision, local_files_only=local_files_only, parts=()).index
-    if options is not None and options.few_step is not None:
-        few_step = options.few_step
-    return default_settings(index, few_step=few_step).settled(options)
+    chosen = checked_choices(choices or {})
+    return index.default_settings(few_step=chosen.get("few_step", few_step)).settled(chosen)
 
 
 def trained_refiner(checkpoint: ResolvedCheckpoint) -> Refiner:

@@ -86,10 +86,10 @@ def measured(arguments: argparse.Namespace, size: Size) -> tuple[list[Row], dict
     """Run the real pipeline with random weights on the device."""
     import torch
     from PIL import Image
-
     from swifti2v.memory.budget import WAN22, plan_run
     from swifti2v.memory.light_cost import with_light_decoder
     from swifti2v.memory.run_settings import RunSettings
+
     from swifti2v.pipelines.acceleration import Acceleration, accelerated
     from swifti2v.pipelines.fitting import MemoryLimits
     from swifti2v.pipelines.two_stage import TwoStagePipeline
@@ -163,6 +163,7 @@ def measured_baseline(size: Size, device: str) -> list[Row]:
         return Row(name, tflop, torch.cuda.max_memory_allocated() / GIB, 1, seconds, tflop / seconds)
 
     from swifti2v.memory.codec_cost import WAN22_VAE
+
     from swifti2v.memory.transformer_cost import STAGE_TWO_5B
 
     rows = []

@@ -49,7 +49,6 @@ def accounts(size: Size, *, baseline: bool, quantization: str = "none") -> list[
 
 def _stage_one_row(size: Size, *, quantization: str = "none") -> Row:
     import torch
-
     from swifti2v.memory.budget import WAN22
 
     small = WAN22.reference_size(size)

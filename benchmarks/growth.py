@@ -11,15 +11,16 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from swifti2v.memory.budget import WAN22, plan_run, stored_bytes
+from swifti2v.memory.light_cost import with_light_decoder
+from swifti2v.memory.run_settings import RunSettings
+
 from benchmarks.full_size import BF16_TFLOP_PER_SECOND
 from benchmarks.results import add_result_arguments, markdown_table, number, say, settings_of, write_results
 from swifti2v.geometry import CodecGeometry, Size
 from swifti2v.memory.amounts import GIB
-from swifti2v.memory.budget import WAN22, plan_run, stored_bytes
 from swifti2v.memory.devices import DEVICES, device_rates
-from swifti2v.memory.light_cost import with_light_decoder
 from swifti2v.memory.plan import plan_memory
-from swifti2v.memory.run_settings import RunSettings
 from swifti2v.memory.ways import resident_ways, stage_two_seconds
 
 if TYPE_CHECKING:

@@ -14,9 +14,10 @@ from swifti2v.errors import InvalidInputError, MemoryBudgetError
 from swifti2v.geometry import Size
 from swifti2v.memory import plan as plan_module
 from swifti2v.memory.placement import PlacedNetworks, stored_narrow
+from swifti2v.memory.ways import stored_bytes
 from swifti2v.pipelines import fitting, loading
 from swifti2v.pipelines.acceleration import Acceleration, transformers_of
-from swifti2v.pipelines.fitting import MemoryLimits, dimensions_of, place, plan_for
+from swifti2v.pipelines.fitting import MemoryLimits, networks_of, place, plan_for
 from swifti2v.pipelines.loading import load_parts
 from swifti2v.pipelines.stage_one import StageOne
 from swifti2v.pipelines.stage_two import StageTwo
@@ -27,7 +28,7 @@ from swifti2v.wan.vae import WanStreamingCodec
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from swifti2v.memory.budget import WeightDtype
+    from swifti2v.memory.networks import Storage
     from swifti2v.memory.plan import MemoryPlan
     from swifti2v.pipelines.loading import Parts
     from swifti2v.wan.quantized_products import Quantization
@@ -102,7 +103,7 @@ def largest_difference(one: torch.Tensor, other: torch.Tensor) -> int:
 def budget_of(parts: Parts, *, tiles: int, parks: bool) -> int:
     """Walk down the budgets until a plan cuts the frame so."""
     plan = plan_within(parts, None)
-    while (plan.codec.columns * plan.codec.rows, plan.codec.parks_features) != (tiles, parks):
+    while (plan.codec.columns * plan.codec.rows, plan.codec.offloads_features) != (tiles, parks):
         plan = plan_within(parts, plan.peak_bytes - 1)
     return plan.peak_bytes
 
@@ -152,28 +153,28 @@ def test_streamed_networks_of_both_stages_give_the_frames_of_resident_ones(
 @pytest.mark.slow
 @pytest.mark.parametrize(("stored", "wider"), [("float8", "float32"), ("nf4", "float8")])
 def test_weights_are_stored_narrower_where_the_host_has_no_room_and_the_video_stays(
-    tiny_checkpoint: Path, stored: WeightDtype, wider: WeightDtype
+    tiny_checkpoint: Path, stored: Storage, wider: Storage
 ) -> None:
     """By the loader, before any run; and by a run, where only its parked features leave no room."""
     whole = opened(tiny_checkpoint, None).parts
     expected = small_frames(replace(whole, overlap="none")).float()
-    dimensions = dimensions_of(whole)
-    too_little = dimensions.stored_bytes(wider) - 1
-    assert dimensions.stored_bytes(stored) < too_little
+    described = networks_of(whole)
+    too_little = stored_bytes(described, wider) - 1
+    assert stored_bytes(described, stored) < too_little
     by_loader = opened(tiny_checkpoint, MemoryLimits(None, too_little)).parts
     budget = budget_of(whole, tiles=2, parks=True)
-    parked = max(way.parked_bytes for way in plan_within(whole, budget).ways)
-    room = dimensions.stored_bytes(wider)
+    parked = max(way.offloaded_bytes for way in plan_within(whole, budget).ways)
+    room = stored_bytes(described, wider)
     by_run = opened(tiny_checkpoint, MemoryLimits(None, room)).parts
     by_run = replace(by_run, memory=MemoryLimits(budget, room + parked - 1))
     networks = (*transformers_of(by_loader), by_loader.stage_one.pipeline.text_encoder)
     assert [stored_narrow(network) for network in networks] == [stored] * 4
     assert stored_narrow(by_run.stage_two.transformer) == (None if wider == "float32" else wider)
     for parts in (by_loader, by_run):
-        assert plan_for(parts, parts.defaults.settled(SMALL), parts.memory or LIMITLESS).weight_dtype == stored
+        assert plan_for(parts, parts.defaults.settled(SMALL), parts.memory or LIMITLESS).storage == stored
         frames = small_frames(parts).float()
         assert stored_narrow(parts.stage_two.transformer) == stored
-        assert plan_for(parts, parts.defaults.settled(SMALL), LIMITLESS).weight_dtype == stored  # and stays so
+        assert plan_for(parts, parts.defaults.settled(SMALL), LIMITLESS).storage == stored  # and stays so
         assert parts.stage_two.transformer.dtype == torch.float32  # the dtype of the work
         assert not torch.equal(frames, expected)
         error = float((frames - expected).square().mean())
@@ -185,7 +186,7 @@ def test_streamed_networks_in_four_bits_give_the_frames_of_resident_ones(
     tiny_checkpoint: Path, exercised: Exercised
 ) -> None:
     parts = opened(tiny_checkpoint, LIMITLESS).parts
-    narrow = replace(plan_within(parts, None), weight_dtype="nf4")
+    narrow = replace(plan_within(parts, None), storage="nf4")
     frames = []
     for placement in ("resident", "loaded", "streamed"):
         networks = PlacedNetworks(parts.device)

@@ -293,7 +293,7 @@ def test_unlimited_memory_gives_nothing_up_and_less_says_what() -> None:
 def test_the_budget_after_an_overflow_leads_to_a_smaller_plan() -> None:
     plan = planned(24)
     sizes = [plan.peak_bytes]
-    for _ in range(5):
+    for _ in range(4):
         plan = planned(tighter_budget(plan) / GIB)
         sizes.append(plan.peak_bytes)
     assert sizes == sorted(set(sizes), reverse=True)

@@ -345,6 +345,12 @@ class RunCosts:
         later = self._window_forward(targets, num_context_frames=window - targets)
         return [(self._window_forward(window), texts), (later, texts * (steps - 1))]
 
+    @property
+    def stage_two_working_bytes(self) -> int:
+        """Peak of Stage II's forward passes, beyond weights and what is kept."""
+        passes = (cost for segment in self._segments for cost, _ in self._passes(segment))
+        return max((cost.working_bytes for cost in passes), default=0)
+
     def _window_forward(self, num_frames: int, *, num_context_frames: int = 0) -> ForwardCost:
         network, size = self.networks.stage_two, self.settings.size
         cells = self.networks.stage_two_geometry.latent_shape(size, 1)
@@ -363,7 +369,7 @@ class RunCosts:
         compute, moving = self.seconds(task, rates), weights.num_bytes / rates.host_bytes_per_second
         text = texts * max((cost.kept_text_bytes for cost, _ in passes), default=0)
         context = texts * max((cost.kept_context_bytes for cost, _ in passes), default=0)
-        activation = max((cost.working_bytes for cost, _ in passes), default=0) + text + context
+        activation = self.stage_two_working_bytes + text + context
         placements: tuple[tuple[Placement, int, int, float], ...] = (
             ("loaded", weights.num_bytes, 1, compute + moving),
             ("streamed", _flight_bytes(weights), task.num_forwards, max(compute, task.num_forwards * moving)),

@@ -15,6 +15,7 @@ from itertools import chain
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
+from torch import nn
 
 from swifti2v.memory.costs import (
     Clip,
@@ -39,7 +40,7 @@ from swifti2v.wan.vae import CodecSettings, open_codec
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from torch import Tensor, nn
+    from torch import Tensor
 
     from swifti2v.memory.networks import Quantization, Storage
 
@@ -223,6 +224,8 @@ def _on_meta_or_cpu(codec: Any, counted: Callable[[str], _Cost]) -> _Cost:
     try:
         return counted("meta")
     except (RuntimeError, NotImplementedError):
+        if not isinstance(codec, nn.Module):  # Wan's codec and the light decoder run there
+            raise
         codec.to_empty(device="cpu")
         with torch.no_grad():
             for tensor in chain(codec.parameters(), codec.buffers()):

@@ -7,10 +7,10 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-
-from swifti2v.geometry import Size
 from swifti2v.memory.budget import WAN22
 from swifti2v.memory.codec_cost import WAN22_VAE
+
+from swifti2v.geometry import Size
 from swifti2v.memory.training_cost import TrainingWork, training_memory, window_shares
 from swifti2v.memory.transformer_cost import STAGE_TWO_5B, UMT5_XXL
 from swifti2v.training.engine.loop import LoopOptions

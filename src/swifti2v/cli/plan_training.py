@@ -12,9 +12,9 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from swifti2v.cli.plan import planned_model
 from swifti2v.config import load_yaml
 from swifti2v.errors import ConfigurationError
+from swifti2v.memory.models import planned_model
 from swifti2v.memory.training_fit import MACHINES, RESERVED_BYTES, fit_on
 
 if TYPE_CHECKING:
@@ -67,7 +67,7 @@ def cost_of_file(recipe: Path, *, size: Size, num_frames: int) -> TrainingCost |
     if not hasattr(run, "checkpoint"):
         msg = f"{recipe} trains the embedded model from the start, on a laptop; give a recipe that has a checkpoint"
         raise ConfigurationError(msg)
-    dimensions = planned_model(run.checkpoint).dimensions
+    dimensions = planned_model(run.checkpoint).networks
     return cost_of_recipe(run, dimensions, size=size, num_frames=num_frames)
 
 

@@ -10,7 +10,7 @@ from collections import deque
 from contextlib import suppress
 from functools import partial
 from itertools import chain
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
@@ -24,12 +24,12 @@ if TYPE_CHECKING:
     from torch import Tensor
     from torch.utils.hooks import RemovableHandle
 
-    from swifti2v.memory.ways import Placement
 
 GROUP_HOOKS = ("group_offloading", "layer_execution_tracker", "lazy_prefetch_group_offloading")
 """Names under which diffusers keeps its hooks (``diffusers.hooks.group_offloading``)."""
 
-
+Placement = Literal["resident", "loaded", "streamed"]
+"""Where weights stand: all of the run's on the device, those of a phase, or a few blocks at a time."""
 BLOCKS_AHEAD = 2
 """The block whose weights come meanwhile, and the one that is started; the one before them may be at work."""
 
@@ -101,7 +101,7 @@ class PlacedNetworks:
 
         Args:
             network: on any device; its weights are not copied but moved.
-            placement: see `swifti2v.memory.ways.Way`.
+            placement: see there.
             group: networks of one group are on the device together; when one of them is called, loaded networks of
                 other groups leave.
             by_leaf: stream layer by layer instead of block by block, for networks whose blocks diffusers cannot see.

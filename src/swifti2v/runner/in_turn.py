@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from swifti2v.memory.plan import plan_stages
-from swifti2v.runner.fitting import ASSUMED_RATES, MemoryLimits, dimensions_of, run_settings_of
+from swifti2v.runner.fitting import ASSUMED_RATES, MemoryLimits, networks_of
 from swifti2v.wan.checkpoints import PARTS
 from swifti2v.wan.quantized_linear import storages_of
 
@@ -29,11 +29,11 @@ def stages_fit_together(parts: Parts, settings: GenerationSettings) -> bool:
     if limits.host_bytes is None:
         return True
     plans = plan_stages(
-        replace(dimensions_of(parts), stages=PARTS, products=parts.quantization),
-        run_settings_of(parts, settings),
+        replace(networks_of(parts), stages=PARTS, quantization=parts.quantization),
+        replace(settings, keep_context=parts.stage_two.keeps_context(settings)),
         ASSUMED_RATES,
         budget_bytes=limits.device_bytes,
         host_bytes=limits.host_bytes,
-        dtypes=storages_of(parts.stage_two.transformer.dtype),
+        storages=storages_of(parts.stage_two.transformer.dtype),
     )
     return len(plans) == 1

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from swifti2v.errors import InvalidInputError
-from swifti2v.memory.checkpoint_dimensions import read_pipeline_dimensions
+from swifti2v.memory.networks import read_networks
+from swifti2v.memory.ways import stored_bytes
 from swifti2v.runner.acceleration import Acceleration, accelerated
 from swifti2v.runner.decoders import decoder_elsewhere, open_light_decoder
 from swifti2v.runner.parts import Parts
@@ -198,25 +199,27 @@ def _exact_elsewhere(codec: StreamingCodec, acceleration: Acceleration) -> Video
 def _stored_dtype(
     checkpoint: ResolvedCheckpoint, way: _Way, stages: tuple[Part, ...], *, quantization: Quantization
 ) -> Storage:
-    """Return the widest dtype with which the host has room for the weights, or the narrowest there is.
+    """Return the widest storage with which the host has room for the weights, or the narrowest there is.
 
     Raises:
-        InvalidInputError: transformers with products of their own leave no room for the text encoder as it is.
+        InvalidInputError: quantized transformers leave no room for the text encoder as it is.
     """
     loaded, memory = way.loaded_dtype, way.memory
     if memory is None or memory.host_bytes is None:
         return loaded
     one, two = checkpoint.index.stage_one, checkpoint.index.stage_two
-    dimensions = read_pipeline_dimensions(
+    networks = read_networks(
         checkpoint.folder_of("stage_one"),
         checkpoint.folder_of("stage_two") / two.transformer_subfolder,
         checkpoint.folder_of("stage_two") / two.vae_subfolder,
         text_tokens=one.max_sequence_length,
+        quantization=quantization,
+        compute_dtype="float32" if way.dtype == torch.float32 else "bfloat16",
+        stages=stages,
     )
-    dimensions = replace(dimensions, products=quantization, stages=stages)
-    dtypes = storages_of(way.dtype)
-    fitting = (dtype for dtype in dtypes if dimensions.stored_bytes(dtype) <= memory.host_bytes)
-    stored = next(fitting, dtypes[-1])
+    storages = storages_of(way.dtype)
+    fitting = (storage for storage in storages if stored_bytes(networks, storage) <= memory.host_bytes)
+    stored = next(fitting, storages[-1])
     if quantization != "none" and stored != loaded:
         raise stored_already(stored)
     return stored

@@ -17,7 +17,7 @@ from swifti2v.webapp.views import job_view, library_view
 
 if TYPE_CHECKING:
     from swifti2v.jobs.queue import JobQueue
-    from swifti2v.memory.budget import PipelineDimensions
+    from swifti2v.memory.networks import PipelineNetworks
 
 MAX_LISTED = 40
 _NO_PLAN = "No plan: the parts of this checkpoint are not on this machine yet; a first run downloads them."
@@ -60,7 +60,7 @@ class Studio:
     """
 
     def __init__(
-        self, queue: JobQueue, model: str, *, dimensions: PipelineDimensions | None = None, few_step: bool = True
+        self, queue: JobQueue, model: str, *, dimensions: PipelineNetworks | None = None, few_step: bool = True
     ) -> None:
         self.queue = queue
         self.model = model

@@ -5,8 +5,8 @@ Only the command line is used, so that the same script runs against an older com
     PYTHONPATH=OLD/src python benchmarks/same_losses.py > old.json
     PYTHONPATH=NEW/src python benchmarks/same_losses.py --against old.json
 
-Each run takes 20 steps on moving blobs with the embedded model: its own Stage II from nothing (`mini`), a refiner over a
-latent cache with its own context and validation (`refiner`), both kinds of distillation, and the refiner stopped and
+Each run takes 20 steps on moving blobs with the embedded model: its own Stage II from nothing (`mini`), a refiner over
+a latent cache with its own context and validation (`refiner`), both kinds of distillation, and the refiner stopped and
 resumed halfway. ``--checkpoint`` names another folder than the embedded model of the commit, where that has changed.
 Losses are those of ``log.jsonl`` (seven digits); ``weights`` are the SHA-256 of the averaged weights, bit for bit.
 Two minutes on one core.
@@ -121,9 +121,7 @@ def _outcome(run: Path) -> dict[str, Any]:
     timeless = ("seconds", "per_second", "mfu")
     return {
         "losses": [entry["loss"] for entry in entries if "loss" in entry],
-        "numbers": [
-            {name: value for name, value in entry.items() if not name.endswith(timeless)} for entry in entries
-        ],
+        "numbers": [{name: value for name, value in entry.items() if not name.endswith(timeless)} for entry in entries],
         "weights": hashlib.sha256(weights.read_bytes()).hexdigest(),
     }
 

@@ -23,7 +23,7 @@ from swifti2v.mini.procedural import REFERENCE_FRAMES, describe, displacement, f
 from swifti2v.mini.text import encode_prompts
 from swifti2v.mini.transform_codec import BLOCK, TEMPORAL
 from swifti2v.pixels import from_uint8
-from swifti2v.training.engine.prefetcher import Prefetcher
+from swifti2v.training.engine.samples import Prefetcher
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

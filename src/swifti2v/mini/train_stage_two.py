@@ -7,7 +7,7 @@ truth with a little noise (exposure bias), the loss is on the targets only.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -15,15 +15,16 @@ from torch import Tensor, nn
 
 from swifti2v.mini.fitting import BandStatistics
 from swifti2v.mini.transform_codec import BLOCK_NUMBERS, TEMPORAL, BlockTransformCodec
-from swifti2v.training.engine.prefetcher import Prefetcher
-from swifti2v.training.refiner.window_batches import (
+from swifti2v.training.engine.samples import Prefetcher
+from swifti2v.training.refiner.windows import (
     ClipBatch,
+    DrawnClips,
+    WindowOptions,
     drawn_own_segments,
     earlier_segments,
     predicted,
     with_own_context,
 )
-from swifti2v.training.refiner.windows import WindowOptions
 from swifti2v.wan.transformer import StageTwoTransformer
 from swifti2v.wan.transformer_configuration import ContextAttention  # noqa: TC001 - read from recipes
 
@@ -31,7 +32,6 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from swifti2v.mini.reference_pairs import ReferencePair
-    from swifti2v.segments import Segment
 
 
 NUMBERS_OF_A_CELL = BLOCK_NUMBERS * TEMPORAL
@@ -73,14 +73,6 @@ class StageTwoRecipe:
     own_context_segments: int = 1
     anchor_share: float = 1.0
     seed: int = 0
-
-
-class DrawnClips(NamedTuple):
-    """What a step learns from: crops of clips, the segment, and those before it that the network makes itself."""
-
-    clips: ClipBatch
-    segment: Segment
-    earlier: tuple[Segment, ...]
 
 
 def fit_block_codec(chunks: Sequence[Tensor], *, num_channels: int) -> BlockTransformCodec:

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from swifti2v.training.refiner.distillation import DistillationOptions
     from swifti2v.training.refiner.network import NetworkOptions
     from swifti2v.training.refiner.validation import ValidationOfRefiner
-    from swifti2v.training.refiner.window_source import WindowSourceOptions
+    from swifti2v.training.refiner.windows import WindowSourceOptions
 
 Recipe = LowResCacheRun | LowResLoraRun | TransitionRun | RefinerRun | DistillationRun
 """Recipes that begin with a checkpoint."""

@@ -13,8 +13,9 @@ import torch
 from torch import nn
 
 from swifti2v.errors import ConfigurationError
-from swifti2v.training.engine.distributed import BatchesOfProcess, Processes, joined_processes
+from swifti2v.training.engine.distributed import Processes, joined_processes
 from swifti2v.training.engine.loop import LoopOptions, TrainingLoop
+from swifti2v.training.engine.samples import BatchesOfProcess
 from tests.training.engine.shared_samples import GROUPS, KINDS, STEPS, stage_two, train
 
 SCRIPT = Path(__file__).with_name("shared_samples.py")

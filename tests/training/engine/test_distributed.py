@@ -17,15 +17,15 @@ from safetensors.torch import load_file
 from torch import nn
 
 from swifti2v.training.engine.distributed import (
-    BatchesOfProcess,
     Processes,
     joined_processes,
     networks_of,
     placed_like,
     whole,
 )
+from swifti2v.training.engine.learner import own_state
 from swifti2v.training.engine.loop import TrainingLoop
-from swifti2v.training.engine.trained_state import own_state
+from swifti2v.training.engine.samples import BatchesOfProcess
 from swifti2v.training.low_res.lora_files import LORA_NAME, lora_state, save_lora
 from tests.training.engine.two_processes import STEPS, STOP, Objective, low_res_objective, options
 

@@ -12,8 +12,7 @@ from hypothesis import strategies as st
 
 from swifti2v.errors import ConfigurationError, InvalidInputError
 from swifti2v.segments import FrameKind, Segment
-from swifti2v.training.refiner.window_batches import earlier_segments
-from swifti2v.training.refiner.windows import WindowOptions, context_slots, with_finished
+from swifti2v.training.refiner.windows import WindowOptions, context_slots, earlier_segments, with_finished
 
 SEGMENT = Segment(index=0, targets=range(3, 5), before=range(2, 3), after=range(5, 6))
 SHAPE = (2, 3, 5, 4, 4)

@@ -14,7 +14,7 @@ from __future__ import annotations
 from contextlib import nullcontext
 from importlib import import_module
 from math import prod
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch.distributed.tensor import DTensor
@@ -27,8 +27,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor, nn
 
-    from swifti2v.memory.training_cost import Optimizer
-
+Optimizer = Literal["adamw", "adamw8bit"]
 STEP, SIGNED_MOMENT, SCALES = "step", "exp_avg", "_scales"
 
 

@@ -8,7 +8,7 @@ Conventions of DiffSynth-Studio's trainer: time shift 5, uniform before the shif
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from peft import LoraConfig
@@ -16,7 +16,7 @@ from peft import LoraConfig
 from swifti2v.errors import ConfigurationError
 from swifti2v.memory.training_cost import TrainingWork
 from swifti2v.memory.transformer_cost import TransformerDimensions
-from swifti2v.training.engine.prefetcher import Prefetcher
+from swifti2v.training.engine.samples import Prefetcher
 from swifti2v.training.low_res.encoding import CONDITION, LATENTS, PROMPT
 
 if TYPE_CHECKING:
@@ -24,26 +24,11 @@ if TYPE_CHECKING:
 
     from torch import Tensor, nn
 
-    from swifti2v.training.engine.distributed import Batches
+    from swifti2v.training.engine.samples import Batches, Samples
 
 Expert = Literal["high", "low"]
 ADAPTER_NAME = "default"  # the name that diffusers' own collectors of LoRA metadata ask for
 NUM_TIMESTEPS = 1000
-
-
-class Sample(Protocol):
-    """`data.latent_cache.CachedSample` is one."""
-
-    @property
-    def tensors(self) -> Mapping[str, Tensor]:
-        """Those of `LowResEncoder`."""
-
-
-class Samples(Protocol):
-    """Samples by index; `data.latent_cache.LatentCache` is one."""
-
-    def __getitem__(self, index: int) -> Sample:
-        """Return a sample."""
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,9 @@ from swifti2v.data.fingerprint import fingerprint_of, weights_digest
 from swifti2v.data.latent_cache import CacheOptions, LatentCache, build_cache
 from swifti2v.errors import ConfigurationError
 from swifti2v.training.derived_index import CHECKPOINT_FOLDER
-from swifti2v.training.engine.distributed import BatchesOfProcess, Processes, joined_processes
+from swifti2v.training.engine.distributed import Processes, joined_processes
 from swifti2v.training.engine.loop import LoopOptions, StepReport, TrainingLoop
+from swifti2v.training.engine.samples import BatchesOfProcess
 from swifti2v.training.low_res.checkpoint import adapter_folder, write_low_res_index
 from swifti2v.training.low_res.encoding import LowResEncoder
 from swifti2v.training.low_res.lora import Expert, ExpertNoise, LoraOptions, LowResLoraObjective, add_lora

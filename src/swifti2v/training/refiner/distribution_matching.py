@@ -19,10 +19,10 @@ from torch import Tensor, nn
 from swifti2v.errors import ConfigurationError
 from swifti2v.training.engine.learner import Critic
 from swifti2v.training.refiner.few_steps import FewStepOptions, Teacher
-from swifti2v.training.refiner.window_batches import WindowBatch, noise_like, predicted
+from swifti2v.training.refiner.windows import WindowBatch, noise_like, predicted
 
 if TYPE_CHECKING:
-    from swifti2v.training.refiner.window_source import WindowSource
+    from swifti2v.training.refiner.windows import WindowSource
     from swifti2v.wan.transformer import StageTwoTransformer
 
 SIGMA_LOW, SIGMA_HIGH = 0.02, 0.98

@@ -27,7 +27,7 @@ from swifti2v.pixels import from_uint8
 from swifti2v.reference.hybrid import hybrid_reference
 from swifti2v.reference.options import ReferenceMode, ReferenceOptions
 from swifti2v.training.refiner.transition import TransitionOptions, lightly_denoised
-from swifti2v.training.refiner.window_source import LATENTS, PROMPT, REFERENCE
+from swifti2v.training.refiner.windows import LATENTS, PROMPT, REFERENCE
 from swifti2v.wan.checkpoint_files import read_json
 from swifti2v.wan.checkpoints import load_stage_one_pipeline, load_stage_two_vae, resolve
 from swifti2v.wan.vae import open_codec

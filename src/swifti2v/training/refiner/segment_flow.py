@@ -12,12 +12,19 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from swifti2v.training.refiner.window_batches import WindowBatch, noise_like, predicted
-from swifti2v.training.refiner.window_source import Batches, Samples, WindowSource, WindowSourceOptions
+from swifti2v.training.refiner.windows import (
+    WindowBatch,
+    WindowSource,
+    WindowSourceOptions,
+    check_shares,
+    noise_like,
+    predicted,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from swifti2v.training.engine.samples import Batches, Samples
     from swifti2v.wan.transformer import StageTwoTransformer
 
 
@@ -40,7 +47,7 @@ class SegmentFlowOptions(WindowSourceOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._check_shares("pure_noise_share", "keep_reference_above")
+        check_shares(self, "pure_noise_share", "keep_reference_above")
 
 
 class SegmentFlowObjective:

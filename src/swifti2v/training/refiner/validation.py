@@ -15,7 +15,7 @@ from swifti2v.errors import ConfigurationError
 from swifti2v.sampling.schedules import shifted_sigmas
 from swifti2v.sampling.segmented import Window, sample_segments
 from swifti2v.segments import plan_segments
-from swifti2v.training.refiner.window_source import LATENTS, PROMPT, REFERENCE
+from swifti2v.training.refiner.windows import LATENTS, PROMPT, REFERENCE
 from swifti2v.wan.condition import predict_targets
 
 if TYPE_CHECKING:

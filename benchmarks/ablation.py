@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
     from benchmarks.fidelity import Array, KnownClip, Numbers
     from swifti2v.pipelines.loading import Parts
-    from swifti2v.pipelines.options import GenerationSettings
+    from swifti2v.settings import GenerationSettings
 
 DOCUMENT = Path(__file__).parents[1] / "docs" / "ablation.md"
 PICTURE = Path("images") / "ablation.png"

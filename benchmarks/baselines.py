@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from benchmarks.fidelity import Array, KnownClip, Numbers
     from swifti2v.evaluation.results import VideoResult
     from swifti2v.pipelines.loading import Parts
-    from swifti2v.pipelines.options import GenerationSettings
+    from swifti2v.settings import GenerationSettings
 
 TRUTH = "truth"
 

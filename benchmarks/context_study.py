@@ -42,7 +42,6 @@ from swifti2v.geometry import Size
 from swifti2v.mini.motion_codec import MotionCodec
 from swifti2v.mini.recipes import StageTwoRun, train_stage_two
 from swifti2v.mini.reference_pairs import through_codec
-from swifti2v.pipelines.options import GenerationOptions
 from swifti2v.pipelines.two_stage import TwoStagePipeline
 from swifti2v.pixels import from_uint8
 from swifti2v.reference.replace import replace_first_frame
@@ -54,7 +53,7 @@ if TYPE_CHECKING:
 
     from benchmarks.fidelity import Array, Numbers
     from swifti2v.pipelines.loading import Parts
-    from swifti2v.pipelines.options import GenerationSettings
+    from swifti2v.settings import GenerationSettings
     from swifti2v.training.engine.loop import StepReport
 
 ROOT = Path(__file__).parents[1]
@@ -165,7 +164,7 @@ def with_artefacts(clip: KnownClip, codec: MotionCodec) -> KnownClip:
 
 def settings_for(parts: Parts, num_frames: int) -> GenerationSettings:
     """Return the way of the first row: one step, three targets, the finished frame before them, the anchor."""
-    options = GenerationOptions(size=SIZE, num_frames=num_frames, reference="replace", num_inference_steps=1)
+    options = {"size": SIZE, "num_frames": num_frames, "reference": "replace", "num_inference_steps": 1}
     return parts.defaults.settled(options)
 
 

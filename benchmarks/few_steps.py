@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 
     from benchmarks.fidelity import Numbers
     from swifti2v.pipelines.loading import Parts
-    from swifti2v.pipelines.options import GenerationSettings
+    from swifti2v.settings import GenerationSettings
     from swifti2v.training.engine.loop import StepReport
 
 BEGIN, END = "<!-- few steps: begin -->", "<!-- few steps: end -->"

@@ -45,7 +45,6 @@ from benchmarks.results import (
 )
 from swifti2v.evaluation.metrics import high_frequency_energy, psnr
 from swifti2v.geometry import Size
-from swifti2v.pipelines.options import GenerationOptions
 from swifti2v.pipelines.two_stage import TwoStagePipeline
 from swifti2v.pixels import from_uint8, to_uint8
 from swifti2v.reference.options import ReferenceOptions
@@ -58,7 +57,7 @@ if TYPE_CHECKING:
 
     from swifti2v.data.sources import MediaItem
     from swifti2v.pipelines.loading import Parts
-    from swifti2v.pipelines.options import GenerationSettings
+    from swifti2v.settings import GenerationSettings
 
 Array = np.ndarray[Any, Any]
 Numbers = dict[str, float]
@@ -229,12 +228,12 @@ def known_clips(
         begun = time.perf_counter()
         truth = truth_frames(item.path, size, arguments.frames)
         settings = parts.defaults.settled(
-            GenerationOptions(
-                size=size,
-                num_frames=len(truth),
-                num_inference_steps=arguments.steps,
-                reference=arguments.reference,
-            )
+            {
+                "size": size,
+                "num_frames": len(truth),
+                "num_inference_steps": arguments.steps,
+                "reference": arguments.reference,
+            }
         )
         yield item, known_clip(truth, settings), settings
         say(f"{position}/{len(items)} {item.path.stem}: {time.perf_counter() - begun:.0f} s")

@@ -92,7 +92,6 @@ def measured(arguments: argparse.Namespace, size: Size) -> tuple[list[Row], dict
     from swifti2v.memory.run_settings import RunSettings
     from swifti2v.pipelines.acceleration import Acceleration, accelerated
     from swifti2v.pipelines.fitting import MemoryLimits
-    from swifti2v.pipelines.options import GenerationOptions
     from swifti2v.pipelines.two_stage import TwoStagePipeline
     from swifti2v.wan.light_decoder import LightDecoder
     from swifti2v.wan.vae import WanStreamingCodec
@@ -106,13 +105,13 @@ def measured(arguments: argparse.Namespace, size: Size) -> tuple[list[Row], dict
         total = torch.cuda.get_device_properties(0).total_memory
         torch.cuda.set_per_process_memory_fraction(min(1.0, limits.device_bytes / total))
     pipeline = TwoStagePipeline(parts)
-    options = GenerationOptions(
-        size=size,
-        num_frames=arguments.frames,
-        num_inference_steps=arguments.steps,
-        keep_context=arguments.keep_context,
-    )
-    request = pipeline.request(Image.linear_gradient("L").convert("RGB").resize(size), "a wave", options=options)
+    options = {
+        "size": size,
+        "num_frames": arguments.frames,
+        "num_inference_steps": arguments.steps,
+        "keep_context": arguments.keep_context,
+    }
+    request = pipeline.request(Image.linear_gradient("L").convert("RGB").resize(size), "a wave", **options)
     if arguments.compile:
         _streamed(pipeline, request)
     with PhaseClock() as clock:

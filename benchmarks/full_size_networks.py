@@ -106,9 +106,9 @@ def parts(device: str, memory: MemoryLimits | None, *, light: bool = False) -> P
     """Both stages, as a checkpoint would give them; with limits the weights wait in host memory."""
     from swifti2v.geometry import Size
     from swifti2v.pipelines.loading import Parts
-    from swifti2v.pipelines.options import GenerationSettings
     from swifti2v.pipelines.stage_one import StageOne
     from swifti2v.pipelines.stage_two import StageTwo
+    from swifti2v.settings import GenerationSettings
     from swifti2v.wan.vae import open_codec
 
     home = device if memory is None else "cpu"

@@ -28,7 +28,6 @@ import torch
 from starlette.testclient import TestClient
 
 from benchmarks.results import add_result_arguments, markdown_table, say, settings_of, write_results
-from swifti2v.config import to_mapping
 from swifti2v.geometry import Size
 from swifti2v.jobs import runner as runner_module
 from swifti2v.jobs.files import JobFiles
@@ -40,10 +39,10 @@ from swifti2v.jobs.store import JobStore
 from swifti2v.jobs.worker import Outcome, Worker, _Claim
 from swifti2v.media.video_writer import VideoWriter
 from swifti2v.pipelines.loading import settings_of as settings_of_model
-from swifti2v.pipelines.options import GenerationOptions
 from swifti2v.pipelines.two_stage import TwoStagePipeline
 from swifti2v.serving.application import create_app
 from swifti2v.serving.settings import ServedModel, ServiceSettings
+from swifti2v.settings import plain_choices
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -128,7 +127,7 @@ class Account:
         self._since = now
 
 
-def one_job(queue: JobQueue, pipeline: TwoStagePipeline, options: GenerationOptions) -> dict[str, float]:
+def one_job(queue: JobQueue, pipeline: TwoStagePipeline, options: dict[str, Any]) -> dict[str, float]:
     """Submit and do one job; return its processor seconds by part, and of the whole process as ``process``."""
     image = PIL.Image.effect_noise((options.size or Size(64, 32)), 64).convert("RGB")
     with ExitStack() as stack:
@@ -139,7 +138,7 @@ def one_job(queue: JobQueue, pipeline: TwoStagePipeline, options: GenerationOpti
         worker = Worker(queue.store, queue.files, PipelineRunner(lambda _name: pipeline))
         started = time.process_time()
         with account.during("rest"):
-            job = queue.submit(image, JobRequest("mini", "the camera pans left", to_mapping(options)))
+            job = queue.submit(image, JobRequest("mini", "the camera pans left", plain_choices(options)))
             outcome = worker.run_one()
         process = time.process_time() - started
     if outcome is not Outcome.COMPLETED:
@@ -152,11 +151,11 @@ def one_job(queue: JobQueue, pipeline: TwoStagePipeline, options: GenerationOpti
 def measured(size: str, num_runs: int) -> dict[str, float]:
     """Return the least seconds of each part over some jobs of a size, after one that is not counted."""
     *shape, num_frames = size.rsplit("x", 1)
-    options = GenerationOptions(size=Size.parse(shape[0]), num_frames=int(num_frames), seed=1)
+    options = {"size": Size.parse(shape[0]), "num_frames": int(num_frames), "seed": 1}
     pipeline = TwoStagePipeline.from_pretrained("mini", device="cpu")
     with tempfile.TemporaryDirectory() as folder:
         queue = JobQueue.open(Path(folder))
-        one_job(queue, pipeline, GenerationOptions(size=Size(64, 32), num_frames=9, seed=1))
+        one_job(queue, pipeline, {"size": Size(64, 32), "num_frames": 9, "seed": 1})
         runs = []
         for number in range(num_runs):
             runs.append(one_job(queue, pipeline, options))

@@ -44,7 +44,6 @@ from swifti2v.evaluation.motion import FramePair, consecutive_pairs
 from swifti2v.evaluation.seams import frame_change, seam_ratio_of_changes
 from swifti2v.geometry import Size
 from swifti2v.mini.procedural import PHRASES, MotionName, find_horizon
-from swifti2v.pipelines.options import GenerationOptions
 from swifti2v.pipelines.two_stage import TwoStagePipeline
 
 if TYPE_CHECKING:
@@ -203,12 +202,12 @@ def contact_sheet(prompt: str, image: Array, kept: dict[str, dict[int, Array]]) 
 def run(arguments: argparse.Namespace) -> tuple[dict[str, PromptResult], dict[str, Any]]:
     """Measure every prompt; return motions by name, and videos by name and rule."""
     pipe = TwoStagePipeline.from_pretrained(arguments.model)
-    options = GenerationOptions(size=Size.parse(arguments.size), num_frames=arguments.frames, seed=arguments.seed)
+    options = {"size": Size.parse(arguments.size), "num_frames": arguments.frames, "seed": arguments.seed}
     motions: dict[str, PromptResult] = {}
     videos: dict[str, Any] = {}
     names = list(dict.fromkeys([*arguments.prompts, *arguments.full_prompts]))
     for position, name in enumerate(names, start=1):
-        request = pipe.request(arguments.image, prompt_of(name), options=options)
+        request = pipe.request(arguments.image, prompt_of(name), **options)
         with tempfile.TemporaryDirectory() as scratch:
             motion_dir = Path(scratch) / "motion"
             motions[name] = measure_prompt(pipe, request, name, motion_dir)

@@ -30,6 +30,7 @@ from benchmarks.results import add_result_arguments, markdown_table, mean, numbe
 from swifti2v.evaluation.metrics import psnr
 from swifti2v.geometry import Size
 from swifti2v.pipelines.two_stage import TwoStagePipeline
+from swifti2v.settings import GenerationSettings
 from swifti2v.training.refiner.encoding import resized
 from swifti2v.training.refiner.transition import lightly_denoised
 
@@ -101,9 +102,8 @@ def motion_references(parts: Parts, clip: Array, caption: str, sigmas: list[floa
     pieces = parts.stage_one.generate(
         PIL.Image.fromarray(clip[0]),
         None,
+        GenerationSettings(num_frames=len(clip)),
         size=Size(width, height),
-        num_frames=len(clip),
-        seed=0,
         prompt_embeds=embeds,
     )
     made[REAL] = torch.cat(list(pieces)).numpy()

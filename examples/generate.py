@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from swifti2v import GenerationOptions, Size, SwiftI2VError, TwoStagePipeline
+from swifti2v import Size, SwiftI2VError, TwoStagePipeline
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -25,8 +25,7 @@ def main(arguments: Sequence[str] | None = None) -> Path:
     """Make the video that the arguments ask for, and return its path."""
     asked = _parser().parse_args(arguments)
     pipe = TwoStagePipeline.from_pretrained(asked.model)
-    options = GenerationOptions(size=asked.size, num_frames=asked.frames, seed=asked.seed)
-    video = pipe(asked.image, asked.prompt, options=options, on_progress=show)
+    video = pipe(asked.image, asked.prompt, size=asked.size, num_frames=asked.frames, seed=asked.seed, on_progress=show)
     for note in video.notes:
         sys.stderr.write(f"\nnote: {note}")
     sys.stderr.write("\n")

@@ -16,7 +16,7 @@ from swifti2v.config import dump_yaml, from_mapping, load_yaml, to_mapping
 from swifti2v.errors import ConfigurationError
 
 
-class Colour(Enum):
+class Color(Enum):
     RED = "red"
     BLUE = "blue"
 
@@ -34,6 +34,18 @@ class Inner:
 
 
 @dataclass(frozen=True)
+class First:
+    name: Literal["a"] = "a"
+    size: int = 1
+
+
+@dataclass(frozen=True)
+class Second:
+    name: Literal["b"] = "b"
+    size: int = 2
+
+
+@dataclass(frozen=True)
 class Outer:
     inner: Inner
     count: int
@@ -41,13 +53,13 @@ class Outer:
     text: str
     where: Path
     extent: Extent
-    colour: Colour
+    color: Color
     maybe: float | None = None
     pair: tuple[int, str] = (0, "")
     numbers: list[float] = field(default_factory=list)
     table: dict[str, Inner] = field(default_factory=dict)
     either: int | str = 0
-    derived: int = field(default=7, init=False)
+    kind: First | Second = field(default_factory=First)
 
 
 # YAML cannot carry every code point (surrogates, some controls); text that people write it can.
@@ -66,12 +78,13 @@ OUTERS = st.builds(
     text=TEXT,
     where=TEXT.filter(lambda text: "\0" not in text).map(Path),
     extent=st.builds(Extent, st.integers(), st.integers()),
-    colour=st.sampled_from(Colour),
+    color=st.sampled_from(Color),
     maybe=st.none() | NUMBERS,
     pair=st.tuples(st.integers(), TEXT),
     numbers=st.lists(NUMBERS, max_size=3),
     table=st.dictionaries(TEXT, INNERS, max_size=2),
     either=st.integers() | TEXT,
+    kind=st.builds(First, size=st.integers()) | st.builds(Second, size=st.integers()),
 )
 MINIMAL: dict[str, Any] = {
     "inner": {"rate": 0.5},
@@ -80,7 +93,7 @@ MINIMAL: dict[str, Any] = {
     "text": "a",
     "where": "b/c",
     "extent": [4, 5],
-    "colour": "blue",
+    "color": "blue",
 }
 
 
@@ -106,48 +119,50 @@ def test_defaults_fill_and_forms_are_widened() -> None:
     assert value.numbers == [1.0, 2.5]
     assert isinstance(value.where, Path)
     assert value.extent.width == 4
-    assert value.colour is Colour.BLUE
+    assert value.color is Color.BLUE
 
 
 @pytest.mark.parametrize(
-    ("change", "words"),
+    ("change", "param", "place"),
     [
-        ({"cuont": 1}, ["unknown key 'cuont'", "'count'"]),
-        ({"derived": 1}, ["unknown key 'derived'"]),
-        ({"inner": {"rate": 1.0, "naems": []}}, ["inner: unknown key 'naems'", "'names'"]),
-        ({"inner": {}}, ["inner", "'rate' is missing"]),
-        ({"inner": 3}, ["inner", "mapping of the fields of Inner"]),
-        ({"count": "3"}, ["count", "'3' is not int"]),
-        ({"count": True}, ["count", "True is not int"]),
-        ({"count": 3.0}, ["count", "3.0 is not int"]),
-        ({"flag": 1}, ["flag", "1 is not bool"]),
-        ({"maybe": "x"}, ["maybe", "'x' is not float"]),
-        ({"numbers": "12"}, ["numbers", "not a list"]),
-        ({"numbers": [1, "2"]}, ["numbers[1]", "'2' is not float"]),
-        ({"numbers": [10**400]}, ["numbers[0]", "is not float"]),
-        ({"pair": [1]}, ["pair", "list of 2 values"]),
-        ({"extent": {"width": 1}}, ["extent", "width, height"]),
-        ({"colour": "green"}, ["colour", "'red', 'blue'"]),
-        ({"table": {"a": {"rate": "x"}}}, ["table.a.rate", "'x' is not float"]),
-        ({"table": {1: {}}}, ["table", "text keys"]),
-        ({"either": 1.5}, ["either", "int or str"]),
-        ({"inner": {"rate": 1.0, "mode": "quick"}}, ["inner.mode", "'fast', 'slow', 3"]),
-        ({"inner": {"rate": 1.0, "mode": 3.0}}, ["inner.mode", "3.0 is not one of"]),
-        ({"inner": {"rate": 1.0, "names": "abc"}}, ["inner.names", "not a list"]),
+        ({"cuont": 1}, "cuont", "unknown key 'cuont'; did you mean 'count'?"),
+        ({"inner": {"rate": 1.0, "naems": []}}, "naems", "inner: unknown key 'naems'; did you mean 'names'?"),
+        ({"table": {"a": {"rate": 1, "naem": 1}}}, "naem", "table.a: unknown key 'naem'; did you mean 'names'?"),
+        ({"kind": {"name": "b", "sise": 2}}, "sise", "kind.Second: unknown key 'sise'; did you mean 'size'?"),
+        ({"inner": {}}, "rate", "inner: key 'rate' is missing"),
+        ({"inner": 3}, "inner", "inner: 3"),
+        ({"count": "3"}, "count", "count: '3'"),
+        ({"count": True}, "count", "count: True"),
+        ({"count": 3.0}, "count", "count: 3.0"),
+        ({"flag": 1}, "flag", "flag: 1"),
+        ({"maybe": "x"}, "maybe", "maybe: 'x'"),
+        ({"numbers": "12"}, "numbers", "numbers: '12'"),
+        ({"numbers": [1, "2"]}, "1", "numbers[1]: '2'"),
+        ({"pair": [1]}, "1", "pair: key 1 is missing"),
+        ({"color": "green"}, "color", "color: 'green'"),
+        ({"table": {"a": {"rate": "x"}}}, "rate", "table.a.rate: 'x'"),
+        ({"table": {1: {}}}, None, "key 1 is not text"),
+        ({"either": 1.5}, "int", "either.int: 1.5"),
+        ({"inner": {"rate": 1.0, "mode": "quick"}}, "mode", "inner.mode: 'quick'"),
+        ({"kind": {"name": "c"}}, "name", "kind.First.name: 'c'"),
     ],
 )
-def test_wrong_values_are_named(change: dict[str, Any], words: list[str]) -> None:
+@pytest.mark.parametrize("where", ["", "run.train", "recipe.yaml"])
+def test_wrong_values_are_named_with_their_place(
+    change: dict[str, Any], param: str | None, place: str, where: str
+) -> None:
     with pytest.raises(ConfigurationError) as caught:
-        from_mapping(Outer, MINIMAL | change)
+        from_mapping(Outer, MINIMAL | change, where=where)
     message = str(caught.value)
     assert "\n" not in message
-    for word in words:
-        assert word in message
+    assert caught.value.param == param
+    assert message.startswith(where)
+    assert message.removeprefix(where).removeprefix(":").lstrip(" .").startswith(place)
 
 
-def test_messages_start_with_the_place() -> None:
-    with pytest.raises(ConfigurationError, match=r"^run\.train\.count: 'x' is not int"):
-        from_mapping(Outer, MINIMAL | {"count": "x"}, where="run.train")
+def test_members_of_a_union_are_told_apart_by_their_literal() -> None:
+    assert from_mapping(Outer, MINIMAL | {"kind": {"name": "b"}}).kind == Second()
+    assert from_mapping(Outer, MINIMAL | {"kind": {"size": 4}}).kind == First(size=4)  # left out: the first is meant
 
 
 def test_values_that_the_dataclass_refuses_are_configuration_errors() -> None:
@@ -164,23 +179,12 @@ def test_values_that_the_dataclass_refuses_are_configuration_errors() -> None:
         from_mapping(Positive, {"steps": 0}, where="recipe")
 
 
-def test_types_without_a_plain_form_are_refused_both_ways() -> None:
-    @dataclass
-    class Odd:
-        value: bytes
-
-    with pytest.raises(ConfigurationError, match="type bytes cannot be read"):
-        from_mapping(Odd, {"value": "x"})
-    with pytest.raises(ConfigurationError, match="type bytes has no plain form"):
-        to_mapping(Odd(b"x"))
-
-
 @pytest.mark.parametrize(
     ("text", "words"),
     [
         ("count: 1\ncount: 2\n", ["given twice", "line 2"]),
         ("a: [1, 2", ["is not YAML"]),
-        ("- 1\n- 2\n", ["mapping of the fields"]),
+        ("- 1\n- 2\n", ["cannot be used"]),
         ("inner: {rate: 1}\ncoutn: 2\n", ["unknown key 'coutn'"]),
     ],
 )

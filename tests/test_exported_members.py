@@ -19,7 +19,7 @@ PUBLIC = [
     "ConfigurationError",
     "DeviceLostError",
     "GenerationCancelled",
-    "GenerationOptions",
+    "GenerationSettings",
     "ImageInputError",
     "InvalidInputError",
     "JobError",

@@ -6,6 +6,7 @@ import ast
 import re
 from pathlib import Path
 
+import grimp
 import pytest
 
 ROOT = Path(__file__).parents[1]
@@ -14,11 +15,7 @@ FILES = sorted(SOURCE.rglob("*.py"))
 TESTS = sorted((ROOT / "tests").rglob("*.py"))
 BENCHMARKS = sorted((ROOT / "benchmarks").rglob("*.py"))
 
-MAX_FILE_LINES = 400
-HARD_FILE_LINES = 500
-LONG_FILES_ALLOWED = 2
 MAX_FUNCTION_LINES = 100
-MIN_TEST_RATIO = 0.6
 EMPTY_NAMES = {"utils", "util", "helpers", "helper", "common", "misc", "tools", "stuff"}
 ENVIRONMENT = re.compile(r"\bos\.(environ|getenv|putenv)\b|\bfrom os import .*\b(environ|getenv)\b")
 
@@ -31,18 +28,19 @@ def name(path: Path) -> str:
     return str(path.relative_to(ROOT))
 
 
+def joined(pairs: list[set[str]]) -> list[list[str]]:
+    """Return the modules of pairs that share one as sorted lists."""
+    groups: list[set[str]] = []
+    for pair in pairs:
+        shared = [group for group in groups if group & pair]
+        groups = [group for group in groups if not group & pair] + [pair.union(*shared)]
+    return sorted(map(sorted, groups))
+
+
 def test_there_is_something_to_check() -> None:
     assert len(FILES) > 10
     assert len(TESTS) > 5
     assert len(BENCHMARKS) > 5
-
-
-def test_files_are_short() -> None:
-    """400 lines, tests and benchmarks too; a file on its way to being split may hold up to 500, and few may."""
-    files = FILES + TESTS + BENCHMARKS
-    long = {name(path): lines(path) for path in files if lines(path) > MAX_FILE_LINES}
-    assert len(long) <= LONG_FILES_ALLOWED, f"split these, they hold more than {MAX_FILE_LINES} lines: {long}"
-    assert all(count <= HARD_FILE_LINES for count in long.values()), f"no file holds over {HARD_FILE_LINES}: {long}"
 
 
 def test_functions_are_short() -> None:
@@ -108,12 +106,21 @@ def test_tests_mirror_the_source() -> None:
     assert not strays
 
 
-def test_there_are_enough_tests() -> None:
-    source, tests = sum(map(lines, FILES)), sum(map(lines, TESTS))
-    assert tests >= MIN_TEST_RATIO * source, (
-        f"{tests} lines of tests for {source} of source is a ratio of {tests / source:.2f}; "
-        f"the house asks for {MIN_TEST_RATIO}: write the tests that are missing"
-    )
+@pytest.mark.xfail(
+    strict=False,
+    reason="being removed: cli.plan and plan_training; memory.budget and light_cost; pipelines.acceleration, "
+    "fitting and loading; wan.checkpoints and stage_one_weights",
+)
+def test_no_files_import_each_other_in_a_circle() -> None:
+    """Imports for type checking count: who reads one of the files needs the others."""
+    graph = grimp.build_graph("swifti2v", exclude_type_checking_imports=False, cache_dir=None)
+    circles = [
+        {importer, imported}
+        for importer in graph.modules
+        for imported in graph.find_modules_directly_imported_by(importer)
+        if importer != imported and graph.chain_exists(importer=imported, imported=importer)
+    ]
+    assert not circles, f"move what both need below them: {joined(circles)}"
 
 
 @pytest.mark.parametrize("path", ["README.md", "CHANGELOG.md", "CONTRIBUTING.md", "docs/design.md", "docs/log.md"])

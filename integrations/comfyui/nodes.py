@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from PIL import Image
 
-from swifti2v import GenerationOptions, InvalidInputError, Size, TwoStagePipeline
+from swifti2v import InvalidInputError, Size, TwoStagePipeline
 from swifti2v.media.images import image_to_tensor
 from swifti2v.media.video_writer import VideoWriter
 from swifti2v.memory.placement import PlacedNetworks
@@ -28,8 +28,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from swifti2v.pipelines.loading import Parts
-    from swifti2v.pipelines.options import GenerationSettings
     from swifti2v.pipelines.runs import GenerationRequest, Progress
+    from swifti2v.settings import GenerationSettings
 
 CATEGORY = "SwiftI2V"
 PIPELINE, REQUEST = "SWIFTI2V_PIPELINE", "SWIFTI2V_REQUEST"
@@ -104,9 +104,8 @@ class SwiftI2VStageOne:
         if len(image) != 1:
             msg = f"Stage I starts from one picture, and {len(image)} are given; choose one of them"
             raise InvalidInputError(msg)
-        options = GenerationOptions(size=Size(width, height), num_frames=num_frames, seed=seed)
         picture = Image.fromarray(_bytes(image)[0].numpy())
-        request = pipeline.request(picture, prompt, options=options)
+        request = pipeline.request(picture, prompt, size=Size(width, height), num_frames=num_frames, seed=seed)
         with _placed(pipeline, request.settings) as parts:
             small = TwoStagePipeline(parts).preview(request, on_progress=_progress_bar())
             with closing(small) as pieces:
@@ -186,14 +185,14 @@ class SwiftI2VStageTwo:
     ) -> tuple[Tensor, float]:
         """Return the video and its frames per second."""
         num_frames, height, width = reference.shape[:3]
-        options = GenerationOptions(
-            size=Size(width, height),
-            num_frames=num_frames,
-            num_inference_steps=steps or None,
-            segment_size=segment_size or None,
-            guidance_scale=guidance_scale or None,
-        )
-        settings = request.settings.settled(options)
+        choices = {
+            "size": Size(width, height),
+            "num_frames": num_frames,
+            "num_inference_steps": steps or None,
+            "segment_size": segment_size or None,
+            "guidance_scale": guidance_scale or None,
+        }
+        settings = request.settings.settled(choices)
         with _placed(pipeline, settings) as parts:
             pieces = _refined(parts, request.prompt, settings, reference)
             frames = torch.cat([_floats(piece.cpu()) for piece in pieces])

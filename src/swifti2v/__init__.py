@@ -30,9 +30,9 @@ from swifti2v.errors import (
 from swifti2v.geometry import Size
 
 if TYPE_CHECKING:
-    from swifti2v.pipelines.options import GenerationOptions
     from swifti2v.pipelines.runs import Video
     from swifti2v.pipelines.two_stage import TwoStagePipeline
+    from swifti2v.settings import GenerationSettings
     from swifti2v.wan.transformer import StageTwoTransformer
 
 __version__ = "0.1.0"
@@ -43,7 +43,7 @@ __all__ = [
     "ConfigurationError",
     "DeviceLostError",
     "GenerationCancelled",
-    "GenerationOptions",
+    "GenerationSettings",
     "ImageInputError",
     "InvalidInputError",
     "JobError",
@@ -63,7 +63,7 @@ __all__ = [
 ]
 
 _LAZY = {
-    "GenerationOptions": "swifti2v.pipelines.options",
+    "GenerationSettings": "swifti2v.settings",
     "StageTwoTransformer": "swifti2v.wan.transformer",
     "TwoStagePipeline": "swifti2v.pipelines.two_stage",
     "Video": "swifti2v.pipelines.runs",

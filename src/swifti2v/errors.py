@@ -7,7 +7,18 @@ from __future__ import annotations
 
 
 class SwiftI2VError(Exception):
-    """Base of every error that this package raises on purpose."""
+    """Base of every error that this package raises on purpose.
+
+    Args:
+        *args: the message.
+        param: name of the argument, field or option that is wrong, where there is one.
+        value: what was given for it.
+    """
+
+    def __init__(self, *args: object, param: str | None = None, value: object = None) -> None:
+        super().__init__(*args)
+        self.param = param
+        self.value = value
 
 
 class InvalidInputError(SwiftI2VError, ValueError):

@@ -30,7 +30,7 @@ class Size(NamedTuple):
         match = re.fullmatch(r"\s*(\d{1,5})\s*[xX]\s*(\d{1,5})\s*", text)
         if match is None:
             msg = f"size {text!r} is not of the form WIDTHxHEIGHT; write for instance 1280x704"
-            raise InvalidInputError(msg)
+            raise InvalidInputError(msg, param="size", value=text)
         return cls(int(match[1]), int(match[2]))
 
 
@@ -69,7 +69,7 @@ class CodecGeometry:
                 f"a clip of {num_frames} frames does not divide into latent frames; "
                 f"use {self.temporal}k+1 frames, for instance {below} or {below + self.temporal}"
             )
-            raise InvalidInputError(msg)
+            raise InvalidInputError(msg, param="num_frames", value=num_frames)
         return (num_frames - 1) // self.temporal + 1
 
     def pixel_frames(self, num_latent_frames: int) -> int:
@@ -90,7 +90,7 @@ class CodecGeometry:
             return
         nearest = nearest_size(size, multiple)
         msg = f"size {size} is not a multiple of {multiple} on both sides; the nearest is {nearest}"
-        raise InvalidInputError(msg)
+        raise InvalidInputError(msg, param="size", value=size)
 
     def latent_shape(self, size: Size, num_frames: int) -> LatentShape:
         """Shape of the latent video of a clip; raise `InvalidInputError` for sizes or lengths that do not divide."""

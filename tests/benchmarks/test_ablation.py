@@ -29,7 +29,7 @@ from benchmarks.fidelity import known_clip
 from swifti2v.geometry import Size
 from swifti2v.media.video_writer import VideoWriter
 from swifti2v.pipelines.loading import load_parts
-from swifti2v.pipelines.options import GenerationOptions, GenerationSettings
+from swifti2v.settings import GenerationSettings
 from swifti2v.training.refiner.network import NetworkOptions, load_network, save_network
 
 RESULTS = {
@@ -78,7 +78,7 @@ def test_variants_are_measured(tiny_checkpoint: Path, tmp_path: Path) -> None:
     parts = load_parts(tiny_checkpoint, device="cpu")
     rng = np.random.default_rng(0)
     truth = np.stack([rng.integers(0, 255, (64, 64, 3), dtype=np.uint8)] * 9)
-    settings = parts.defaults.settled(GenerationOptions(size=Size(64, 64), num_frames=9, num_inference_steps=1))
+    settings = parts.defaults.settled({"size": Size(64, 64), "num_frames": 9, "num_inference_steps": 1})
     clip = known_clip(truth, settings)
     embeds = parts.stage_one.encode_prompt("words").prompt
     by_name = {variant.name: variant for variant in VARIANTS}

@@ -21,7 +21,7 @@ from benchmarks.fidelity import KnownClip, known_clip
 from swifti2v.evaluation.registry import METRICS
 from swifti2v.evaluation.results import Curve, VideoResult
 from swifti2v.geometry import Size
-from swifti2v.pipelines.options import GenerationSettings
+from swifti2v.settings import GenerationSettings
 
 if TYPE_CHECKING:
     from pathlib import Path

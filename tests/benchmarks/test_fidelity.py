@@ -13,7 +13,7 @@ import torch
 from benchmarks.fidelity import VARIANTS, Score, checks, crop_row, known_clip, means, measure, table, variant_frames
 from swifti2v.geometry import Size
 from swifti2v.mini.transform_codec import BlockTransformCodec
-from swifti2v.pipelines.options import GenerationSettings
+from swifti2v.settings import GenerationSettings
 
 SIZE = Size(192, 192)
 

@@ -10,7 +10,6 @@ import pytest
 from benchmarks.job_overhead import PIPELINE, Account, added, one_job, served
 from swifti2v.geometry import Size
 from swifti2v.jobs.queue import JobQueue
-from swifti2v.pipelines.options import GenerationOptions
 from swifti2v.pipelines.two_stage import TwoStagePipeline
 
 if TYPE_CHECKING:
@@ -49,7 +48,7 @@ def test_every_part_of_a_job_is_met(tmp_path: Path) -> None:
     pipeline = TwoStagePipeline.from_pretrained("mini", device="cpu")
     queue = JobQueue.open(tmp_path)
     before = vars(JobQueue)["submit"]
-    seconds = one_job(queue, pipeline, GenerationOptions(size=Size(64, 32), num_frames=9, seed=1))
+    seconds = one_job(queue, pipeline, {"size": Size(64, 32), "num_frames": 9, "seed": 1})
     parts = {"submit", "claim", "files", "complete", "progress", "pictures", "rest", PIPELINE}
     assert set(seconds) == parts | {"process"}
     assert all(value > 0 for value in seconds.values())

@@ -28,14 +28,13 @@ from swifti2v.evaluation.vbench.suite import Suite, prepare_suite
 from swifti2v.geometry import Size
 from swifti2v.media.images import load_image
 from swifti2v.media.video_reader import VideoReader
-from swifti2v.pipelines.options import GenerationOptions
 from tests.evaluation.vbench_checkout import PROMPTS, make_checkout
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
 SHAPE = ClipShape(Size(96, 96), 3, 8.0)
-STILL = MakerSettings("still", SHAPE.size, GenerationOptions(num_frames=3, fps=8.0))
+STILL = MakerSettings("still", SHAPE.size, {"num_frames": 3, "fps": 8.0})
 
 
 @pytest.fixture(scope="module")
@@ -204,7 +203,7 @@ def test_runs_of_other_settings_are_not_mixed_in(tmp_path: Path) -> None:
     open_run(tmp_path / "run", STILL, seed=0)
     with pytest.raises(WorkDirectoryError, match=r"another run \(unequal: base_seed\)"):
         open_run(tmp_path / "run", STILL, seed=1)
-    other = replace(STILL, options=GenerationOptions(num_frames=5, fps=8.0))
+    other = replace(STILL, choices={"num_frames": 5, "fps": 8.0})
     with pytest.raises(WorkDirectoryError, match=r"unequal: num_frames"):
         open_run(tmp_path / "run", other, seed=0)
     (tmp_path / "run" / "run.json").write_text("")
@@ -270,7 +269,7 @@ def test_memory_and_seconds_of_a_card(suite: Suite, run: VideoRun, monkeypatch: 
 
 @pytest.mark.slow
 def test_a_checkpoint_makes_the_videos(suite: Suite, tiny_checkpoint: Path, tmp_path: Path) -> None:
-    options = GenerationOptions(num_frames=5, num_inference_steps=1, stage_one_steps=1, segment_size=1)
+    options = {"num_frames": 5, "num_inference_steps": 1, "stage_one_steps": 1, "segment_size": 1}
     settings = MakerSettings(str(tiny_checkpoint), Size(64, 64), options, "cpu")
     run, maker = open_run(tmp_path / "run", settings, seed=3)
     assert maker.shape == (Size(64, 64), 5, 8.0)

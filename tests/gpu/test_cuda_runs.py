@@ -17,7 +17,6 @@ from swifti2v.memory.placement import PlacedNetworks, stored_narrow
 from swifti2v.pipelines.acceleration import Acceleration, compile_blocks, transformers_of
 from swifti2v.pipelines.fitting import MemoryLimits, place, plan_for
 from swifti2v.pipelines.loading import Parts, load_parts
-from swifti2v.pipelines.options import GenerationOptions
 from swifti2v.pipelines.stage_two import StageTwo
 from swifti2v.pipelines.two_stage import TwoStagePipeline
 from swifti2v.wan.quantized_products import LAYERS, quantization_of
@@ -32,7 +31,7 @@ if TYPE_CHECKING:
 
 pytestmark = pytest.mark.gpu
 
-OPTIONS = GenerationOptions(size=Size(288, 224), num_frames=17, segment_size=1, seed=5)
+OPTIONS = {"size": Size(288, 224), "num_frames": 17, "segment_size": 1, "seed": 5}
 
 
 @pytest.fixture
@@ -48,7 +47,7 @@ def checkpoint(request: pytest.FixtureRequest, tiny_checkpoint: Path) -> str:
 
 def frames_of(parts: Parts) -> torch.Tensor:
     image = PIL.Image.radial_gradient("L").convert("RGB").resize((288, 224))
-    return TwoStagePipeline(parts)(image, "the camera pans left", options=OPTIONS).frames
+    return TwoStagePipeline(parts)(image, "the camera pans left", **OPTIONS).frames
 
 
 def decibels(frames: torch.Tensor, others: torch.Tensor) -> float:

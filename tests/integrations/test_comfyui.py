@@ -15,7 +15,7 @@ import pytest
 import torch
 from PIL import Image
 
-from swifti2v import GenerationOptions, InvalidInputError, Size, TwoStagePipeline
+from swifti2v import InvalidInputError, Size, TwoStagePipeline
 from swifti2v.pipelines.fitting import MemoryLimits
 
 FOLDER = Path(__file__).parents[2] / "integrations" / "comfyui"
@@ -90,9 +90,9 @@ def test_the_first_frame_of_the_reference_is_the_picture(run: dict[str, Any], pi
 def test_the_graph_makes_what_the_pipeline_makes(run: dict[str, Any], picture: torch.Tensor) -> None:
     """Equal but for the rounding of [-1, 1] to [0, 1] and back."""
     image = Image.fromarray((picture[0] * 255).round().to(torch.uint8).numpy())
-    options = GenerationOptions(size=Size(WIDTH, HEIGHT), num_frames=NUM_FRAMES, seed=SEED)
+    options = {"size": Size(WIDTH, HEIGHT), "num_frames": NUM_FRAMES, "seed": SEED}
     pipeline: TwoStagePipeline = run["pipeline"]
-    video = pipeline(image, PROMPT, options=options)
+    video = pipeline(image, PROMPT, **options)
     frames = (run["frames"] * 255).round()
     assert (frames - video.frames.float()).abs().max() <= 1
     assert run["fps"] == video.fps

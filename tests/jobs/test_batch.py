@@ -14,7 +14,6 @@ from swifti2v.geometry import Size
 from swifti2v.jobs.batch import Batch, pictures_in
 from swifti2v.jobs.queue import JobQueue
 from swifti2v.jobs.worker import Worker, WorkerOptions
-from swifti2v.pipelines.options import GenerationOptions
 from tests.jobs.conftest import StepRunner, wait_for
 
 if TYPE_CHECKING:
@@ -46,7 +45,7 @@ def small(tmp_path: Path) -> Iterator[JobQueue]:
 
 
 def batch_of(queue: JobQueue, output: Path) -> Batch:
-    return Batch(queue, output, model="tiny", options=GenerationOptions(size=Size(64, 32)), poll_seconds=0.01)
+    return Batch(queue, output, model="tiny", choices={"size": Size(64, 32)}, poll_seconds=0.01)
 
 
 def work(queue: JobQueue, runner: StepRunner, num_jobs: int) -> threading.Thread:

@@ -12,14 +12,13 @@ from typing import TYPE_CHECKING
 import pytest
 import torch
 
-from swifti2v.config import to_mapping
 from swifti2v.geometry import Size
 from swifti2v.jobs.runner import PipelineRunner
 from swifti2v.jobs.state import JobRequest
 from swifti2v.jobs.worker import Outcome, Worker
 from swifti2v.media.video_writer import VideoWriter
-from swifti2v.pipelines.options import GenerationOptions
 from swifti2v.pipelines.two_stage import TwoStagePipeline
+from swifti2v.settings import plain_choices
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -29,7 +28,7 @@ if TYPE_CHECKING:
 
     from swifti2v.jobs.queue import JobQueue
 
-OPTIONS = GenerationOptions(size=Size(320, 192), num_frames=33, seed=1)
+OPTIONS = {"size": Size(320, 192), "num_frames": 33, "seed": 1}
 NUM_RUNS = 12
 BOUND = 1.1
 
@@ -43,7 +42,7 @@ def test_a_job_costs_hardly_more_than_the_pipeline(
     image = picture.resize((320, 192))
 
     def bare() -> None:
-        request = pipeline.request(image, "pan", options=OPTIONS)
+        request = pipeline.request(image, "pan", **OPTIONS)
         pipeline.prompt_notes(request)
         with (
             closing(pipeline.stream(request)) as pieces,
@@ -53,7 +52,7 @@ def test_a_job_costs_hardly_more_than_the_pipeline(
                 writer.write(piece.frames)
 
     def job() -> None:
-        queue.submit(image, JobRequest("mini", "pan", to_mapping(OPTIONS)))
+        queue.submit(image, JobRequest("mini", "pan", plain_choices(OPTIONS)))
         assert worker.run_one() is Outcome.COMPLETED
 
     times: dict[Callable[[], None], list[float]] = {bare: [], job: []}

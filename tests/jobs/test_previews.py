@@ -8,14 +8,13 @@ import numpy as np
 import PIL.Image
 import pytest
 
-from swifti2v.config import to_mapping
 from swifti2v.errors import JobError, QueueFullError
 from swifti2v.geometry import Size
 from swifti2v.jobs.runner import PipelineRunner
 from swifti2v.jobs.state import Job, JobProgress, JobRequest, JobState
 from swifti2v.jobs.worker import Outcome, Task, Worker
 from swifti2v.media.video_reader import VideoReader
-from swifti2v.pipelines.options import GenerationOptions
+from swifti2v.settings import plain_choices
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -24,7 +23,7 @@ if TYPE_CHECKING:
     from swifti2v.jobs.queue import JobQueue
     from swifti2v.pipelines.two_stage import TwoStagePipeline
 
-OPTIONS = GenerationOptions(num_frames=17, segment_size=1, num_inference_steps=1, stage_one_steps=2, seed=3)
+OPTIONS = {"num_frames": 17, "segment_size": 1, "num_inference_steps": 1, "stage_one_steps": 2, "seed": 3}
 
 
 @pytest.fixture
@@ -34,7 +33,7 @@ def worker(queue: JobQueue, pipeline: TwoStagePipeline) -> Worker:
 
 def submit(queue: JobQueue, *, preview: bool) -> Job:
     pixels = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
-    request = JobRequest("tiny", "pan left", to_mapping(OPTIONS), preview=preview, keep_motion=not preview)
+    request = JobRequest("tiny", "pan left", plain_choices(OPTIONS), preview=preview, keep_motion=not preview)
     return queue.submit(PIL.Image.fromarray(pixels), request, owner="ann")
 
 

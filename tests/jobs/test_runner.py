@@ -15,7 +15,6 @@ import PIL.Image
 import pytest
 import torch
 
-from swifti2v.config import to_mapping
 from swifti2v.errors import DeviceLostError
 from swifti2v.geometry import Size
 from swifti2v.jobs.pictures import Spritesheet, _shrunk, save_thumbnail
@@ -24,9 +23,9 @@ from swifti2v.jobs.state import Job, JobProgress, JobRequest, JobState
 from swifti2v.jobs.worker import Outcome, Task, Worker, WorkerOptions
 from swifti2v.media.video_reader import VideoReader
 from swifti2v.pipelines.acceleration import transformers_of
-from swifti2v.pipelines.options import GenerationOptions
 from swifti2v.pipelines.runs import Progress
 from swifti2v.pipelines.two_stage import TwoStagePipeline
+from swifti2v.settings import plain_choices
 from tests.jobs.conftest import wait_for
 
 if TYPE_CHECKING:
@@ -34,7 +33,7 @@ if TYPE_CHECKING:
 
     from swifti2v.jobs.queue import JobQueue
 
-OPTIONS = GenerationOptions(num_frames=17, segment_size=1, num_inference_steps=2, stage_one_steps=2, seed=3)
+OPTIONS = {"num_frames": 17, "segment_size": 1, "num_inference_steps": 2, "stage_one_steps": 2, "seed": 3}
 
 
 @pytest.fixture
@@ -44,8 +43,8 @@ def photo() -> PIL.Image.Image:
 
 
 def submit(queue: JobQueue, photo: PIL.Image.Image, model: str = "tiny", **changes: Any) -> Job:
-    options = GenerationOptions(**{**OPTIONS.__dict__, **changes})
-    return queue.submit(photo, JobRequest(model, "pan left", to_mapping(options), ("turned",)))
+    options = {**OPTIONS, **changes}
+    return queue.submit(photo, JobRequest(model, "pan left", plain_choices(options), ("turned",)))
 
 
 class WatchedRunner(PipelineRunner):
@@ -90,7 +89,7 @@ def test_a_job_leaves_a_video_and_its_pictures(
     assert files is not None
     left = sorted(path.name for path in files.directory.iterdir())
     assert left == ["spritesheet.jpg", "thumbnail.jpg", "video.mp4"]
-    bare = pipeline(photo, "pan left", options=OPTIONS)
+    bare = pipeline(photo, "pan left", **OPTIONS)
     assert files.video.read_bytes() == bare.save(tmp_path / "bare.mp4").read_bytes()
     assert sum(len(chunk) for chunk in VideoReader(files.video)) == 17
     grey = np.asarray(PIL.Image.fromarray(bare.frames[0].numpy()).convert("L"))
@@ -194,7 +193,7 @@ def test_networks_are_gone_before_the_next_are_loaded(tiny_checkpoint: Path, pho
     runner = PipelineRunner(load)
     gc.disable()
     try:
-        runner.pipeline("a")(photo, "pan left", options=OPTIONS)
+        runner.pipeline("a")(photo, "pan left", **OPTIONS)
         assert any(network() is not None for network in held)
         runner.pipeline("b")
     finally:
@@ -256,7 +255,7 @@ def test_small_pictures_are_averages_of_the_frame() -> None:
     assert np.abs(np.asarray(_shrunk(frame, 160)) - averages).max() <= 1
 
 
-MINI = GenerationOptions(size=Size(64, 32), num_frames=41, segment_size=1, num_inference_steps=4, seed=1)
+MINI = {"size": Size(64, 32), "num_frames": 41, "segment_size": 1, "num_inference_steps": 4, "seed": 1}
 STUCK_WORKER = """
 import sys, time
 from pathlib import Path

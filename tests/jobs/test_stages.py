@@ -11,14 +11,13 @@ import numpy as np
 import PIL.Image
 import pytest
 
-from swifti2v.config import to_mapping
 from swifti2v.errors import WorkDirectoryError
 from swifti2v.geometry import Size
 from swifti2v.jobs.runner import PipelineRunner
 from swifti2v.jobs.state import ALL_STAGES, Job, JobProgress, JobRequest, JobResult, JobStage, JobState
 from swifti2v.jobs.worker import Outcome, Task, Worker, WorkerOptions
-from swifti2v.pipelines.options import GenerationOptions
 from swifti2v.pipelines.two_stage import TwoStagePipeline
+from swifti2v.settings import plain_choices
 from tests.jobs.conftest import BROKEN, LEASE_SECONDS, StepRunner, claim, submit, wait_for
 from tests.jobs.test_chaos import AUDIT
 
@@ -31,8 +30,8 @@ if TYPE_CHECKING:
 
 ONE, TWO = JobStage.ONE, JobStage.TWO
 HALF = JobProgress(30, "stage_one")
-OPTIONS = GenerationOptions(num_frames=17, segment_size=1, num_inference_steps=1, stage_one_steps=2, seed=3)
-MINI = GenerationOptions(size=Size(64, 32), num_frames=41, segment_size=1, num_inference_steps=4, seed=1)
+OPTIONS = {"num_frames": 17, "segment_size": 1, "num_inference_steps": 1, "stage_one_steps": 2, "seed": 3}
+MINI = {"size": Size(64, 32), "num_frames": 41, "segment_size": 1, "num_inference_steps": 4, "seed": 1}
 
 
 # ------------------------------------------------------------------------------------------------------- the store
@@ -190,7 +189,7 @@ def test_work_is_found_behind_a_claim_that_ended_before_it_had_any(queue: JobQue
 
 def submit_real(queue: JobQueue, *, model: str = "tiny", **changes: Any) -> Job:
     pixels = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
-    options = to_mapping(GenerationOptions(**{**OPTIONS.__dict__, **changes}))
+    options = plain_choices({**OPTIONS, **changes})
     return queue.submit(PIL.Image.fromarray(pixels), JobRequest(model, "pan left", options))
 
 

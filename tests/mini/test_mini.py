@@ -26,7 +26,6 @@ from swifti2v.mini.reference_pairs import PairOptions
 from swifti2v.mini.train_stage_one import ClipShape, StageOneRecipe
 from swifti2v.mini.train_stage_two import StageTwoRecipe
 from swifti2v.pipelines.loading import settings_of
-from swifti2v.pipelines.options import GenerationOptions
 from swifti2v.pipelines.two_stage import TwoStagePipeline
 from swifti2v.training.engine.loop import LoopOptions
 from swifti2v.wan.transformer import StageTwoTransformer
@@ -84,8 +83,8 @@ def checkpoint(index: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_what_was_trained_generates(checkpoint: Path) -> None:
     pipe = TwoStagePipeline.from_pretrained(checkpoint)
     image = cv2.cvtColor(photograph(0), cv2.COLOR_BGR2RGB)
-    options = GenerationOptions(size=Size(128, 64), num_frames=9)
-    request = pipe.request(PIL.Image.fromarray(image), "pan left", options=options)
+    options = {"size": Size(128, 64), "num_frames": 9}
+    request = pipe.request(PIL.Image.fromarray(image), "pan left", **options)
     frames = torch.cat([piece.frames for piece in pipe.stream(request)])
     assert frames.shape == (9, 64, 128, 3)
     # 96 of 768 numbers a block, fitted on three pictures: frame 0 is the image as well as the codec can say it.

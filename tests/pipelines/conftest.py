@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -39,7 +38,7 @@ def request_of(pipe: TwoStagePipeline, image: PIL.Image.Image) -> Callable[..., 
     """Ask for a video of `image` with some settings other than `OPTIONS`."""
 
     def make(prompt: str = "pan left", **changes: Any) -> GenerationRequest:
-        return pipe.request(image, prompt, options=replace(OPTIONS, **changes))
+        return pipe.request(image, prompt, **{**OPTIONS, **changes})
 
     return make
 
@@ -50,5 +49,5 @@ def uninterrupted(
 ) -> tuple[torch.Tensor, dict[str, bytes], Path]:
     """Frames, segment files and work directory of one run from its beginning to its end."""
     folder = tmp_path_factory.mktemp("whole")
-    video = pipe(image, "pan left", options=OPTIONS, work_dir=folder)
+    video = pipe(image, "pan left", **OPTIONS, work_dir=folder)
     return video.frames, segments(folder), folder

@@ -24,7 +24,6 @@ from swifti2v.pipelines.acceleration import (
 )
 from swifti2v.pipelines.ahead import made_ahead
 from swifti2v.pipelines.loading import load_parts
-from swifti2v.pipelines.options import GenerationOptions
 from swifti2v.wan.transformer import StageTwoTransformer
 
 if TYPE_CHECKING:
@@ -60,7 +59,7 @@ def test_heads_that_do_not_divide(tiny_wan_dit: Callable[..., Any], monkeypatch:
 def test_runs_that_do_not_divide_are_refused_before_they_begin(tiny_checkpoint: Path) -> None:
     """Of 64x64, Stage I has one token a frame and three frames; of 128x64 twice as many."""
     parts = load_parts(tiny_checkpoint, device="cpu")
-    wide = GenerationOptions(size=Size(128, 64))
+    wide = {"size": Size(128, 64)}
     check_shared(parts, parts.defaults, 1)
     check_shared(parts, parts.defaults.settled(wide), 2)
     with pytest.raises(InvalidInputError, match="3 tokens of a window do not divide among 2 processes"):

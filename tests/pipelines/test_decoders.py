@@ -15,7 +15,6 @@ from swifti2v.pipelines.acceleration import Acceleration
 from swifti2v.pipelines.decoders import Undecoded, open_light_decoder
 from swifti2v.pipelines.fitting import MemoryLimits, dimensions_of, place, plan_for
 from swifti2v.pipelines.loading import load_parts
-from swifti2v.pipelines.options import GenerationOptions
 from swifti2v.pipelines.two_stage import TwoStagePipeline
 from swifti2v.wan.light_decoder import LightDecoder
 from swifti2v.wan.vae import WanStreamingCodec
@@ -27,7 +26,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-SHORT = GenerationOptions(num_frames=9, num_inference_steps=1, stage_one_steps=1, segment_size=1)
+SHORT = {"num_frames": 9, "num_inference_steps": 1, "stage_one_steps": 1, "segment_size": 1}
 CPU = torch.device("cpu")
 CONFIG: dict[str, Any] = {
     "_class_name": "AutoencoderKLWan",
@@ -61,7 +60,7 @@ def made(checkpoint: Path, **changes: Any) -> tuple[Tensor, Any, list[Tensor]]:
     watched = Watched(parts.decoder or parts.stage_two.codec)
     object.__setattr__(parts, "decoder", watched)
     image = PIL.Image.linear_gradient("L").convert("RGB").resize((64, 64))
-    frames = TwoStagePipeline(parts)(image, "a wave", options=SHORT).frames
+    frames = TwoStagePipeline(parts)(image, "a wave", **SHORT).frames
     return frames, watched.decoder, watched.latents
 
 
@@ -96,7 +95,7 @@ def test_a_plan_cuts_the_frames_of_a_decoder_elsewhere_too(tiny_checkpoint: Path
         memory=MemoryLimits(),
         acceleration=Acceleration("native", decode_device="cpu"),
     )
-    settings = parts.defaults.settled(GenerationOptions(size=Size(288, 224), num_frames=9, segment_size=1))
+    settings = parts.defaults.settled({"size": Size(288, 224), "num_frames": 9, "segment_size": 1})
     plan = plan_for(parts, settings, MemoryLimits())
     while plan.codec.columns * plan.codec.rows == 1:
         plan = plan_for(parts, settings, MemoryLimits(plan.peak_bytes - 1))

@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 
-from swifti2v.pipelines.recommended import default_settings
 from swifti2v.sampling.schedules import shifted_sigmas
 from swifti2v.wan.checkpoint_index import CheckpointIndex
 
@@ -30,7 +29,7 @@ TURBO_TIMESTEPS = (500, 250)
 def test_index_of_the_guide_samples_at_the_levels_of_the_distillation(
     index: dict[str, Any], timesteps: tuple[int, ...]
 ) -> None:
-    settings = default_settings(CheckpointIndex.from_json(index))
+    settings = CheckpointIndex.from_json(index).default_settings()
     assert (settings.refiner, settings.solver, settings.guidance_scale) == ("training-free", "renoise", 1.0)
     sigmas = shifted_sigmas(settings.num_inference_steps, shift=settings.flow_shift, start=settings.sigma_start)
     assert sigmas == pytest.approx([*(timestep / 1000 for timestep in timesteps), 0.0], abs=1e-4)

@@ -18,7 +18,6 @@ from swifti2v.pipelines import fitting, loading
 from swifti2v.pipelines.acceleration import Acceleration, transformers_of
 from swifti2v.pipelines.fitting import MemoryLimits, dimensions_of, place, plan_for
 from swifti2v.pipelines.loading import load_parts
-from swifti2v.pipelines.options import GenerationOptions
 from swifti2v.pipelines.stage_one import StageOne
 from swifti2v.pipelines.stage_two import StageTwo
 from swifti2v.pipelines.two_stage import TwoStagePipeline
@@ -51,7 +50,7 @@ def frames_of(pipeline: TwoStagePipeline) -> torch.Tensor:
     return pipeline(image, "a wave").frames
 
 
-SMALL = GenerationOptions(size=Size(288, 224), num_frames=9, segment_size=1, seed=5)
+SMALL = {"size": Size(288, 224), "num_frames": 9, "segment_size": 1, "seed": 5}
 
 
 @dataclass
@@ -88,7 +87,7 @@ def exercised(monkeypatch: pytest.MonkeyPatch) -> Exercised:
 
 def small_frames(parts: Parts) -> torch.Tensor:
     image = PIL.Image.linear_gradient("L").convert("RGB").resize((288, 224))
-    return TwoStagePipeline(parts)(image, "a wave", options=SMALL).frames
+    return TwoStagePipeline(parts)(image, "a wave", **SMALL).frames
 
 
 def plan_within(parts: Parts, device_bytes: int | None) -> MemoryPlan:

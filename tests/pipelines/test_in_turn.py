@@ -17,7 +17,6 @@ from swifti2v.pipelines.acceleration import transformers_of
 from swifti2v.pipelines.fitting import MemoryLimits, dimensions_of
 from swifti2v.pipelines.in_turn import StagesInTurn, open_pipeline
 from swifti2v.pipelines.loading import load_parts
-from swifti2v.pipelines.options import GenerationOptions
 from swifti2v.pipelines.two_stage import TwoStagePipeline
 from swifti2v.wan.checkpoints import PARTS
 from tests.pipelines.whole_runs import frames_of
@@ -28,7 +27,7 @@ if TYPE_CHECKING:
     from swifti2v.pipelines.loading import Parts
     from swifti2v.pipelines.runs import Progress
 
-OPTIONS = GenerationOptions(num_frames=13, seed=3, stage_one_steps=1, num_inference_steps=2, segment_size=1)
+OPTIONS = {"num_frames": 13, "seed": 3, "stage_one_steps": 1, "num_inference_steps": 2, "segment_size": 1}
 IMAGE = PIL.Image.linear_gradient("L").convert("RGB").resize((64, 64))
 
 
@@ -64,12 +63,12 @@ def test_the_video_is_that_of_both_stages_at_once(
     tiny_checkpoint: Path, tmp_path: Path, loads: list[tuple[str, ...]], has_work_dir: bool
 ) -> None:
     whole = TwoStagePipeline.from_pretrained(tiny_checkpoint, device="cpu", memory=MemoryLimits(2**30))
-    expected = frames_of(whole.stream(whole.request(IMAGE, "pan left", options=OPTIONS)))
+    expected = frames_of(whole.stream(whole.request(IMAGE, "pan left", **OPTIONS)))
 
     pipeline = open_pipeline(tiny_checkpoint, OPTIONS, device="cpu", memory=room_for_one(tiny_checkpoint))
     assert isinstance(pipeline, StagesInTurn)
     phases: list[Progress] = []
-    request = pipeline.request(IMAGE, "pan left", options=OPTIONS)
+    request = pipeline.request(IMAGE, "pan left", **OPTIONS)
     work_dir = tmp_path / "work" if has_work_dir else None
     actual = frames_of(pipeline.stream(request, work_dir=work_dir, on_progress=phases.append))
 
@@ -82,7 +81,7 @@ def test_the_video_is_that_of_both_stages_at_once(
 
 def test_finished_work_is_not_done_again(tiny_checkpoint: Path, tmp_path: Path, loads: list[tuple[str, ...]]) -> None:
     pipeline = StagesInTurn(tiny_checkpoint, device="cpu", memory=room_for_one(tiny_checkpoint))
-    request = pipeline.request(IMAGE, "pan left", options=OPTIONS)
+    request = pipeline.request(IMAGE, "pan left", **OPTIONS)
     assert frames_of(pipeline.preview(request, work_dir=tmp_path)).shape == (13, 16, 16, 3)
     pieces = pipeline.stream(request, work_dir=tmp_path)
     first = next(pieces).frames
@@ -91,7 +90,7 @@ def test_finished_work_is_not_done_again(tiny_checkpoint: Path, tmp_path: Path, 
     assert loads == [(), ("stage_one",), ("stage_two",), ("stage_two",)]
     assert torch.equal(video[: len(first)], first)
     with pytest.raises(WorkDirectoryError, match="another prompt"):
-        next(pipeline.stream(pipeline.request(IMAGE, "pan right", options=OPTIONS), work_dir=tmp_path))
+        next(pipeline.stream(pipeline.request(IMAGE, "pan right", **OPTIONS), work_dir=tmp_path))
     assert len(loads) == 4, "refused before anything is loaded"
 
 

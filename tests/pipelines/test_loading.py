@@ -20,7 +20,6 @@ from swifti2v.geometry import Size
 from swifti2v.mini.procedural import MOTION_WORDS, PHRASES
 from swifti2v.pipelines import loading
 from swifti2v.pipelines.loading import load_parts, open_device, settings_of
-from swifti2v.pipelines.options import GenerationOptions
 from swifti2v.pipelines.two_stage import TwoStagePipeline
 from swifti2v.schedulers import FixedSigmaScheduler
 from swifti2v.wan.checkpoint_files import write_checksums
@@ -144,7 +143,7 @@ def test_who_asks_for_the_other_way_is_given_its_defaults(edited: Callable[..., 
     image = PIL.Image.new("RGB", (64, 64))
     settings = TwoStagePipeline(few).request(image, few_step=False, stage_one_steps=6).settings
     assert settings == replace(many.defaults, stage_one_steps=6)
-    assert settings_of(root, GenerationOptions(few_step=False)) == many.defaults
+    assert settings_of(root, {"few_step": False}) == many.defaults
 
 
 def test_an_option_for_an_expert_that_there_is_not_is_refused_before_work(edited: Callable[..., Path]) -> None:
@@ -187,9 +186,9 @@ def test_a_run_in_bfloat16_is_that_in_float32_but_for_rounding(tiny_checkpoint: 
     """CUDA's default. `mini`'s codecs are linear transforms and stay in float32, its networks do not."""
     image = PIL.Image.linear_gradient("L").convert("RGB").resize((96, 64))
     for name, size, least in (("mini", Size(128, 64), 40.0), (str(tiny_checkpoint), Size(96, 64), 15.0)):
-        options = GenerationOptions(size=size, num_frames=9, seed=3)
+        options = {"size": size, "num_frames": 9, "seed": 3}
         exact, rounded = (
-            TwoStagePipeline.from_pretrained(name, device="cpu", dtype=dtype)(image, "pan left", options=options).frames
+            TwoStagePipeline.from_pretrained(name, device="cpu", dtype=dtype)(image, "pan left", **options).frames
             for dtype in (torch.float32, torch.bfloat16)
         )
         error = (exact.double() - rounded.double()).square().mean()
@@ -239,11 +238,11 @@ def test_settings_are_known_before_anything_is_loaded(edited: Callable[..., Path
     shutil.rmtree(root / "stage_one")
     shutil.rmtree(root / "stage_two")
     assert settings_of(root) == parts.defaults
-    options = GenerationOptions(size=Size(96, 64), seed=7)
+    options = {"size": Size(96, 64), "seed": 7}
     assert settings_of(root, options) == parts.defaults.settled(options)
     assert settings_of(root, few_step=False).stage_one_steps == 40
     with pytest.raises(InvalidInputError, match="4k\\+1"):
-        settings_of(root, GenerationOptions(num_frames=12))
+        settings_of(root, {"num_frames": 12})
     with pytest.raises(CheckpointError, match="no checkpoint"):
         settings_of(root / "nowhere")
 

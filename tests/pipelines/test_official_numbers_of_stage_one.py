@@ -13,7 +13,7 @@ import pytest
 import torch
 from diffusers import UniPCMultistepScheduler, WanImageToVideoPipeline, WanTransformer3DModel
 
-from swifti2v.pipelines.stage_one import StageOneOptions, borrowed
+from swifti2v.pipelines.stage_one import borrowed
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKLWan
@@ -105,18 +105,18 @@ def pipeline(tiny_vae21: AutoencoderKLWan) -> WanImageToVideoPipeline:
     )
 
 
-def final_latents(pipeline: WanImageToVideoPipeline, options: StageOneOptions) -> Tensor:
+def final_latents(pipeline: WanImageToVideoPipeline) -> Tensor:
     """Run the pipeline as `StageOne` does; return ``[16, 3, 4, 6]``."""
     prompt, negative = texts()
-    with torch.no_grad(), borrowed(pipeline, options):
+    with torch.no_grad(), borrowed(pipeline, few_step=False, flow_shift=5.0):
         (latents,) = pipeline(
             image=torch.zeros(1, 3, 32, 48),
             height=32,
             width=48,
             num_frames=9,
-            num_inference_steps=options.num_inference_steps,
-            guidance_scale=options.guidance_scale,
-            guidance_scale_2=options.guidance_scale_2,
+            num_inference_steps=40,
+            guidance_scale=4.0,
+            guidance_scale_2=3.0,
             prompt_embeds=prompt,
             negative_prompt_embeds=negative,
             output_type="latent",
@@ -132,9 +132,7 @@ def test_many_steps_give_the_latents_of_wans_own_code(pipeline: WanImageToVideoP
             lambda _module, _arguments, keywords, number=number: seen.append((number, keywords["timestep"])),
             with_kwargs=True,
         )
-    latents = final_latents(
-        pipeline, StageOneOptions.many_step(guidance_scale=4.0, guidance_scale_2=3.0, flow_shift=5.0)
-    )
+    latents = final_latents(pipeline)
     with_prompt = seen[::2]  # every other one is the negative prompt's
     assert [int(timestep) for _, timestep in with_prompt] == OFFICIAL_TIMESTEPS
     assert {timestep.dtype for _, timestep in seen} == {torch.int64}

@@ -14,7 +14,6 @@ import torch
 from swifti2v.errors import InvalidInputError, WorkDirectoryError
 from swifti2v.pipelines.acceleration import Acceleration, transformers_of
 from swifti2v.pipelines.fitting import MemoryLimits, dimensions_of, plan_for
-from swifti2v.pipelines.options import GenerationOptions
 from swifti2v.pipelines.two_stage import TwoStagePipeline
 from swifti2v.wan.light_decoder import LightDecoder
 from tests.pipelines.light_weights import write_light_weights
@@ -23,7 +22,7 @@ from tests.pipelines.whole_runs import frames_of
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-OPTIONS = GenerationOptions(num_frames=13, seed=3, stage_one_steps=1, num_inference_steps=2, segment_size=1)
+OPTIONS = {"num_frames": 13, "seed": 3, "stage_one_steps": 1, "num_inference_steps": 2, "segment_size": 1}
 IMAGE = PIL.Image.linear_gradient("L").convert("RGB").resize((64, 64))
 WEIGHTS = {"stage_one": ("stage_one", "adapters"), "stage_two": ("stage_two",)}
 
@@ -77,18 +76,18 @@ def test_two_pipelines_share_a_work_directory(
 ) -> None:
     limits = None if memory is None else MemoryLimits.parse(memory)
     whole = TwoStagePipeline.from_pretrained(tiny_checkpoint, device="cpu", memory=limits)
-    expected = frames_of(whole.stream(whole.request(IMAGE, "pan left", options=OPTIONS)))
+    expected = frames_of(whole.stream(whole.request(IMAGE, "pan left", **OPTIONS)))
     one, two = of_stage("stage_one", memory=limits), of_stage("stage_two", memory=limits)
     work = tmp_path / "work"
-    motion = frames_of(one.preview(one.request(IMAGE, "pan left", options=OPTIONS), work_dir=work))
+    motion = frames_of(one.preview(one.request(IMAGE, "pan left", **OPTIONS), work_dir=work))
     assert motion.shape == (13, 16, 16, 3)
-    actual = frames_of(two.stream(two.request(IMAGE, "pan left", options=OPTIONS), work_dir=work))
+    actual = frames_of(two.stream(two.request(IMAGE, "pan left", **OPTIONS), work_dir=work))
     assert torch.equal(actual, expected)
 
 
 def test_what_a_pipeline_cannot_do_alone_is_refused(of_stage: Callable[..., TwoStagePipeline], tmp_path: Path) -> None:
     one, two = of_stage("stage_one"), of_stage("stage_two")
-    request = two.request(IMAGE, "pan left", options=OPTIONS)
+    request = two.request(IMAGE, "pan left", **OPTIONS)
     with pytest.raises(InvalidInputError, match="Stage I alone; make a preview"):
         next(one.stream(request))
     with pytest.raises(InvalidInputError, match="Stage II alone"):
@@ -108,7 +107,7 @@ def test_what_a_pipeline_cannot_do_alone_is_refused(of_stage: Callable[..., TwoS
 
 def test_a_prompt_that_is_damaged_is_named(of_stage: Callable[..., TwoStagePipeline], tmp_path: Path) -> None:
     one, two = of_stage("stage_one"), of_stage("stage_two")
-    request = two.request(IMAGE, "pan left", options=OPTIONS)
+    request = two.request(IMAGE, "pan left", **OPTIONS)
     list(one.preview(request, work_dir=tmp_path / "work"))
     (prompt,) = (tmp_path / "work").glob("prompt_*")
     prompt.write_bytes(prompt.read_bytes()[:-4])
@@ -121,7 +120,7 @@ def test_what_there_is_to_say_of_a_prompt_is_the_same(
 ) -> None:
     whole, two = TwoStagePipeline.from_pretrained(tiny_checkpoint, device="cpu"), of_stage("stage_two")
     for prompt in ("", "pan", "a very long prompt, longer than sixteen letters"):
-        request = two.request(IMAGE, prompt, options=OPTIONS)
+        request = two.request(IMAGE, prompt, **OPTIONS)
         assert two.prompt_notes(request) == whole.prompt_notes(request)
 
 

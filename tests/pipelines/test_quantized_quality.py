@@ -13,12 +13,11 @@ from swifti2v.memory.placement import PlacedNetworks, store_weights, stored_narr
 from swifti2v.pipelines.acceleration import Acceleration, transformers_of
 from swifti2v.pipelines.fitting import MemoryLimits, dimensions_of, place, plan_for
 from swifti2v.pipelines.loading import load_parts
-from swifti2v.pipelines.options import GenerationOptions
 from swifti2v.pipelines.two_stage import TwoStagePipeline
 from swifti2v.wan.quantized_products import Quantization, quantization_of, use_quantized_products
 
 PHOTO = Path(__file__).parents[2] / "examples" / "lake-sherburne.jpg"
-OPTIONS = GenerationOptions(size=Size(320, 192), num_frames=17, seed=1)
+OPTIONS = {"size": Size(320, 192), "num_frames": 17, "seed": 1}
 CPU = torch.device("cpu")
 
 
@@ -29,7 +28,7 @@ def decibels(frames: torch.Tensor, others: torch.Tensor) -> float:
 
 def pipeline_and_image() -> tuple[TwoStagePipeline, PIL.Image.Image]:
     with PIL.Image.open(PHOTO) as photo:
-        image = photo.convert("RGB").resize(OPTIONS.size or (0, 0))
+        image = photo.convert("RGB").resize(OPTIONS["size"])
     return TwoStagePipeline(load_parts("mini", device=CPU)), image
 
 
@@ -43,7 +42,7 @@ def test_eight_and_four_bits_change_the_video_of_mini_a_little(way: str) -> None
     pipeline, image = pipeline_and_image()
 
     def frames() -> torch.Tensor:
-        return pipeline(image, "the camera pans left", options=OPTIONS).frames
+        return pipeline(image, "the camera pans left", **OPTIONS).frames
 
     exact = frames()
     for network, least in (

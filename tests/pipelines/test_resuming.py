@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -40,11 +39,11 @@ def test_a_stopped_run_continues_to_the_same_bytes(
     error: type[BaseException],
 ) -> None:
     with pytest.raises(error, match="stopped at"):
-        pipe(image, "pan left", options=OPTIONS, work_dir=tmp_path, on_progress=stop_at(phase, done, error))
+        pipe(image, "pan left", **OPTIONS, work_dir=tmp_path, on_progress=stop_at(phase, done, error))
     found = len(segments(tmp_path))  # the segment made ahead may be finished too
     assert found == kept == 0 if phase == "stage_one" else kept <= found <= kept + 1
     with stage_one_calls(pipe) as first, stage_two_calls(pipe) as second:
-        video = pipe(image, "pan left", options=OPTIONS, work_dir=tmp_path)
+        video = pipe(image, "pan left", **OPTIONS, work_dir=tmp_path)
     assert first.count == (2 if phase == "stage_one" else 0)  # two windows of one step
     assert second.count == 2 * (3 - found)
     assert torch.equal(video.frames, uninterrupted[0])
@@ -57,7 +56,7 @@ def test_a_finished_run_is_only_decoded(
     frames, files, folder = uninterrupted
     times = {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
     with stage_one_calls(pipe) as first, stage_two_calls(pipe) as second:
-        again = pipe(image, "pan left", options=replace(OPTIONS, fps=24.0), work_dir=folder)
+        again = pipe(image, "pan left", **{**OPTIONS, "fps": 24.0}, work_dir=folder)
     assert (first.count, second.count) == (0, 0)
     assert again.fps == 24
     assert torch.equal(again.frames, frames)
@@ -95,7 +94,7 @@ def test_another_image_is_refused(pipe: TwoStagePipeline, image: PIL.Image.Image
     other = image.copy()
     other.putpixel((48, 36), (255, 0, 0))
     with pytest.raises(WorkDirectoryError, match="another image;"):
-        pipe(other, "pan left", options=OPTIONS, work_dir=uninterrupted[2])
+        pipe(other, "pan left", **OPTIONS, work_dir=uninterrupted[2])
 
 
 def test_a_preview_is_continued(
@@ -132,7 +131,7 @@ def test_segments_of_exact_products_are_not_continued_by_rounded_ones(
         tiny_checkpoint, device="cpu", acceleration=Acceleration(quantization="int8")
     )
     with pytest.raises(WorkDirectoryError, match="another quantization"):
-        rounded(image, "pan left", options=OPTIONS, work_dir=folder)
+        rounded(image, "pan left", **OPTIONS, work_dir=folder)
     assert segments(folder) == uninterrupted[1]
 
 

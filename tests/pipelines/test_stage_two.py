@@ -15,10 +15,10 @@ from swifti2v.errors import InvalidInputError
 from swifti2v.geometry import Size
 from swifti2v.memory.placement import PlacedNetworks
 from swifti2v.pipelines import stage_two as stage_two_module
-from swifti2v.pipelines.options import GenerationSettings
 from swifti2v.pipelines.stage_two import StageTwo
 from swifti2v.sampling.schedules import shifted_sigmas
 from swifti2v.sampling.segmented import frame_noise
+from swifti2v.settings import GenerationSettings
 from swifti2v.wan.context_attention import ContextMemory
 from swifti2v.wan.transformer import StageTwoTransformer
 from swifti2v.wan.vae import open_codec

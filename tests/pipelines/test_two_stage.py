@@ -27,7 +27,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from swifti2v.pipelines.loading import Overlap
-    from swifti2v.pipelines.options import GenerationOptions
     from swifti2v.pipelines.runs import GenerationRequest, Progress
     from swifti2v.pipelines.stage_one import PromptEmbeds
 
@@ -136,12 +135,12 @@ def test_stock_network_training_free(tiny_checkpoint: Path, tmp_path: Path, imag
         index.replace('"./stage_two"', '"./stock", "refiner": "training-free", "sigma_start": 0.5')
     )
     pipe = TwoStagePipeline.from_pretrained(root, device="cpu")
-    video = pipe(image, "pan left", options=OPTIONS)
+    video = pipe(image, "pan left", **OPTIONS)
     assert video.frames.shape == (13, 64, 64, 3)
-    full_noise = pipe(image, "pan left", options=replace(OPTIONS, sigma_start=1.0))
+    full_noise = pipe(image, "pan left", **{**OPTIONS, "sigma_start": 1.0})
     assert not torch.equal(video.frames, full_noise.frames)
     with pytest.raises(InvalidInputError, match="use the refiner training-free"):
-        pipe.request(image, options=replace(OPTIONS, refiner="concat"))
+        pipe.request(image, **{**OPTIONS, "refiner": "concat"})
 
 
 def test_guidance_and_negative_prompt_change_the_video(
@@ -155,7 +154,7 @@ def test_guidance_and_negative_prompt_change_the_video(
 
 
 def test_video_is_saved(uninterrupted: Any, pipe: TwoStagePipeline, image: PIL.Image.Image, tmp_path: Path) -> None:
-    video = pipe(image, "pan left", options=OPTIONS, work_dir=uninterrupted[2])
+    video = pipe(image, "pan left", **OPTIONS, work_dir=uninterrupted[2])
     assert torch.equal(video.frames, uninterrupted[0])
     reader = VideoReader(video.save(tmp_path / "out.mp4"))
     assert reader.info.size == Size(64, 64)
@@ -191,11 +190,11 @@ def test_a_long_clip_is_taken_where_positions_do_not_grow_with_it(request_of: Ca
 
 def test_notes_say_what_was_done(pipe: TwoStagePipeline, image: PIL.Image.Image, tmp_path: Path) -> None:
     image.convert("CMYK").save(tmp_path / "print.jpg")
-    short = replace(OPTIONS, num_frames=1)
-    notes = pipe(tmp_path / "print.jpg", " ", options=short).notes
+    short = {**OPTIONS, "num_frames": 1}
+    notes = pipe(tmp_path / "print.jpg", " ", **short).notes
     assert any("CMYK" in note for note in notes)
     assert any("prompt is empty" in note for note in notes)
-    notes = pipe(image, "left " * 2000, options=short).notes
+    notes = pipe(image, "left " * 2000, **short).notes
     assert any("16 of its" in note for note in notes)
     assert not any("empty" in note for note in notes)
 
@@ -215,10 +214,10 @@ def test_a_picture_is_treated_as_its_file_is(pipe: TwoStagePipeline, image: PIL.
 
 
 def test_a_negative_prompt_without_guidance_is_said(pipe: TwoStagePipeline, image: PIL.Image.Image) -> None:
-    asked = replace(OPTIONS, negative_prompt="blurry")
-    assert any("negative prompt has no effect" in note for note in pipe.request(image, options=asked).notes)
-    guided = replace(asked, guidance_scale=2.0)
-    assert not any("negative prompt" in note for note in pipe.request(image, options=guided).notes)
+    asked = {**OPTIONS, "negative_prompt": "blurry"}
+    assert any("negative prompt has no effect" in note for note in pipe.request(image, **asked).notes)
+    guided = {**asked, "guidance_scale": 2.0}
+    assert not any("negative prompt" in note for note in pipe.request(image, **guided).notes)
 
 
 @pytest.mark.parametrize(
@@ -256,9 +255,9 @@ def test_a_negative_prompt_is_encoded_where_there_is_guidance_alone(
 
 
 def test_choices_may_be_named_in_the_call(pipe: TwoStagePipeline, image: PIL.Image.Image) -> None:
-    asked = replace(OPTIONS, num_frames=5, seed=8)
-    assert pipe.request(image, options=OPTIONS, num_frames=5, seed=8).settings == pipe.defaults.settled(asked)
-    assert len(pipe(image, "pan left", options=OPTIONS, num_frames=1).frames) == 1
+    asked = {**OPTIONS, "num_frames": 5, "seed": 8}
+    assert pipe.request(image, **asked).settings == pipe.defaults.settled(asked)
+    assert len(pipe(image, "pan left", **{**OPTIONS, "num_frames": 1}).frames) == 1
     with pytest.raises(InvalidInputError, match="did you mean guidance_scale"):
         pipe.request(image, guidance=2.0)
 
@@ -267,18 +266,18 @@ def test_choices_may_be_named_in_the_call(pipe: TwoStagePipeline, image: PIL.Ima
 
 
 def test_seeds(pipe: TwoStagePipeline, image: PIL.Image.Image, uninterrupted: Any) -> None:
-    short = replace(OPTIONS, num_frames=5, num_inference_steps=1)
+    short = {**OPTIONS, "num_frames": 5, "num_inference_steps": 1}
 
-    def make(options: GenerationOptions = short, seed: int | None = None) -> torch.Tensor:
+    def make(options: dict[str, Any] = short, seed: int | None = None) -> torch.Tensor:
         generator = None if seed is None else torch.Generator().manual_seed(seed)
-        return pipe(image, "pan left", options=options, generator=generator).frames
+        return pipe(image, "pan left", **options, generator=generator).frames
 
     drawn = make(seed=1)
     assert torch.equal(drawn, make(seed=1))
     assert not torch.equal(drawn, make(seed=2))
-    assert not torch.equal(make(), make(replace(short, seed=4)))
+    assert not torch.equal(make(), make({**short, "seed": 4}))
     generator = torch.Generator().manual_seed(1)
-    first, second = (pipe.request(image, options=short, generator=generator).settings.seed for _ in range(2))
+    first, second = (pipe.request(image, **short, generator=generator).settings.seed for _ in range(2))
     assert first != second
 
 

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING
 import torch
 
 from swifti2v.errors import GenerationCancelled
-from swifti2v.pipelines.options import GenerationOptions
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -16,9 +15,14 @@ if TYPE_CHECKING:
     from swifti2v.pipelines.runs import FinishedFrames, Progress
     from swifti2v.pipelines.two_stage import TwoStagePipeline
 
-OPTIONS = GenerationOptions(
-    num_frames=13, seed=3, stage_one_steps=1, num_inference_steps=2, segment_size=1, flow_scale=1.0
-)
+OPTIONS = {
+    "num_frames": 13,
+    "seed": 3,
+    "stage_one_steps": 1,
+    "num_inference_steps": 2,
+    "segment_size": 1,
+    "flow_scale": 1.0,
+}
 
 
 def segments(folder: Path) -> dict[str, bytes]:

@@ -13,11 +13,11 @@ from starlette.testclient import TestClient
 
 from swifti2v.geometry import Size
 from swifti2v.jobs.worker import Worker, WorkerOptions
-from swifti2v.pipelines.options import GenerationSettings
 from swifti2v.serving.application import create_app
 from swifti2v.serving.decoding import PictureDecoder
 from swifti2v.serving.keys import add_key
 from swifti2v.serving.settings import ServedModel, ServiceLimits, ServiceSettings
+from swifti2v.settings import GenerationSettings
 from tests.jobs.conftest import StepRunner
 
 if TYPE_CHECKING:

@@ -14,15 +14,13 @@ import pytest
 from openai.types import Video, VideoDeleteResponse
 from openai.types.model import Model
 
-from swifti2v.config import to_mapping
 from swifti2v.geometry import Size
 from swifti2v.jobs.state import Job, JobProgress, JobRequest, JobResult, JobState
-from swifti2v.pipelines import two_stage
-from swifti2v.pipelines.options import GenerationOptions
 from swifti2v.serving import schemas
 from swifti2v.serving.application import create_app
 from swifti2v.serving.events import event_stream
 from swifti2v.serving.settings import ServiceLimits
+from swifti2v.settings import plain_choices
 from tests.jobs.conftest import wait_for
 from tests.serving.conftest import MovieRunner, create, picture_bytes, problem, queue_of, work
 
@@ -33,10 +31,6 @@ if TYPE_CHECKING:
 
     from swifti2v.jobs.worker import Task
     from swifti2v.serving.settings import ServiceSettings
-
-
-def test_the_limit_of_the_prompt_is_the_pipelines() -> None:
-    assert schemas.MAX_PROMPT_CHARACTERS == two_stage.MAX_PROMPT_CHARACTERS
 
 
 def test_a_video_is_queued(client: TestClient) -> None:
@@ -54,7 +48,7 @@ def test_a_video_is_queued(client: TestClient) -> None:
     )
     job = queue_of(client).store.get(video.id)
     assert job.request.options["size"] == [96, 64]
-    assert job.request.options["num_inference_steps"] is None
+    assert "num_inference_steps" not in job.request.options
     with PIL.Image.open(queue_of(client).files.input(video.id)) as kept:
         assert kept.size == (16, 8)
     assert client.get(f"/v1/videos/{video.id}").json() == answer
@@ -118,12 +112,12 @@ def test_what_was_done_to_the_picture_is_said(client: TestClient) -> None:
         ({"num_frames": "9", "seconds": "1"}, "num_frames", "both"),
         ({"seconds": "nan"}, "seconds", "number"),
         ({"seconds": "1e9"}, "seconds", "number"),
-        ({"fps": "0"}, "fps", "must be from 1"),
+        ({"fps": "0"}, "fps", "it should be"),
         ({"seed": "-1"}, "seed", "whole number"),
-        ({"seed": "9999999999999999999"}, "seed", "must be from 0"),
-        ({"num_inference_steps": "0"}, "num_inference_steps", "must be from 1"),
+        ({"seed": "9999999999999999999"}, "seed", "it should be"),
+        ({"num_inference_steps": "0"}, "num_inference_steps", "it should be"),
         ({"quality": "best"}, "quality", "is no field"),
-        ({"stage_one_steps": "0"}, "stage_one_steps", "must be from 1"),
+        ({"stage_one_steps": "0"}, "stage_one_steps", "it should be"),
         ({"stage_one_flow_shift": "3"}, "stage_one_flow_shift", "no effect with few steps; ask for many"),
         ({"stage_one_guidance_scale_2": "3"}, "stage_one_guidance_scale_2", "set stage_one_guidance_scale above 1"),
     ],
@@ -156,7 +150,7 @@ def test_jobs_of_the_command_line_are_listed_too(client: TestClient) -> None:
     """What they leave open is the recommendation of their model, or of the first where theirs is not served."""
     queue = queue_of(client)
     for model in ("other", "elsewhere"):
-        request = JobRequest(model, "pan", to_mapping(GenerationOptions(seed=4)))
+        request = JobRequest(model, "pan", plain_choices({"seed": 4}))
         queue.submit(PIL.Image.new("RGB", (8, 4)), request)
     videos = client.get("/v1/videos", params={"order": "asc"}).json()["data"]
     shown = [(video["model"], video["size"], video["num_frames"], video["seed"]) for video in videos]

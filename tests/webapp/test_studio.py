@@ -58,8 +58,8 @@ def test_another_motion_differs_in_its_seed_only(studio: Studio, form: Form) -> 
         ({"size": "100x64"}, "multiple"),
         ({"num_frames": 10}, "10"),
         ({"num_frames": 9.5}, "frames is 9.5; write a whole number"),
-        ({"num_inference_steps": 0}, "it must be from 1"),
-        ({"seed": -1}, "it must be from 0"),
+        ({"num_inference_steps": 0}, "it should be"),
+        ({"seed": -1}, "it should be"),
     ],
 )
 def test_a_form_that_cannot_be_used_is_refused_in_one_line(

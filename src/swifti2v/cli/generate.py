@@ -23,7 +23,6 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from swifti2v.media.video_writer import VideoWriter
-    from swifti2v.pipelines.options import GenerationOptions
     from swifti2v.pipelines.runs import GenerationRequest, Progress
     from swifti2v.pipelines.two_stage import TwoStagePipeline
 
@@ -82,27 +81,25 @@ def generate(  # noqa: PLR0913 - typer makes an option of each parameter
     as_json: JsonOption = False,
 ) -> None:
     """Make a video from an image and a prompt."""
-    from swifti2v.pipelines.options import GenerationOptions
-
-    options = GenerationOptions(
-        size=Size.parse(size) if size is not None else None,
-        num_frames=frames,
-        fps=fps,
-        seed=seed,
-        refiner=refiner,
-        reference=reference,
-        flow_scale=flow_scale,
-        num_inference_steps=steps,
-        sigma_start=sigma_start,
-        guidance_scale=guidance,
-        segment_size=segment_size,
-        neighbors_before=neighbors_before,
-        neighbors_after=neighbors_after,
-        keep_context=keep_context or None,
-        positions=positions,
+    choices = {
+        "size": size,
+        "num_frames": frames,
+        "fps": fps,
+        "seed": seed,
+        "refiner": refiner,
+        "reference": reference,
+        "flow_scale": flow_scale,
+        "num_inference_steps": steps,
+        "sigma_start": sigma_start,
+        "guidance_scale": guidance,
+        "segment_size": segment_size,
+        "neighbors_before": neighbors_before,
+        "neighbors_after": neighbors_after,
+        "keep_context": keep_context or None,
+        "positions": positions,
         **stage_one.choices(),
-    )
-    job = _Job(image, prompt, output, options, work_dir, as_json)
+    }
+    job = _Job(image, prompt, output, choices, work_dir, as_json)
     if host_memory is not None and memory is None:
         msg = "--host-memory belongs to --memory; give both, --memory auto for instance"
         raise InvalidInputError(msg)
@@ -127,16 +124,14 @@ def preview(  # noqa: PLR0913 - typer makes an option of each parameter
     as_json: JsonOption = False,
 ) -> None:
     """Make the motion reference only (Stage I); `generate` with the same --work-dir continues from it."""
-    from swifti2v.pipelines.options import GenerationOptions
-
-    options = GenerationOptions(
-        size=Size.parse(size) if size is not None else None,
-        num_frames=frames,
-        fps=fps,
-        seed=seed,
+    choices = {
+        "size": size,
+        "num_frames": frames,
+        "fps": fps,
+        "seed": seed,
         **stage_one.choices(),
-    )
-    job = _Job(image, prompt, output, options, work_dir, as_json)
+    }
+    job = _Job(image, prompt, output, choices, work_dir, as_json)
     job.run(model, device=device, few_step=not stage_one.many_step, stage_one_only=True, speed=_Speed())
 
 
@@ -155,7 +150,7 @@ class _Job:
     image: Path
     prompt: str
     output: Path
-    options: GenerationOptions
+    choices: dict[str, Any]
     work_dir: Path | None
     as_json: bool
     processes: ProcessGroup = field(default_factory=ProcessGroup)
@@ -210,7 +205,7 @@ class _Job:
         map_large_blocks()
         pipeline = open_pipeline(
             model,
-            self.options,
+            self.choices,
             device=device or self.processes.device,
             few_step=few_step,
             memory=MemoryLimits.parse(*speed.memory) if speed.memory is not None else None,
@@ -225,7 +220,7 @@ class _Job:
     def _request(self, pipeline: TwoStagePipeline) -> GenerationRequest:
         from swifti2v.pipelines.acceleration import check_shared
 
-        request = pipeline.request(self.image, self.prompt, options=self.options)
+        request = pipeline.request(self.image, self.prompt, **self.choices)
         check_shared(pipeline.parts, request.settings, self.processes.count)
         return request
 
@@ -256,7 +251,7 @@ class _Job:
         from swifti2v.pipelines.run_store import RunStore
         from swifti2v.wan.quantized_products import check_quantized_device
 
-        settings_of(model, self.options, few_step=few_step)
+        settings_of(model, self.choices, few_step=few_step)
         quantization = speed.options.quantization
         if quantization != "none":
             check_quantized_device(quantization, open_device(device or self.processes.device))

@@ -16,7 +16,6 @@ import typer
 from swifti2v.cli.acceleration_options import AccelerationOptions, with_acceleration_options
 from swifti2v.cli.stage_one_options import StageOneSampling, with_stage_one_options
 from swifti2v.errors import InvalidInputError
-from swifti2v.geometry import Size
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterator
@@ -69,25 +68,24 @@ def submit(  # noqa: PLR0913 - typer makes an option of each parameter
     database: DatabaseOption = None,
 ) -> None:
     """Queue a video, and print the name of its job."""
-    from swifti2v.config import to_mapping
     from swifti2v.jobs.state import JobRequest
     from swifti2v.media.images import load_image
     from swifti2v.pipelines.loading import settings_of
-    from swifti2v.pipelines.options import GenerationOptions
+    from swifti2v.settings import plain_choices
 
-    options = GenerationOptions(
-        size=Size.parse(size) if size is not None else None,
-        num_frames=frames,
-        fps=fps,
-        seed=seed,
-        num_inference_steps=steps,
-        guidance_scale=guidance,
-        segment_size=segment_size,
+    choices = {
+        "size": size,
+        "num_frames": frames,
+        "fps": fps,
+        "seed": seed,
+        "num_inference_steps": steps,
+        "guidance_scale": guidance,
+        "segment_size": segment_size,
         **stage_one.choices(),
-    )
+    }
     loaded = load_image(image)
-    settings_of(model, options)  # what can be found wrong now should not be found by a worker
-    request = JobRequest(model, prompt, to_mapping(options), loaded.notes, preview=preview)
+    settings_of(model, choices)  # what can be found wrong now should not be found by a worker
+    request = JobRequest(model, prompt, plain_choices(choices), loaded.notes, preview=preview)
     typer.echo(_open(data, database).submit(loaded.image, request, max_attempts=max_attempts).id)
 
 
@@ -115,11 +113,10 @@ def batch(  # noqa: PLR0913 - as above
 
     queue = _open(data, database)  # says what to install, before the module below needs it
     from swifti2v.jobs.batch import Batch, pictures_in
-    from swifti2v.pipelines.options import GenerationOptions
 
-    options = GenerationOptions(size=Size.parse(size) if size is not None else None, num_frames=frames, seed=seed)
-    settings_of(model, options)
-    work = Batch(queue, output, model=model, options=options)
+    choices = {"size": size, "num_frames": frames, "seed": seed}
+    settings_of(model, choices)
+    work = Batch(queue, output, model=model, choices=choices)
     failures = work.run(pictures_in(folder, prompt=prompt), on_change=typer.echo)
     if failures:
         msg = f"{len(failures)} of the videos failed ({failures[0]}); see `swifti2v jobs show`, and run again"

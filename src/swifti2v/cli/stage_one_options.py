@@ -1,4 +1,4 @@
-"""How Stage I samples, as options of every command that asks for a video (`GenerationOptions`)."""
+"""How Stage I samples, as options of every command that asks for a video."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class StageOneSampling:
     ] = None
 
     def choices(self) -> dict[str, Any]:
-        """Return what was chosen, as keywords of `GenerationOptions`."""
+        """Return what was chosen, as fields of `GenerationSettings`."""
         return {
             "few_step": False if self.many_step else None,
             "stage_one_steps": self.stage_one_steps,

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -15,7 +15,6 @@ from swifti2v.geometry import Size
 if TYPE_CHECKING:
     from swifti2v.evaluation.vbench.generation import ClipRecord
     from swifti2v.evaluation.vbench.total import Totals
-    from swifti2v.pipelines.options import GenerationOptions
 
 SuiteArgument = Annotated[Path, typer.Argument(help="Folder that `prepare` made.")]
 CheckoutOption = Annotated[Path, typer.Option("--vbench", help="A git checkout of Vchitect/VBench.")]
@@ -156,16 +155,15 @@ def _print_totals(totals: Totals) -> None:
         typer.echo(f"{label:<24}{100 * value:7.2f}")
 
 
-def _options(path: Path | None, frames: int | None, fps: float | None) -> GenerationOptions:
-    from swifti2v.config import load_yaml
-    from swifti2v.pipelines.options import GenerationOptions
+def _options(path: Path | None, frames: int | None, fps: float | None) -> dict[str, Any]:
+    from swifti2v.config import read_yaml
+    from swifti2v.settings import checked_choices
 
-    options = GenerationOptions() if path is None else load_yaml(GenerationOptions, path)
-    if options.size is not None or options.seed is not None:
+    choices = checked_choices({} if path is None else read_yaml(path))
+    if choices.keys() & {"size", "seed"}:
         msg = f"{str(path)!r} sets size or seed; the suite decides the size, --seed the seeds of the clips"
         raise InvalidInputError(msg)
-    num_frames = options.num_frames if frames is None else frames
-    return replace(options, num_frames=num_frames, fps=options.fps if fps is None else fps)
+    return choices | checked_choices({"num_frames": frames, "fps": fps})
 
 
 def _tell(done: int, count: int, record: ClipRecord | None) -> None:

@@ -8,21 +8,20 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from swifti2v.config import to_mapping
 from swifti2v.errors import InvalidInputError, JobError, OutputError, QueueFullError
 from swifti2v.jobs.state import Job, JobRequest, JobState
 from swifti2v.media.images import load_image
+from swifti2v.settings import plain_choices
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from swifti2v.jobs.queue import JobQueue
-    from swifti2v.pipelines.options import GenerationOptions
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".avif", ".tif", ".tiff", ".bmp")
 
@@ -62,7 +61,7 @@ class Batch:
         queue: whose workers make them.
         output: folder of the videos, made if it is missing.
         model: checkpoint, by the name that the workers have.
-        options: of every video.
+        choices: fields of `GenerationSettings`, for every video.
         poll_seconds: pause between two looks at the jobs.
     """
 
@@ -72,13 +71,13 @@ class Batch:
         output: Path,
         *,
         model: str,
-        options: GenerationOptions,
+        choices: Mapping[str, Any],
         poll_seconds: float = 1.0,
     ) -> None:
         self._queue = queue
         self._output = output
         self._model = model
-        self._options = to_mapping(options)
+        self._options = plain_choices(choices)
         self._poll_seconds = poll_seconds
 
     def run(self, pictures: Iterable[BatchPicture], *, on_change: Callable[[str], object]) -> tuple[str, ...]:

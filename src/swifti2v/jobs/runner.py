@@ -7,15 +7,14 @@ import logging
 from contextlib import closing
 from typing import TYPE_CHECKING, Any, Literal, Self
 
-from swifti2v.config import from_mapping
 from swifti2v.errors import DeviceLostError, GenerationCancelled
 from swifti2v.geometry import Size
 from swifti2v.jobs.pictures import Spritesheet, save_thumbnail
 from swifti2v.jobs.state import ALL_STAGES, JobProgress, JobResult, JobStage
 from swifti2v.media.video_writer import VideoWriter
 from swifti2v.memory.device_errors import broken_devices
-from swifti2v.pipelines.options import GenerationOptions
 from swifti2v.pipelines.run_store import RunStore
+from swifti2v.settings import checked_choices
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterable
@@ -23,9 +22,9 @@ if TYPE_CHECKING:
     from swifti2v.jobs.files import AttemptFiles
     from swifti2v.jobs.worker import Task
     from swifti2v.pipelines.acceleration import Acceleration
-    from swifti2v.pipelines.options import GenerationSettings
     from swifti2v.pipelines.runs import FinishedFrames, GenerationRequest, OnProgress, Progress
     from swifti2v.pipelines.two_stage import TwoStagePipeline
+    from swifti2v.settings import GenerationSettings
 
 LOGGER = logging.getLogger(__name__)
 
@@ -105,7 +104,7 @@ class PipelineRunner:
     def _run(self, task: Task) -> JobResult | JobStage:
         asked, files = task.job.request, task.files
         pipeline = self.pipeline(asked.model)
-        request = pipeline.request(task.input, asked.prompt, options=from_mapping(GenerationOptions, asked.options))
+        request = pipeline.request(task.input, asked.prompt, **checked_choices(asked.options))
         settings = request.settings
         make, size = pipeline.stream, settings.size
         known = task.job.progress.percent

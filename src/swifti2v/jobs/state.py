@@ -73,7 +73,7 @@ class JobRequest:
     Args:
         model: name of a checkpoint, as workers announce theirs.
         prompt: what should move, and how.
-        options: fields of `GenerationOptions` as plain data (`swifti2v.config.to_mapping`); None leaves a choice open.
+        options: fields of `GenerationSettings` as plain data (`swifti2v.settings.plain_choices`); None leaves one open.
         notes: what was done to the picture when it was taken in ("rotated by its EXIF orientation").
         preview: stop after Stage I: the motion reference is the video that is made. `JobQueue.continue_preview` makes
             the whole video of it.

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import weakref
 from contextlib import contextmanager
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,7 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-    from torch import Tensor
+    from torch import Tensor, nn
 
 
 class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -52,6 +53,11 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def reset_peak(self) -> None:
         """Begin a new phase: the peak starts from what is alive now."""
         self.peak_bytes = self.current_bytes
+
+    def include(self, network: nn.Module) -> None:
+        """Count the tensors of a network too, which may be exchanged for others inside (`float8` storage is)."""
+        for tensor in chain(network.parameters(), network.buffers()):
+            self._count(tensor, set())
 
     def _count(self, tensor: Tensor, given: set[int]) -> None:
         storage = tensor.untyped_storage()
@@ -102,23 +108,52 @@ def fused_attention() -> Iterator[AttentionFlops]:
 
 
 class Account:
-    """What a stretch of work cost: `tflop` and `peak_bytes`, complete once its context has ended."""
+    """What a stretch of work costs; `tflop`, `attention_tflop`, `peak_bytes` and `kept_bytes` once it has ended.
 
-    def __init__(self) -> None:
-        self.tflop = 0.0
-        self.peak_bytes = 0
+    Args:
+        counter: PyTorch's, at work.
+        attention: FLOPs of attention that PyTorch does not see.
+        live: bytes that exist.
+        weight_bytes: those of the network that is included, which are left out of what this says.
+    """
+
+    def __init__(
+        self, counter: FlopCounterMode, attention: AttentionFlops, live: LiveBytes, *, weight_bytes: int
+    ) -> None:
+        self._counter, self._attention, self._live, self._weight_bytes = counter, attention, live, weight_bytes
+        self.tflop = self.attention_tflop = 0.0
+        self.peak_bytes = self.kept_bytes = 0
+
+    @property
+    def current_bytes(self) -> int:
+        """Bytes that exist now."""
+        return self._live.current_bytes - self._weight_bytes
+
+    def tflop_so_far(self) -> float:
+        """TFLOP until now."""
+        return (self._counter.get_total_flops() + self._attention.flop) / 1e12
+
+    def close(self) -> None:
+        """Take the sums."""
+        self.tflop, self.attention_tflop = self.tflop_so_far(), self._attention.flop / 1e12
+        self.peak_bytes, self.kept_bytes = self._live.peak_bytes - self._weight_bytes, self.current_bytes
 
 
 @contextmanager
-def accounted() -> Iterator[Account]:
-    """Count the FLOPs and the peak of live bytes of the work inside, which should run on the meta device."""
-    account = Account()
+def accounted(network: nn.Module | None = None) -> Iterator[Account]:
+    """Count the FLOPs and the peak of live bytes of the work inside, which should run on the meta device.
+
+    Args:
+        network: whose weights are counted as they change, and left out of the result.
+    """
     products = {torch.ops.aten._int_mm: _int8_product_flop}
     counting = FlopCounterMode(display=False, custom_mapping=products)
     with fused_attention() as attention, counting as counter, LiveBytes() as live:
+        if network is not None:
+            live.include(network)
+        account = Account(counter, attention, live, weight_bytes=live.current_bytes)
         yield account
-    account.tflop = (counter.get_total_flops() + attention.flop) / 1e12
-    account.peak_bytes = live.peak_bytes
+        account.close()
 
 
 def _int8_product_flop(one_shape: Sequence[int], other_shape: Sequence[int], *_: Any, **__: Any) -> int:

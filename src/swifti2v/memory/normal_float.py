@@ -95,7 +95,8 @@ def pack(weight: Tensor) -> tuple[Tensor, Tensor]:
     """Return a weight of any shape in NF4: pairs of codes ``[ceil(n / 64) * 32]`` in int8, scales in bfloat16."""
     flat = weight.flatten()
     flat = nn.functional.pad(flat, (0, -len(flat) % BLOCK_SIZE))
-    parts = torch.split(flat.view(-1, BLOCK_SIZE), BLOCKS_AT_ONCE)
+    blocks = flat.view(-1, BLOCK_SIZE)
+    parts = [blocks] if weight.is_meta else torch.split(blocks, BLOCKS_AT_ONCE)
     codes, scales = zip(*map(_rounded, parts), strict=True)
     return torch.cat(codes), torch.cat(scales)
 

@@ -10,7 +10,7 @@ from collections import deque
 from contextlib import suppress
 from functools import partial
 from itertools import chain
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
@@ -21,7 +21,7 @@ from torch import nn
 
 from swifti2v.errors import MemoryBudgetError
 from swifti2v.memory.normal_float import NormalFloatLinear, pack_blocks
-from swifti2v.memory.plan import STORED_DTYPES
+from swifti2v.memory.networks import STORAGES, Storage
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -29,13 +29,12 @@ if TYPE_CHECKING:
     from torch import Tensor
     from torch.utils.hooks import RemovableHandle
 
-    from swifti2v.memory.budget import WeightDtype
-    from swifti2v.memory.ways import Placement
 
 GROUP_HOOKS = ("group_offloading", "layer_execution_tracker", "lazy_prefetch_group_offloading")
 """Names under which diffusers keeps its hooks (``diffusers.hooks.group_offloading``)."""
 
-
+Placement = Literal["resident", "loaded", "streamed"]
+"""Where weights stand: all of the run's on the device, those of a phase, or a few blocks at a time."""
 BLOCKS_AHEAD = 2
 """The block whose weights come meanwhile, and the one that is started; the one before them may be at work."""
 
@@ -112,7 +111,7 @@ class PlacedNetworks:
 
         Args:
             network: on any device; its weights are not copied but moved.
-            placement: see `swifti2v.memory.ways.Way`.
+            placement: see there.
             group: networks of one group are on the device together; when one of them is called, loaded networks of
                 other groups leave.
             by_leaf: stream layer by layer instead of block by block, for networks whose blocks diffusers cannot see.
@@ -183,7 +182,7 @@ def remove_group_offloading(network: nn.Module) -> None:
     network.to("cpu")
 
 
-def store_weights(network: nn.Module, dtype: WeightDtype, *, compute_dtype: torch.dtype) -> None:
+def store_weights(network: nn.Module, dtype: Storage, *, compute_dtype: torch.dtype) -> None:
     """Store the large weights of a transformer or text encoder as `dtype`, and compute in `compute_dtype` as before.
 
     What is not exact any more stays so: weights cannot be taken back to a wider dtype. To be called before `place`.
@@ -213,12 +212,12 @@ def store_weights(network: nn.Module, dtype: WeightDtype, *, compute_dtype: torc
             apply_layerwise_casting(network, NARROW, compute_dtype, skip_modules_pattern=TEXT_ENCODER_EXACT)
 
 
-def storable_dtypes(dtype: torch.dtype) -> tuple[WeightDtype, ...]:
+def storages_of(dtype: torch.dtype) -> tuple[Storage, ...]:
     """Return how the weights of networks that work in `dtype` can be stored, the most exact first: as they are."""
-    return ("float32" if dtype == torch.float32 else "bfloat16", *STORED_DTYPES[1:])
+    return ("float32" if dtype == torch.float32 else "bfloat16", *STORAGES[1:])
 
 
-def stored_narrow(network: nn.Module) -> WeightDtype | None:
+def stored_narrow(network: nn.Module) -> Storage | None:
     """Return how a network holds its large weights, where they are narrower than the work is.
 
     Either `store_weights` has stored them, or they are the buffers of layers with float8 or int8 products.

@@ -1,8 +1,7 @@
-"""From a memory budget to a plan: where each phase's weights stand, how they are stored, how frames are cut.
+"""From limits of memory to a plan: where the weights of each phase stand, how they are stored, how frames are cut.
 
-Every phase has a list of ways to run that does not depend on the budget; the plan takes the fastest that fits. So more
-memory is never slower, and nothing in a plan grows with the length of the clip. Arithmetic only; seconds are
-predictions: counts over assumed rates (`devices.py`), transfers that cannot hide under work added.
+Every phase can run in several ways that do not depend on the limits (`ways.py`); a plan takes the fastest that fit. So
+more memory is never slower, and nothing in a plan grows with the length of the clip.
 """
 
 from __future__ import annotations
@@ -13,21 +12,20 @@ from typing import TYPE_CHECKING
 
 from swifti2v.errors import MemoryBudgetError
 from swifti2v.memory.amounts import GIB, format_bytes
-from swifti2v.memory.ways import phase_ways, resident_ways
+from swifti2v.memory.networks import STORAGES
+from swifti2v.memory.ways import RunCosts, stored_bytes
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
-    from swifti2v.memory.budget import PipelineDimensions, WeightDtype
     from swifti2v.memory.devices import DeviceRates
+    from swifti2v.memory.networks import PipelineNetworks, Storage
     from swifti2v.memory.run_settings import RunSettings
-    from swifti2v.memory.ways import CodecWay, Placement, Way
+    from swifti2v.memory.placement import Placement
+    from swifti2v.memory.ways import CodecWay, PhaseName, Task, Way
 
 CONTEXT_BYTES = int(0.8 * GIB)
 """Held by the driver and its libraries on every card."""
-
-STORED_DTYPES: tuple[WeightDtype, ...] = ("bfloat16", "float8", "nf4")
-"""How weights can be stored without another package, the most exact first."""
 
 
 @dataclass(frozen=True)
@@ -36,23 +34,29 @@ class MemoryPlan:
 
     Args:
         budget_bytes: of the device; None: no limit.
-        weight_dtype: how transformers and text encoder are stored.
-        ways: one a phase, in order.
-        host_bytes: of weights and parked features in host memory.
-        given_up: what less memory costs, a sentence each.
+        storage: of the weights of the text encoder, and of transformers that are not quantized.
+        ways: one for each phase, in order.
+        tasks: of these phases: what is done, whatever the limits.
+        task_seconds: predicted for each task, with its weights on the device and the codec untiled.
+        weight_bytes: of all weights that are held.
+        host_bytes: of weights and offloaded features in host memory.
+        given_up: what less memory costs, one sentence each.
         overlaps_decode: there is room to decode a segment while the next one is denoised.
     """
 
     budget_bytes: int | None
-    weight_dtype: WeightDtype
+    storage: Storage
     ways: tuple[Way, ...]
+    tasks: tuple[Task, ...]
+    task_seconds: tuple[float, ...]
+    weight_bytes: int
     host_bytes: int
     given_up: tuple[str, ...] = ()
     overlaps_decode: bool = False
 
     @property
     def peak_bytes(self) -> int:
-        """Device memory of the hungriest phase, the context of the driver included."""
+        """Device memory of the phase that needs most, with what the driver holds."""
         overlap = self.overlaps_decode
         return CONTEXT_BYTES + max(way.peak_bytes + (way.overlap_bytes if overlap else 0) for way in self.ways)
 
@@ -66,107 +70,73 @@ class MemoryPlan:
         """How Stage II's codec runs."""
         return next(way.codec for way in self.ways if way.codec is not None)
 
-    def placement_of(self, phase: str) -> Placement:
+    def placement_of(self, phase: PhaseName) -> Placement:
         """Return where the weights of a phase stand."""
         return next(way.placement for way in self.ways if way.phase == phase)
 
 
 def plan_memory(
-    dimensions: PipelineDimensions,
+    networks: PipelineNetworks,
     settings: RunSettings,
     rates: DeviceRates,
     *,
     budget_bytes: int | None,
     host_bytes: int | None = None,
-    dtypes: Sequence[WeightDtype] = STORED_DTYPES,
+    storages: Sequence[Storage] = STORAGES,
 ) -> MemoryPlan:
     """Choose the fastest plan that fits.
 
     Args:
-        dimensions: the networks.
-        settings: the run.
+        networks: of the pipeline.
+        settings: of the run.
         rates: of the device.
         budget_bytes: device memory that the run may take, None for no limit.
-        host_bytes: host memory for weights and parked features, None for no limit.
-        dtypes: how weights may be stored, the most exact first. The first with which there is a plan is taken, however
-            much faster the next would be. It is host memory that decides, as a rule: on the device weights can be
-            streamed at any precision.
+        host_bytes: host memory for weights and offloaded features, None for no limit.
+        storages: how weights may be stored, the most exact first. The first with which there is a plan is taken,
+            however much faster the next would be. As a rule host memory decides: on the device, weights of any storage
+            can be streamed.
 
     Raises:
         MemoryBudgetError: nothing fits; the message says what would.
-        InvalidInputError: size, length or a count of `settings` cannot be used.
+        InvalidInputError: size or length cannot be used, or the card cannot multiply so.
     """
     refusals: list[MemoryBudgetError] = []
-    for dtype in dtypes:
+    for storage in storages:
         try:
-            plan = _plan_stored(dimensions, settings, rates, dtype, budget_bytes=budget_bytes, host_bytes=host_bytes)
+            plan = _plan_stored(RunCosts(networks, settings, storage), rates, budget_bytes, host_bytes)
         except MemoryBudgetError as refusal:
             refusals.append(refusal)
             continue
         if refusals:
-            note = f"weights are stored in {dtype}: in {dtypes[0]} no plan fits ({refusals[0]})"
+            note = f"weights are stored in {storage}: in {storages[0]} no plan fits ({refusals[0]})"
             plan = replace(plan, given_up=(note, *plan.given_up))
         return plan
     raise refusals[-1]
 
 
 def plan_stages(
-    dimensions: PipelineDimensions,
+    networks: PipelineNetworks,
     settings: RunSettings,
     rates: DeviceRates,
     *,
     budget_bytes: int | None,
     host_bytes: int | None = None,
-    dtypes: Sequence[WeightDtype] = STORED_DTYPES,
+    storages: Sequence[Storage] = STORAGES,
 ) -> tuple[MemoryPlan, ...]:
     """Choose a plan for both stages, or one for each where the host has room for one stage at a time only.
 
-    For one video that loses nothing, since every network is read once in either way, and weights stay as they are, or
-    nearer to it: a stage alone is never stored narrower than beside the other. Arguments, errors: as in `plan_memory`.
+    For one video nothing is lost by that: every network is read once either way, and a stage alone is never stored
+    narrower than beside the other. Arguments and errors are those of `plan_memory`.
     """
     choose = partial(plan_memory, settings=settings, rates=rates, budget_bytes=budget_bytes, host_bytes=host_bytes)
-    if host_bytes is None or len(dimensions.stages) < 2:
-        return (choose(dimensions, dtypes=dtypes),)
+    if host_bytes is None or len(networks.stages) < 2:
+        return (choose(networks, storages=storages),)
     try:
-        return (choose(dimensions, dtypes=dtypes[:1]),)
+        return (choose(networks, storages=storages[:1]),)
     except MemoryBudgetError as refusal:
-        first, *others = (choose(replace(dimensions, stages=(stage,)), dtypes=dtypes) for stage in dimensions.stages)
+        first, *others = (choose(replace(networks, stages=(stage,)), storages=storages) for stage in networks.stages)
         note = f"the stages are loaded one after the other: for both at once {refusal}"
         return (replace(first, given_up=(note, *first.given_up)), *others)
-
-
-def _plan_stored(
-    dimensions: PipelineDimensions,
-    settings: RunSettings,
-    rates: DeviceRates,
-    dtype: WeightDtype,
-    *,
-    budget_bytes: int | None,
-    host_bytes: int | None,
-) -> MemoryPlan:
-    weights = dimensions.stored_bytes(dtype)
-    if host_bytes is not None and weights > host_bytes:
-        needed = format_bytes(weights, rounds_up=True)
-        msg = (
-            f"the weights take {needed} of host memory in {dtype}, and {format_bytes(host_bytes)} are allowed; "
-            f"allow {needed}"
-        )
-        raise MemoryBudgetError(msg)
-    spare = None if host_bytes is None else host_bytes - weights
-    candidates = phase_ways(dimensions, settings, rates, dtype)
-    allowed = [[way for way in ways if spare is None or way.parked_bytes <= spare] for ways in candidates]
-    usable = None if budget_bytes is None else budget_bytes - CONTEXT_BYTES
-    chosen = [_fastest([way for way in ways if usable is None or way.peak_bytes <= usable]) for ways in allowed]
-    if any(way is None for way in chosen):
-        raise _refusal(budget_bytes, host_bytes, weights, candidates, allowed)
-    ways = tuple(way for way in chosen if way is not None)
-    resident = resident_ways(dimensions, settings, rates, dtype)
-    if usable is None or max(way.peak_bytes for way in resident) <= usable:
-        ways = min(ways, resident, key=lambda group: sum(way.seconds for way in group))
-    parked = max(way.parked_bytes for way in ways)
-    plan = MemoryPlan(budget_bytes, dtype, ways, weights + parked, _given_up(ways, resident))
-    beside = replace(plan, overlaps_decode=True)
-    return beside if budget_bytes is None or beside.peak_bytes <= budget_bytes else plan
 
 
 def tighter_budget(plan: MemoryPlan) -> int:
@@ -174,33 +144,75 @@ def tighter_budget(plan: MemoryPlan) -> int:
     return plan.peak_bytes * 7 // 8
 
 
-def _fastest(ways: Sequence[Way]) -> Way | None:
-    # Of equally fast ones the one that needs less.
-    return min(ways, key=lambda way: (way.seconds, way.peak_bytes), default=None)
+def _plan_stored(
+    costs: RunCosts, rates: DeviceRates, budget_bytes: int | None, host_bytes: int | None
+) -> MemoryPlan:
+    weights, usable = stored_bytes(costs.networks, costs.storage), None if budget_bytes is None else budget_bytes - CONTEXT_BYTES
+    if host_bytes is not None and weights > host_bytes:
+        needed = format_bytes(weights, rounds_up=True)
+        msg = (
+            f"the weights take {needed} of host memory in {costs.storage}, and {format_bytes(host_bytes)} are allowed; "
+            f"allow {needed}"
+        )
+        raise MemoryBudgetError(msg, param="host_memory", value=needed)
+    spare = None if host_bytes is None else host_bytes - weights
+
+    def fits_host(way: Way) -> bool:
+        return spare is None or way.offloaded_bytes <= spare
+
+    def fits_device(way: Way) -> bool:
+        return usable is None or way.peak_bytes <= usable
+
+    # The fastest come first, and what others take is not measured.
+    found = [next((way for way in ways if fits_host(way) and fits_device(way)), None) for ways in costs.ways(rates, most_bytes=usable)]
+    ways = tuple(way for way in found if way is not None)
+    if len(ways) < len(found):
+        raise _refusal(costs, rates, budget_bytes, host_bytes, fits_host, fits_device)
+    resident = costs.resident_ways(rates)
+    if all(map(fits_device, resident)):
+        ways = min(ways, resident, key=lambda group: sum(way.seconds for way in group))
+    of_stages = {"stage_one": ("text encoding", "stage one"), "stage_two": ("reference encode", "stage two", "decode")}
+    tasks = tuple(costs.tasks[name] for stage in costs.networks.stages for name in of_stages[stage])
+    plan = MemoryPlan(
+        budget_bytes=budget_bytes,
+        storage=costs.storage,
+        ways=ways,
+        tasks=tasks,
+        task_seconds=tuple(costs.seconds(task, rates) for task in tasks),
+        weight_bytes=weights,
+        host_bytes=weights + max(way.offloaded_bytes for way in ways),
+        given_up=_given_up(ways, resident),
+    )
+    beside = replace(plan, overlaps_decode=True)
+    return beside if budget_bytes is None or beside.peak_bytes <= budget_bytes else plan
 
 
 def _refusal(
+    costs: RunCosts,
+    rates: DeviceRates,
     budget_bytes: int | None,
     host_bytes: int | None,
-    weights: int,
-    candidates: Sequence[Sequence[Way]],
-    allowed: Sequence[Sequence[Way]],
+    fits_host: Callable[[Way], bool],
+    fits_device: Callable[[Way], bool],
 ) -> MemoryBudgetError:
     """Return the error that names the budget that the hungriest phase needs, and the host memory that would do."""
-    usable = None if budget_bytes is None else budget_bytes - CONTEXT_BYTES
+    candidates = [tuple(ways) for ways in costs.ways(rates)]
+    allowed = [[way for way in ways if fits_host(way)] for ways in candidates]
     offers = []
     if all(allowed):
         least = {ways[0].phase: min(way.peak_bytes for way in ways) for ways in allowed}
         phase = max(least, key=lambda name: least[name])
         offers.append(f"{phase} needs {format_bytes(least[phase] + CONTEXT_BYTES, rounds_up=True)} at the least")
-    fitting = [[way for way in ways if usable is None or way.peak_bytes <= usable] for ways in candidates]
+    fitting = [[way for way in ways if fits_device(way)] for ways in candidates]
     if host_bytes is not None and all(fitting):
-        parked = max(min(way.parked_bytes for way in ways) for ways in fitting)
-        offers.append(f"{format_bytes(weights + parked, rounds_up=True)} of host memory would do")
+        offloaded = max(min(way.offloaded_bytes for way in ways) for ways in fitting)
+        offers.append(f"{format_bytes(stored_bytes(costs.networks, costs.storage) + offloaded, rounds_up=True)} of host memory would do")
     budget = "the device" if budget_bytes is None else format_bytes(budget_bytes)
     host = "" if host_bytes is None else f" with {format_bytes(host_bytes)} of host memory"
     return MemoryBudgetError(
-        f"no plan fits into {budget}{host}: {', or '.join(offers)}; allow that, or choose a smaller size or segment"
+        f"no plan fits into {budget}{host}: {', or '.join(offers)}; allow that, or choose a smaller size or segment",
+        param="memory",
+        value=budget,
     )
 
 

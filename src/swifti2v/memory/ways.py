@@ -1,43 +1,50 @@
-"""The ways in which each phase of a run can be had, with their bytes and predicted seconds. Arithmetic only.
+"""The ways in which each phase of a run can be had, with their bytes and predicted seconds.
 
 Phases follow each other and give the device back, except the last: encoding, Stage II and decoding take turns for every
-segment, so that their weights and their features are there together.
+segment, so their weights and features are on the device together. Costs are measured (`costs.py`); seconds are these
+costs over assumed rates (`devices.py`), plus the transfers that no work hides.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
-from swifti2v.geometry import CodecGeometry, Size
-from swifti2v.memory.budget import (
-    guided_passes,
-    plan_run,
-    refinement_cost,
-    stored_bytes,
-    unpacking_bytes,
-    weight_bytes,
-)
-from swifti2v.memory.codec_cost import WanCodecDimensions
-from swifti2v.memory.lean_cost import lean_decode_bytes, lean_encode_bytes
-from swifti2v.segments import plan_windows
+from swifti2v.geometry import Size
+from swifti2v.memory.costs import Clip, Decoding, Encoding, Forward, Weights, Work
+from swifti2v.memory.table import measured
+from swifti2v.segments import plan_segments, plan_windows
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from swifti2v.memory.budget import PhaseCost, PipelineDimensions, Products, WeightDtype
+    from swifti2v.memory.costs import ClipCost, ForwardCost, StreamCost, WeightCost
     from swifti2v.memory.devices import DeviceRates
+    from swifti2v.memory.networks import Network, PipelineNetworks, Storage
+    from swifti2v.memory.placement import Placement
     from swifti2v.memory.run_settings import RunSettings
-    from swifti2v.memory.transformer_cost import ForwardCost, TransformerDimensions
+    from swifti2v.segments import Segment
 
 OVERLAP_PIXELS = 128
 GRIDS = ((1, 1), (2, 1), (2, 2), (3, 2), (3, 3), (4, 4), (6, 6))
 """Columns and rows of codec tiles that are tried."""
 BLOCKS_IN_FLIGHT = 3
-"""Blocks of a streamed network on the device: one at work, the next, and one on its way (`placement.Pace`)."""
+"""Blocks of a streamed transformer on the device: one at work, the next, and one on its way (`placement.Pace`)."""
+TEXT_BLOCKS_IN_FLIGHT = 2
+"""Of a text encoder, which streams layer by layer: no more than there are in two blocks."""
 
-Placement = Literal["resident", "loaded", "streamed"]
-"""Where weights stand: all of the run's on the device, those of a phase, or two blocks at a time."""
+PhaseName = Literal["text encoding", "stage one", "refinement"]
+
+
+class Task(NamedTuple):
+    """A part of a run: tokens of its largest forward pass and number of passes (0 for a codec), and its work."""
+
+    name: str
+    num_tokens: int
+    num_forwards: int
+    work: Work
 
 
 @dataclass(frozen=True)
@@ -47,19 +54,17 @@ class CodecWay:
     Args:
         columns, rows: of tiles.
         tile: its size in pixels; that of the frame where there is one tile.
-        frames_per_step: frames at full resolution that pass together.
-        parks_features: caches lie in host memory while another tile or the transformer is at work.
+        offloads_features: caches lie in host memory while another tile or the transformer is at work.
     """
 
     columns: int
     rows: int
     tile: Size
-    frames_per_step: int
-    parks_features: bool
+    offloads_features: bool
 
     def __str__(self) -> str:
-        tiles = "untiled" if self.columns * self.rows == 1 else f"{self.columns}x{self.rows} tiles"
-        return f"codec {tiles}, {self.frames_per_step} frames a step{', features parked' * self.parks_features}"
+        tiles = "untiled" if self.columns * self.rows == 1 else f"in {self.columns}x{self.rows} tiles"
+        return f"codec {tiles}{', features offloaded' * self.offloads_features}"
 
 
 @dataclass(frozen=True)
@@ -67,24 +72,25 @@ class Way:
     """One way to run one phase.
 
     Args:
-        phase: `text encoding`, `stage one`, `refinement` (encode, Stage II, decode).
-        placement: see there; `loaded`: each network once.
+        phase: `refinement` is encoding, Stage II and decoding.
+        placement: `loaded`: each network once.
         weight_bytes: on the device.
         working_bytes: beyond the weights, at the peak.
         transfer_bytes: between host and device.
         seconds: predicted.
-        parked_bytes: of features in host memory.
+        codec: how Stage II's codec runs.
+        offloaded_bytes: of features in host memory.
         overlap_bytes: beyond `working_bytes`, where decoding runs beside the denoising of the next segment.
     """
 
-    phase: str
+    phase: PhaseName
     placement: Placement
     weight_bytes: int
     working_bytes: int
     transfer_bytes: int
     seconds: float
     codec: CodecWay | None = None
-    parked_bytes: int = 0
+    offloaded_bytes: int = 0
     overlap_bytes: int = 0
 
     @property
@@ -99,225 +105,347 @@ class Way:
         return words[self.placement] + (f", {self.codec}" if self.codec is not None else "")
 
 
-class _CodecNeeds(NamedTuple):
+class _Coding(NamedTuple):
     """A way to run the codec, and what it takes.
 
     Args:
         way: the way.
-        working_bytes: on the device, at the peak of coding.
-        idle_bytes: on the device while the transformer is at work.
-        parked_bytes: in host memory.
+        share: pixels of all tiles over those of the frame.
+        idle_bytes: of features on the device while the transformer works.
+        offloaded_bytes: of features in host memory.
         transfer_bytes: between host and device.
         seconds: predicted, of all coding in the run.
     """
 
     way: CodecWay
-    working_bytes: int
+    share: float
     idle_bytes: int
-    parked_bytes: int
+    offloaded_bytes: int
     transfer_bytes: int
     seconds: float
 
 
-def phase_ways(
-    dimensions: PipelineDimensions, settings: RunSettings, rates: DeviceRates, dtype: WeightDtype
-) -> tuple[tuple[Way, ...], ...]:
-    """Return the ways of each phase of the stages held while the networks of the others are off the device."""
-    phases = {phase.name: phase for phase in plan_run(dimensions, settings, weight_dtype=dtype).phases}
-    narrow = dimensions.transformer_dtype(dtype)
-    found = []
-    if "stage_one" in dimensions.stages:
-        found.append(tuple(_text_ways(dimensions, phases["text encoding"], rates, dtype)))
-        found.append(tuple(_stage_one_ways(dimensions, settings, phases["stage one"], rates, narrow)))
-    if "stage_two" in dimensions.stages:
-        found.append(tuple(_refinement_ways(dimensions, settings, phases, rates, narrow)))
-    return tuple(found)
+def weights_of(networks: PipelineNetworks, storage: Storage) -> dict[str, WeightCost]:
+    """Return the weights of each network of the stages that are held, as `placement.store_weights` stores them."""
+    dtype = networks.compute_dtype
+
+    def of_transformer(network: Network) -> Weights:
+        return Weights(network, dtype, _transformer_storage(networks, storage), networks.quantization)
+
+    asked: dict[str, Weights] = {}
+    if "stage_one" in networks.stages:
+        asked["text encoder"] = Weights(networks.text_encoder, dtype, storage)
+        asked |= {f"expert {number}": of_transformer(networks.stage_one) for number in range(networks.num_experts)}
+        asked["codec of stage one"] = Weights(networks.stage_one_codec, "float32")
+    if "stage_two" in networks.stages:
+        asked["stage two"] = of_transformer(networks.stage_two)
+        asked["codec"] = Weights(networks.stage_two_codec, dtype)
+        if networks.light_decoder is not None:
+            asked["light decoder"] = Weights(networks.light_decoder, dtype)
+    return {name: measured(question) for name, question in asked.items()}
 
 
-def resident_ways(
-    dimensions: PipelineDimensions, settings: RunSettings, rates: DeviceRates, dtype: WeightDtype
-) -> tuple[Way, ...]:
-    """Return the way of each phase with all weights on the device throughout, and nothing cut or parked."""
-    weights = dimensions.stored_bytes(dtype)
-    loaded = [
-        min((way for way in ways if way.placement == "loaded"), key=lambda way: way.seconds)
-        for ways in phase_ways(dimensions, settings, replace(rates, host_bytes_per_second=float("inf")), dtype)
-    ]
-    return tuple(replace(way, placement="resident", weight_bytes=weights, transfer_bytes=0) for way in loaded)
+def stored_bytes(networks: PipelineNetworks, storage: Storage) -> int:
+    """Return the bytes of all weights of the stages that are held."""
+    return sum(cost.num_bytes for cost in weights_of(networks, storage).values())
 
 
-def _text_ways(
-    dimensions: PipelineDimensions, phase: PhaseCost, rates: DeviceRates, dtype: WeightDtype
-) -> Iterator[Way]:
-    encoder = dimensions.text_encoder
-    weights = stored_bytes(encoder, dtype)
-    seconds = phase.tflop / rates.matmul_tflop_per_second + weights / rates.host_bytes_per_second
-    table = weight_bytes(encoder.vocab_size * encoder.d_model, "bfloat16" if dtype != "float32" else dtype)
-    block = (weights - table) // encoder.num_layers
-    working = phase.activation_bytes + unpacking_bytes(encoder, dtype)
-    flight = table + 2 * block  # by layer, of which there are no more than in two blocks
-    placements: tuple[tuple[Placement, int], ...] = (("loaded", weights), ("streamed", flight))
-    for placement, held in placements:
-        yield Way(
-            phase.name,
-            placement,
-            weight_bytes=held,
-            working_bytes=working,
-            transfer_bytes=weights,
-            seconds=seconds,
+def _transformer_storage(networks: PipelineNetworks, storage: Storage) -> Storage:
+    """Quantized layers hold one byte per weight, however the other weights are stored."""
+    return storage if networks.quantization == "none" else networks.compute_dtype
+
+
+@dataclass(frozen=True)
+class RunCosts:
+    """What a run costs, with its weights stored in one way.
+
+    Args:
+        networks: of the pipeline.
+        settings: of the run.
+        storage: of the weights, but for transformers that are quantized.
+
+    Raises:
+        InvalidInputError: from the first use on, if size or length cannot be used.
+    """
+
+    networks: PipelineNetworks
+    settings: RunSettings
+    storage: Storage
+
+    @cached_property
+    def weights(self) -> dict[str, WeightCost]:
+        """Weights of each network of the stages that are held."""
+        return weights_of(self.networks, self.storage)
+
+    @cached_property
+    def tasks(self) -> dict[str, Task]:
+        """Text encoding, stage one, reference encode, stage two and decode."""
+        passes = [self._passes(segment) for segment in self._segments]
+        largest = max((len(segment.window) for segment in self._segments), default=0)
+        frames = self.networks.stage_two_geometry.latent_frames(self.settings.num_frames)
+        encode, decode = self._streams(self.settings.size)
+        steps = self.settings.stage_one_steps * _texts(self.settings.stage_one_guidance_scale)
+        one, clips = self._stage_one_forwards, self._stage_one_clips
+        tasks = (
+            Task("text encoding", self.networks.text_tokens, self._num_texts, self._text.work.times(self._num_texts)),
+            Task(
+                "stage one",
+                max(self._stage_one_tokens),
+                steps * len(one),
+                sum((cost.work.times(steps) for cost in one), Work()) + Work(codec=sum(clip.tflop for clip in clips)),
+            ),
+            Task("reference encode", 0, 0, encode.work(frames)),
+            Task(
+                "stage two",
+                largest * self.networks.stage_two_geometry.tokens_per_frame(self.settings.size),
+                sum(count for each in passes for _, count in each),
+                sum((cost.work.times(count) for each in passes for cost, count in each), Work()),
+            ),
+            Task("decode", 0, 0, decode.work(frames)),
+        )
+        return {task.name: task for task in tasks}
+
+    def ways(self, rates: DeviceRates, *, most_bytes: int | None = None) -> tuple[Iterator[Way], ...]:
+        """Yield the ways of each phase of the stages that are held, the fastest first, none of them `resident`.
+
+        Args:
+            rates: of the device.
+            most_bytes: some ways that need more are left out, and not measured for that.
+        """
+        phases: tuple[Iterator[Way], ...] = ()
+        if "stage_one" in self.networks.stages:
+            phases += (_by_seconds(self._text_ways(rates)), _by_seconds(self._stage_one_ways(rates)))
+        if "stage_two" in self.networks.stages:
+            phases += (self._refinement_ways(rates, most_bytes),)
+        return phases
+
+    def resident_ways(self, rates: DeviceRates) -> tuple[Way, ...]:
+        """Return the way of each phase with all weights on the device throughout, and nothing cut or offloaded."""
+        free = replace(rates, host_bytes_per_second=float("inf"))
+        working = {"stage one": max(self._stage_one_working, self._stage_one_codec_bytes)}
+        return tuple(
+            replace(
+                way,
+                placement="resident",
+                weight_bytes=stored_bytes(self.networks, self.storage),
+                working_bytes=working.get(way.phase, way.working_bytes),
+                transfer_bytes=0,
+            )
+            for way in (next(way for way in ways if way.placement == "loaded") for ways in self.ways(free))
         )
 
+    def seconds(self, task: Task, rates: DeviceRates) -> float:
+        """Return the predicted time of a task whose weights are on the device, where each pass reads them once."""
+        read = {"text encoding": "text encoder", "stage one": "expert 0"}.get(task.name, task.name)
+        weight_bytes = self.weights[read].num_bytes if task.num_forwards and read in self.weights else 0
+        reading = task.num_forwards * weight_bytes / rates.memory_bytes_per_second
+        return max(rates.seconds(task.work, self.networks.quantization), reading)
 
-def _stage_one_ways(
-    dimensions: PipelineDimensions,
-    settings: RunSettings,
-    phase: PhaseCost,
-    rates: DeviceRates,
-    dtype: WeightDtype,
-) -> Iterator[Way]:
-    expert, codec = dimensions.stage_one, dimensions.stage_one_codec
-    weights = stored_bytes(expert, dtype)
-    cost, ends = (
-        network.forward_cost(phase.num_tokens, text_tokens=dimensions.text_tokens)
-        for network in (expert, _without_blocks(expert))
-    )
-    forward = _seconds(cost, ends, rates, products=dimensions.products)
-    windows = plan_windows(
-        settings.num_frames,
-        window_frames=dimensions.window_frames,
-        overlap_frames=dimensions.overlap_frames,
-        temporal=codec.temporal_factor,
-    )
-    size = dimensions.reference_size(settings.size)
-    tflop = sum(codec.encode_tflop(size, len(w)) + codec.decode_tflop(size, len(w)) for w in windows)
-    coding = tflop / rates.convolution_tflop_per_second
-    visits = len(windows) * dimensions.num_experts
-    loads = visits * weights
-    working = phase.activation_bytes + unpacking_bytes(expert, dtype)
-    yield Way(
-        phase.name,
-        "loaded",
-        weight_bytes=weights,
-        working_bytes=working,
-        transfer_bytes=loads,
-        seconds=coding + phase.num_forwards * forward + loads / rates.host_bytes_per_second,
-    )
-    passing = max(forward, weights / rates.host_bytes_per_second)
-    yield Way(
-        phase.name,
-        "streamed",
-        weight_bytes=_flight_bytes(expert, dtype),
-        working_bytes=working,
-        transfer_bytes=phase.num_forwards * weights,
-        seconds=coding + phase.num_forwards * passing,
-    )
+    # ---- text encoding ----
 
+    @property
+    def _num_texts(self) -> int:
+        return max(_texts(self.settings.guidance_scale), _texts(self.settings.stage_one_guidance_scale))
 
-def _refinement_ways(
-    dimensions: PipelineDimensions,
-    settings: RunSettings,
-    phases: dict[str, PhaseCost],
-    rates: DeviceRates,
-    dtype: WeightDtype,
-) -> Iterator[Way]:
-    transformer = dimensions.stage_two
-    weights = stored_bytes(transformer, dtype)
-    codec_weights = weight_bytes(dimensions.decoding_parameters, "bfloat16")
-    compute, num_forwards = stage_two_seconds(dimensions, settings, rates)
-    transfer_seconds = weights / rates.host_bytes_per_second
-    text = _text_bytes(dimensions, settings)
-    activation = phases["stage two"].activation_bytes + text + unpacking_bytes(transformer, dtype)
-    placements: tuple[tuple[Placement, int, int, float], ...] = (
-        ("loaded", weights, weights, compute + transfer_seconds),
-        (
-            "streamed",
-            _flight_bytes(transformer, dtype),
-            num_forwards * weights,
-            max(compute, num_forwards * transfer_seconds),
-        ),
-    )
-    for coding in _codec_ways(dimensions, settings, rates):
-        for placement, held, moved, passing in placements:
+    @property
+    def _text(self) -> ForwardCost:
+        networks = self.networks
+        return measured(
+            Forward(networks.text_encoder, networks.compute_dtype, self.storage, "none", networks.text_tokens)
+        )
+
+    def _text_ways(self, rates: DeviceRates) -> Iterator[Way]:
+        weights = self.weights["text encoder"]
+        flight = weights.outside_bytes + TEXT_BLOCKS_IN_FLIGHT * weights.block_bytes
+        moving = weights.num_bytes / rates.host_bytes_per_second
+        seconds = self.seconds(self.tasks["text encoding"], rates) + moving
+        for placement, held in (("loaded", weights.num_bytes), ("streamed", flight)):
+            yield Way("text encoding", placement, held, self._text.working_bytes, weights.num_bytes, seconds)
+
+    # ---- Stage I ----
+
+    @cached_property
+    def _windows(self) -> tuple[range, ...]:
+        networks = self.networks
+        return plan_windows(
+            self.settings.num_frames,
+            window_frames=networks.window_frames,
+            overlap_frames=networks.overlap_frames,
+            temporal=networks.stage_one_geometry.temporal,
+        )
+
+    @cached_property
+    def _stage_one_forwards(self) -> list[ForwardCost]:
+        codec, geometry = self.networks.stage_one_codec, self.networks.stage_one_geometry
+        size = self.networks.reference_size(self.settings.size)
+        channels = 2 * codec.config.get("z_dim", 16) + geometry.temporal  # latents, condition, and its mask
+        shapes = (geometry.latent_shape(size, len(window)) for window in self._windows)
+        return [self._forward(self.networks.stage_one, channels, *shape) for shape in shapes]
+
+    @property
+    def _stage_one_tokens(self) -> list[int]:
+        geometry, size = self.networks.stage_one_geometry, self.networks.reference_size(self.settings.size)
+        return [geometry.latent_frames(len(window)) * geometry.tokens_per_frame(size) for window in self._windows]
+
+    @cached_property
+    def _stage_one_clips(self) -> list[ClipCost]:
+        size = self.networks.reference_size(self.settings.size)
+        codec = self.networks.stage_one_codec
+        return [measured(Clip(codec, "float32", size.width, size.height, len(window))) for window in self._windows]
+
+    @property
+    def _stage_one_working(self) -> int:
+        return max(cost.working_bytes for cost in self._stage_one_forwards)
+
+    @property
+    def _stage_one_codec_bytes(self) -> int:
+        return max(clip.peak_bytes for clip in self._stage_one_clips)
+
+    def _stage_one_ways(self, rates: DeviceRates) -> Iterator[Way]:
+        weights, task = self.weights["expert 0"], self.tasks["stage one"]
+        coding = Work(codec=task.work.codec)
+        moving = weights.num_bytes / rates.host_bytes_per_second
+        visits = len(self._windows) * self.networks.num_experts
+        passing = self.seconds(task, rates) - rates.seconds(coding, "none")
+        # The experts leave before the codec works (`fitting.py`).
+        alone = self.weights["codec of stage one"].num_bytes + self._stage_one_codec_bytes
+
+        def way(placement: Placement, held: int, moves: int, seconds: float) -> Way:
+            working = max(self._stage_one_working, alone - held)
+            seconds += rates.seconds(coding, "none")
+            return Way("stage one", placement, held, working, moves * weights.num_bytes, seconds)
+
+        yield way("loaded", weights.num_bytes, visits, passing + visits * moving)
+        count = task.num_forwards
+        yield way("streamed", _flight_bytes(weights), count, max(passing, count * moving))
+
+    # ---- refinement ----
+
+    @cached_property
+    def _segments(self) -> tuple[Segment, ...]:
+        return plan_segments(
+            self.networks.stage_two_geometry.latent_frames(self.settings.num_frames),
+            segment_size=self.settings.segment_size,
+            neighbors_before=self.settings.neighbors_before,
+            neighbors_after=self.settings.neighbors_after,
+        )
+
+    @property
+    def _keeps_context(self) -> bool:
+        is_exact = self.networks.stage_two.config.get("context_attention") == "frozen"
+        return self.settings.num_inference_steps > 1 and (self.settings.keep_context or is_exact)
+
+    def _passes(self, segment: Segment) -> list[tuple[ForwardCost, int]]:
+        """Return the forward passes of a segment: their cost, and how often they are made."""
+        steps, texts = self.settings.num_inference_steps, _texts(self.settings.guidance_scale)
+        window, targets = len(segment.window), len(segment.targets)
+        if not self._keeps_context or window == targets:
+            return [(self._window_forward(window), texts * steps)]
+        later = self._window_forward(targets, num_context_frames=window - targets)
+        return [(self._window_forward(window), texts), (later, texts * (steps - 1))]
+
+    def _window_forward(self, num_frames: int, *, num_context_frames: int = 0) -> ForwardCost:
+        network, size = self.networks.stage_two, self.settings.size
+        cells = self.networks.stage_two_geometry.latent_shape(size, 1)
+        channels = network.config["in_channels"]
+        return self._forward(
+            network, channels, num_frames, cells.height, cells.width, num_context_frames=num_context_frames
+        )
+
+    def _refinement_ways(self, rates: DeviceRates, most_bytes: int | None) -> Iterator[Way]:
+        weights, passes = self.weights["stage two"], [each for segment in self._segments for each in self._passes(segment)]
+        held = sum(self.weights[name].num_bytes for name in ("codec", "light decoder") if name in self.weights)
+        task, texts = self.tasks["stage two"], _texts(self.settings.guidance_scale)
+        compute, moving = self.seconds(task, rates), weights.num_bytes / rates.host_bytes_per_second
+        text = texts * max((cost.kept_text_bytes for cost, _ in passes), default=0)
+        context = texts * max((cost.kept_context_bytes for cost, _ in passes), default=0)
+        activation = max((cost.working_bytes for cost, _ in passes), default=0) + text + context
+        placements: tuple[tuple[Placement, int, int, float], ...] = (
+            ("loaded", weights.num_bytes, 1, compute + moving),
+            ("streamed", _flight_bytes(weights), task.num_forwards, max(compute, task.num_forwards * moving)),
+        )
+        choices = [(coding, placement) for coding in self._codings(rates) for placement in placements]
+        for coding, (placement, on_device, moves, passing) in sorted(
+            choices, key=lambda choice: (choice[0].seconds + choice[1][3], choice[0].share, choice[1][1])
+        ):
+            if most_bytes is not None and on_device + held + coding.idle_bytes + activation > most_bytes:
+                continue
+            idle, working = self._codec_bytes(coding.way)
             yield Way(
                 "refinement",
                 placement,
-                weight_bytes=held + codec_weights,
-                working_bytes=max(coding.working_bytes + text, coding.idle_bytes + activation),
-                transfer_bytes=moved + coding.transfer_bytes,
+                weight_bytes=on_device + held,
+                working_bytes=max(working + text, idle + activation),
+                transfer_bytes=moves * weights.num_bytes + coding.transfer_bytes,
                 seconds=passing + coding.seconds,
                 codec=coding.way,
-                parked_bytes=coding.parked_bytes,
+                offloaded_bytes=coding.offloaded_bytes,
                 # Beside a decode at its peak the other thread encodes or denoises; the caches are counted once.
-                overlap_bytes=max(coding.working_bytes - coding.idle_bytes, activation),
+                overlap_bytes=max(working - idle, activation),
             )
 
-
-def _text_bytes(dimensions: PipelineDimensions, settings: RunSettings) -> int:
-    """Bytes of the keys and values of the text, which every block keeps for the clip (`wan/text_attention.py`)."""
-    return guided_passes(settings.guidance_scale) * dimensions.stage_two.kept_bytes(dimensions.text_tokens)
-
-
-def stage_two_seconds(dimensions: PipelineDimensions, settings: RunSettings, rates: DeviceRates) -> tuple[float, int]:
-    """Return the predicted seconds of Stage II's forward passes, and how many they are."""
-    cost, num_forwards = refinement_cost(dimensions, settings)
-    ends, _ = refinement_cost(replace(dimensions, stage_two=_without_blocks(dimensions.stage_two)), settings)
-    return _seconds(cost, ends, rates, products=dimensions.products), num_forwards
-
-
-def _without_blocks(transformer: TransformerDimensions) -> TransformerDimensions:
-    """Return what is never multiplied in eight bits: the embeddings and the last projection."""
-    return replace(transformer, num_layers=0)
-
-
-def _seconds(cost: ForwardCost, ends: ForwardCost, rates: DeviceRates, *, products: Products) -> float:
-    """Return the predicted seconds of `cost`, of which `ends` is outside the blocks; kernels fused, rounding too."""
-    blocks = (cost.linear_tflop - ends.linear_tflop) / rates.products_tflop_per_second(products)
-    attention = (cost.self_attention_tflop + cost.cross_attention_tflop) / rates.attention_tflop_per_second
-    return ends.linear_tflop / rates.matmul_tflop_per_second + blocks + attention
-
-
-def _codec_ways(dimensions: PipelineDimensions, settings: RunSettings, rates: DeviceRates) -> Iterator[_CodecNeeds]:
-    codec, light, size = dimensions.stage_two_codec, dimensions.light_decoder, settings.size
-    encode_tflop = codec.encode_tflop(size, settings.num_frames)
-    decode_tflop = (light or codec).decode_tflop(size, settings.num_frames)
-    num_latent_frames = CodecGeometry(temporal=codec.temporal_factor).latent_frames(settings.num_frames)
-    picture = 3 * 4 * size.width * size.height * codec.temporal_factor
-    if not isinstance(codec, WanCodecDimensions):
-        whole = max(codec.encode_bytes(size), codec.decode_bytes(size))
-        seconds = (encode_tflop + decode_tflop) / rates.convolution_tflop_per_second
-        yield _CodecNeeds(CodecWay(1, 1, size, 1, False), whole, 0, 0, 0, seconds)
-        return
-    # A light decoder is never cut into tiles, nor parked.
-    remembered = 0 if light is None else light.remembered_bytes(size)
-    for columns, rows in GRIDS:
-        tile = tile_size(size, columns, rows, multiple=codec.spatial_factor)
-        share = tile.width * tile.height * columns * rows / (size.width * size.height)
-        tflop = encode_tflop * share + decode_tflop * (share if light is None else 1)
-        seconds = tflop / rates.convolution_tflop_per_second
-        encode_cache = codec.encode_cache_bytes(tile)
-        decode_cache = codec.decode_cache_bytes(tile) if light is None else 0
-        caches = columns * rows * (encode_cache + decode_cache)
-        visited_bytes = (
-            2
-            * columns
-            * rows
-            * (num_latent_frames * encode_cache + -(-num_latent_frames // settings.segment_size) * decode_cache)
+    def _codings(self, rates: DeviceRates) -> Iterator[_Coding]:
+        size, geometry = self.settings.size, self.networks.stage_two_geometry
+        encode, decode = self._streams(size)
+        encoding, decoding = (
+            rates.seconds(self.tasks[name].work, "none") for name in ("reference encode", "decode")
         )
-        for frames in (1, 2, 4):
-            encoding = lean_encode_bytes(codec, tile, frames_per_step=frames) - encode_cache
-            if light is None:
-                decoding = lean_decode_bytes(codec, tile, frames_per_step=frames) - decode_cache
-            else:
-                decoding = light.decode_bytes(size) - remembered
-            way = CodecWay(columns, rows, tile, frames, False)
-            idle = remembered + caches
-            yield _CodecNeeds(way, idle + max(encoding, decoding) + picture, idle, 0, 0, seconds)
-            # A parked codec decodes a segment at a time, and holds its pictures until they are blended.
-            working = max(encoding + encode_cache, decoding + decode_cache)
-            parked_peak = remembered + working + settings.segment_size * picture
-            parking = visited_bytes / rates.host_bytes_per_second
-            parked = replace(way, parks_features=True)
-            yield _CodecNeeds(parked, parked_peak, remembered, caches, visited_bytes, seconds + parking)
+        is_light = self.networks.light_decoder is not None  # which is never cut into tiles
+        frames = geometry.latent_frames(self.settings.num_frames)
+        groups = -(-frames // self.settings.segment_size)
+        for columns, rows in GRIDS if self.networks.stage_two_codec.is_wan_codec else GRIDS[:1]:
+            tile = tile_size(size, columns, rows, multiple=geometry.spatial)
+            share = tile.width * tile.height * columns * rows / (size.width * size.height)
+            seconds = share * encoding + (1 if is_light else share) * decoding
+            cache = round(share * encode.cache_bytes), 0 if is_light else round(share * decode.cache_bytes)
+            light = decode.cache_bytes if is_light else 0
+            yield _Coding(CodecWay(columns, rows, tile, False), share, light + sum(cache), 0, 0, seconds)
+            if self.networks.stage_two_codec.is_wan_codec:
+                moved = 2 * (frames * cache[0] + groups * cache[1])
+                seconds += moved / rates.host_bytes_per_second
+                yield _Coding(CodecWay(columns, rows, tile, True), share, light, sum(cache), moved, seconds)
+
+    def _codec_bytes(self, way: CodecWay) -> tuple[int, int]:
+        """Return the bytes of the codec on the device while the transformer works, and at the peak of coding."""
+        geometry, count = self.networks.stage_two_geometry, way.columns * way.rows
+        encode, decode = self._streams(way.tile)
+        picture = 3 * 4 * self.settings.size.width * self.settings.size.height * geometry.temporal
+        light = decode.cache_bytes if self.networks.light_decoder is not None else 0
+        of_tile = encode.cache_bytes + (0 if light else decode.cache_bytes)
+        if way.offloads_features:
+            # It decodes a segment at a time, and holds its pictures until they are blended.
+            peak = max(encode.peak_bytes, decode.peak_bytes - light)
+            return light, light + peak + self.settings.segment_size * picture
+        working = max(encode.peak_bytes - encode.cache_bytes, decode.peak_bytes - decode.cache_bytes)
+        return light + count * of_tile, light + count * of_tile + working + picture
+
+    def _streams(self, tile: Size) -> tuple[StreamCost, StreamCost]:
+        networks, dtype = self.networks, self.networks.compute_dtype
+        encode = measured(Encoding(networks.stage_two_codec, dtype, *tile))
+        if networks.light_decoder is not None:
+            return encode, measured(Decoding(networks.light_decoder, dtype, *self.settings.size))
+        return encode, measured(Decoding(networks.stage_two_codec, dtype, *tile))
+
+    # ---- transformers ----
+
+    def _forward(
+        self, network: Network, channels: int, frames: int, height: int, width: int, *, num_context_frames: int = 0
+    ) -> ForwardCost:
+        networks = self.networks
+        return measured(
+            Forward(
+                network,
+                networks.compute_dtype,
+                _transformer_storage(networks, self.storage),
+                networks.quantization,
+                networks.text_tokens,
+                channels,
+                frames,
+                height,
+                width,
+                num_context_frames,
+            )
+        )
 
 
 def tile_size(size: Size, columns: int, rows: int, *, multiple: int, overlap: int = OVERLAP_PIXELS) -> Size:
@@ -331,7 +459,15 @@ def tile_size(size: Size, columns: int, rows: int, *, multiple: int, overlap: in
     return Size(side(size.width, columns), side(size.height, rows))
 
 
-def _flight_bytes(transformer: TransformerDimensions, dtype: WeightDtype) -> int:
-    """Bytes of a streamed transformer on the device: blocks, and what is not in a block, which comes as a whole."""
-    ends = stored_bytes(_without_blocks(transformer), dtype)
-    return BLOCKS_IN_FLIGHT * ((stored_bytes(transformer, dtype) - ends) // transformer.num_layers) + ends
+def _texts(guidance_scale: float) -> int:
+    """Passes per step, one for each text: classifier-free guidance above 1 needs a second one."""
+    return 2 if guidance_scale > 1 else 1
+
+
+def _by_seconds(ways: Iterator[Way]) -> Iterator[Way]:
+    return iter(sorted(ways, key=lambda way: (way.seconds, way.peak_bytes)))
+
+
+def _flight_bytes(weights: WeightCost) -> int:
+    """Bytes of a streamed transformer on the device: some blocks, and what is in no block, which comes as a whole."""
+    return weights.outside_bytes + BLOCKS_IN_FLIGHT * weights.block_bytes

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from swifti2v.data.sources import MediaItem
     from swifti2v.mini.motion_codec import MotionCodec
     from swifti2v.mini.transform_codec import BlockTransformCodec
-    from swifti2v.reference.options import ReferenceMode
+    from swifti2v.settings import ReferenceMode
 
 REDUCTION = 4
 PIECES = ((0, 1), (40, 1), (0, 2))

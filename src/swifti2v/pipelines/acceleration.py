@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from swifti2v.pipelines.loading import Parts
-    from swifti2v.pipelines.options import GenerationSettings
+    from swifti2v.settings import GenerationSettings
 
 
 MAX_GRAPHS = 64

@@ -3,24 +3,21 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing
 from dataclasses import asdict, dataclass, replace
-from typing import TYPE_CHECKING, Self, cast
+from typing import TYPE_CHECKING, Any, Self, cast
 
 import torch
 
 from swifti2v.errors import MemoryBudgetError
 from swifti2v.memory.amounts import format_bytes, parse_bytes
-from swifti2v.memory.budget import PipelineDimensions
-from swifti2v.memory.checkpoint_dimensions import codec_from_config
 from swifti2v.memory.device_errors import is_out_of_memory
-from swifti2v.memory.devices import DEVICES, DeviceRates
-from swifti2v.memory.light_cost import LightDecoderDimensions
-from swifti2v.memory.placement import PlacedNetworks, storable_dtypes, store_weights, stored_narrow
+from swifti2v.memory.devices import device_rates
+from swifti2v.memory.networks import LIGHT_DECODER, STAGE_TWO, Network, PipelineNetworks
+from swifti2v.memory.placement import PlacedNetworks, storages_of, store_weights, stored_narrow
 from swifti2v.memory.plan import CONTEXT_BYTES, MemoryPlan, plan_memory, tighter_budget
 from swifti2v.memory.run_settings import RunSettings
-from swifti2v.memory.transformer_cost import TextEncoderDimensions, TransformerDimensions
 from swifti2v.pipelines.acceleration import transformers_of
 from swifti2v.pipelines.stage_two import StageTwo
 from swifti2v.wan.light_decoder import LightDecoder
@@ -33,13 +30,12 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from swifti2v.memory.codec_cost import CodecCost
     from swifti2v.pipelines.loading import Overlap, Parts
-    from swifti2v.pipelines.options import GenerationSettings
+    from swifti2v.settings import GenerationSettings
 
 LOGGER = logging.getLogger("swifti2v")
-ASSUMED_RATES: DeviceRates = DEVICES["rtx4090"]
-"""Which plan is fastest hardly depends on the card; a card that can hold everything does not ask."""
+ASSUMED_RATES = device_rates("RTX 4090")
+"""Which plan is fastest hardly depends on the card."""
 
 
 @dataclass(frozen=True)
@@ -123,22 +119,21 @@ def frames_within_limits(
 def plan_for(parts: Parts, settings: GenerationSettings, limits: MemoryLimits) -> MemoryPlan:
     """Return the plan of a run; raise `MemoryBudgetError` if none fits.
 
-    Weights stay as they were loaded where there is a plan with them; else they are stored in float8, or in nf4. Once
-    they are, no later plan has them wider. Transformers with products of their own keep them in any plan, and only the
-    text encoder is left to store.
+    Weights stay as they were loaded where such a plan fits; else they are stored in float8, or in nf4. Once they are,
+    no later plan has them wider. Quantized transformers stay as they are, and only the text encoder can be stored.
     """
     transformer = parts.stage_two.transformer
-    # Where there is a text encoder, it is stored whenever the transformers are, and has no products of its own.
+    # Where there is a text encoder, it is stored whenever the transformers are, and it is never quantized.
     stored = parts.stage_one.pipeline.text_encoder if "stage_one" in parts.stages else transformer
-    dtypes = storable_dtypes(transformer.dtype)
+    storages = storages_of(transformer.dtype)
     held = stored_narrow(stored)
     return plan_memory(
-        dimensions_of(parts),
+        networks_of(parts),
         run_settings_of(parts, settings),
         ASSUMED_RATES,
         budget_bytes=limits.device_bytes,
         host_bytes=limits.host_bytes,
-        dtypes=dtypes if held is None else dtypes[dtypes.index(held) :],
+        storages=storages if held is None else storages[storages.index(held) :],
     )
 
 
@@ -158,30 +153,35 @@ def run_settings_of(parts: Parts, settings: GenerationSettings) -> RunSettings:
     )
 
 
-def dimensions_of(parts: Parts) -> PipelineDimensions:
-    """Return the dimensions of loaded networks; raise `ConfigurationError` for a codec whose cost is not known."""
+def networks_of(parts: Parts) -> PipelineNetworks:
+    """Describe the loaded networks to a plan."""
     one, two = parts.stage_one.pipeline, parts.stage_two
     experts = [expert for expert in (one.transformer, one.transformer_2) if expert is not None]
-    return PipelineDimensions(
-        text_encoder=TextEncoderDimensions.from_config(one.text_encoder.config.to_dict()),
-        stage_one=TransformerDimensions.from_config(experts[0].config),
-        stage_one_codec=_codec_cost(one.vae),
-        stage_two=TransformerDimensions.from_config(two.transformer.config),
-        stage_two_codec=_codec_cost(getattr(two.codec, "vae", two.codec)),
+    decoder = parts.decoder.network if isinstance(parts.decoder, LightDecoder) else None
+    return PipelineNetworks(
+        text_encoder=_described(one.text_encoder, one.text_encoder.config.to_dict()),
+        stage_one=_described(experts[0]),
+        stage_one_codec=_described(one.vae),
+        stage_two=Network.of(STAGE_TWO, dict(two.transformer.config)),
+        stage_two_codec=_described(getattr(two.codec, "vae", two.codec)),
         num_experts=len(experts),
         text_tokens=parts.stage_one.max_sequence_length,
-        reference_factor=parts.motion_reduction,
+        reference_reduction=parts.motion_reduction,
         max_reference_area=parts.motion_max_area,
         window_frames=parts.stage_one.window_frames,
         overlap_frames=parts.stage_one.overlap_frames,
-        light_decoder=_light_dimensions(parts.decoder) if isinstance(parts.decoder, LightDecoder) else None,
-        products=next(map(quantization_of, transformers_of(parts)), "none"),
+        light_decoder=None if decoder is None else Network.of(LIGHT_DECODER, asdict(decoder.layout)),
+        quantization=next(map(quantization_of, transformers_of(parts)), "none"),
+        compute_dtype="float32" if two.transformer.dtype == torch.float32 else "bfloat16",
         stages=parts.stages,
     )
 
 
-def _light_dimensions(decoder: LightDecoder) -> LightDecoderDimensions:
-    return LightDecoderDimensions(**asdict(decoder.network.layout))
+def _described(network: Any, config: Mapping[str, Any] | None = None) -> Network:
+    kind = type(network)
+    package = kind.__module__.split(".")[0]
+    module = package if package in {"diffusers", "transformers"} else kind.__module__
+    return Network.of(f"{module}:{kind.__name__}", dict(network.config) if config is None else config)
 
 
 def place(parts: Parts, plan: MemoryPlan, networks: PlacedNetworks) -> Parts:
@@ -192,7 +192,7 @@ def place(parts: Parts, plan: MemoryPlan, networks: PlacedNetworks) -> Parts:
     one = parts.stage_one.pipeline
     encoders = (one.text_encoder,) if "stage_one" in parts.stages else ()
     for network in (*encoders, *transformers_of(parts)):
-        store_weights(network, plan.weight_dtype, compute_dtype=network.dtype)
+        store_weights(network, plan.storage, compute_dtype=network.dtype)
     if "stage_one" in parts.stages:
         _place_stage_one(parts, plan, networks)
     return _with_stage_two_placed(parts, plan, networks) if "stage_two" in parts.stages else parts
@@ -204,7 +204,9 @@ def _place_stage_one(parts: Parts, plan: MemoryPlan, networks: PlacedNetworks) -
     for group, network in (("high", one.transformer), ("low", one.transformer_2)):
         if network is not None:
             networks.place(network, plan.placement_of("stage one"), group=group)
-    one.vae.to(parts.device)  # a quarter of a GiB
+    # Whole clips in float32 take more than the experts at work: these leave before it.
+    resident = plan.placement_of("stage one") == "resident"
+    networks.place(one.vae, "resident" if resident else "loaded", group="codec of stage one")
 
 
 def _with_stage_two_placed(parts: Parts, plan: MemoryPlan, networks: PlacedNetworks) -> Parts:
@@ -231,12 +233,7 @@ def _with_stage_two_placed(parts: Parts, plan: MemoryPlan, networks: PlacedNetwo
 def _codec_settings(plan: MemoryPlan, settings: CodecSettings) -> CodecSettings:
     way = plan.codec
     tiling = Tiling(way.tile) if way.columns * way.rows > 1 else None
-    return CodecSettings(tiling, settings.lean, way.frames_per_step, way.parks_features)
-
-
-def _codec_cost(codec: object) -> CodecCost:
-    config = dict(codec.config)  # type: ignore[attr-defined]
-    return codec_from_config(config | {"_class_name": type(codec).__name__})
+    return CodecSettings(tiling, settings.lean, frames_per_step=1, park_features=way.offloads_features)
 
 
 def _tighter(parts: Parts, settings: GenerationSettings, plan: MemoryPlan, error: BaseException) -> MemoryPlan:

@@ -7,7 +7,7 @@ video this takes no longer, for every network is read once anyway; who makes man
 from __future__ import annotations
 
 import gc
-from collections.abc import Generator
+from collections.abc import Generator, Mapping
 from contextlib import closing
 from dataclasses import replace
 from functools import partial
@@ -17,13 +17,13 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 
 from swifti2v.memory.heap import trim_heap
-from swifti2v.memory.placement import storable_dtypes
+from swifti2v.memory.placement import storages_of
 from swifti2v.memory.plan import plan_stages
-from swifti2v.pipelines.fitting import ASSUMED_RATES, MemoryLimits, dimensions_of, run_settings_of
+from swifti2v.pipelines.fitting import ASSUMED_RATES, MemoryLimits, networks_of, run_settings_of
 from swifti2v.pipelines.loading import load_parts
-from swifti2v.pipelines.options import GenerationOptions
 from swifti2v.pipelines.run_store import RunStore
 from swifti2v.pipelines.two_stage import TwoStagePipeline
+from swifti2v.settings import checked_choices
 from swifti2v.wan.checkpoints import PARTS, resolve
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 def open_pipeline(
     name_or_path: str | Path,
-    options: GenerationOptions | None = None,
+    choices: Mapping[str, Any] | None = None,
     *,
     memory: MemoryLimits | None = None,
     acceleration: Acceleration | None = None,
@@ -44,7 +44,7 @@ def open_pipeline(
 
     Args:
         name_or_path: as in `TwoStagePipeline.from_pretrained`, as are the others.
-        options: of the video.
+        choices: settings of the video, as in a call.
         memory: with a limit of host memory it is asked whether there is room for both stages as they are.
         acceleration: see there.
         **others: see there.
@@ -55,7 +55,7 @@ def open_pipeline(
     """
     if memory is not None and memory.host_bytes is not None:
         in_turn = StagesInTurn(name_or_path, memory=memory, acceleration=acceleration, **others)
-        if in_turn.is_needed(options):
+        if in_turn.is_needed(choices):
             resolve(name_or_path, **{name: others[name] for name in ("revision", "local_files_only") if name in others})
             return in_turn
     return TwoStagePipeline.from_pretrained(name_or_path, memory=memory, acceleration=acceleration, **others)
@@ -76,22 +76,22 @@ class StagesInTurn(TwoStagePipeline):
         self._load = load
         self._products = acceleration.quantization if acceleration is not None else "none"
 
-    def is_needed(self, options: GenerationOptions | None = None) -> bool:
+    def is_needed(self, choices: Mapping[str, Any] | None = None) -> bool:
         """Return whether the limits of memory have no room for both stages with their weights as they are.
 
         Raises:
-            InvalidInputError: an option is out of its range.
+            InvalidInputError: a choice is unknown or out of its range.
             MemoryBudgetError: not even one stage at a time fits.
         """
-        options, limits = options or GenerationOptions(), self.parts.memory or MemoryLimits()
-        settings = self.parts.defaults_of(options.few_step).settled(options)
+        chosen, limits = checked_choices(choices or {}), self.parts.memory or MemoryLimits()
+        settings = self.parts.defaults_of(chosen.get("few_step")).settled(chosen)
         plans = plan_stages(
-            replace(dimensions_of(self.parts), stages=PARTS, products=self._products),
+            replace(networks_of(self.parts), stages=PARTS, quantization=self._products),
             run_settings_of(self.parts, settings),
             ASSUMED_RATES,
             budget_bytes=limits.device_bytes,
             host_bytes=limits.host_bytes,
-            dtypes=storable_dtypes(self.parts.stage_two.transformer.dtype),
+            storages=storages_of(self.parts.stage_two.transformer.dtype),
         )
         return len(plans) > 1
 

@@ -5,22 +5,23 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
 from swifti2v.errors import InvalidInputError
 from swifti2v.geometry import Size, motion_size
-from swifti2v.memory.checkpoint_dimensions import read_pipeline_dimensions
-from swifti2v.memory.placement import storable_dtypes, store_weights
+from swifti2v.memory.networks import read_networks
+from swifti2v.memory.placement import storages_of, store_weights
+from swifti2v.memory.ways import stored_bytes
 from swifti2v.pipelines.acceleration import Acceleration, accelerated
 from swifti2v.pipelines.decoders import decoder_elsewhere, open_light_decoder
-from swifti2v.pipelines.recommended import default_settings
 from swifti2v.pipelines.stage_one import FEW_STEP_ADAPTER, StageOne
 from swifti2v.pipelines.stage_two import StageTwo
 from swifti2v.schedulers import FixedSigmaScheduler
+from swifti2v.settings import checked_choices
 from swifti2v.wan.checkpoint_files import read_json
 from swifti2v.wan.checkpoints import (
     PARTS,
@@ -35,14 +36,15 @@ from swifti2v.wan.quantized_products import Quantization, stored_already
 from swifti2v.wan.vae import open_codec
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
     from pathlib import Path
 
     from diffusers import WanImageToVideoPipeline
 
-    from swifti2v.memory.budget import WeightDtype
+    from swifti2v.memory.networks import Storage
     from swifti2v.pipelines.fitting import MemoryLimits
-    from swifti2v.pipelines.options import GenerationOptions, GenerationSettings
-    from swifti2v.wan.checkpoint_index import CheckpointIndex, Refiner, StageOneEntry
+    from swifti2v.settings import GenerationSettings, Refiner
+    from swifti2v.wan.checkpoint_index import CheckpointIndex, StageOneEntry
     from swifti2v.wan.checkpoints import Part, ResolvedCheckpoint
     from swifti2v.wan.transformer import StageTwoTransformer
     from swifti2v.wan.vae import StreamingCodec, VideoDecoder
@@ -175,11 +177,11 @@ class _Way:
         return cls(place, home, dtype, limits, few_step, local_files_only)
 
     @property
-    def loaded_dtype(self) -> WeightDtype:
+    def loaded_dtype(self) -> Storage:
         """How weights are stored where nothing is short."""
-        return storable_dtypes(self.dtype)[0]
+        return storages_of(self.dtype)[0]
 
-    def reader(self, stored: WeightDtype) -> PiecewiseReader | None:
+    def reader(self, stored: Storage) -> PiecewiseReader | None:
         """Return what reads networks tensor by tensor into `stored`; None where they stay as they are loaded."""
         if stored == self.loaded_dtype:
             return None
@@ -198,8 +200,8 @@ def _assembled(
         name=_identity(checkpoint.index),
         stage_one=StageOne(pipeline, window_frames=one.window_frames, max_sequence_length=one.max_sequence_length),
         stage_two=StageTwo(refiner, codec, uses_prompt=two.uses_prompt),
-        defaults=default_settings(checkpoint.index, few_step=way.few_step),
-        other_defaults=default_settings(checkpoint.index, few_step=not way.few_step),
+        defaults=checkpoint.index.default_settings(few_step=way.few_step),
+        other_defaults=checkpoint.index.default_settings(few_step=not way.few_step),
         motion_reduction=one.reference_reduction,
         motion_max_area=one.max_area,
         known_motions=one.known_motions,
@@ -213,7 +215,7 @@ def _assembled(
 
 
 def _stage_two_networks(
-    checkpoint: ResolvedCheckpoint, way: _Way, stored: WeightDtype, *, is_held: bool
+    checkpoint: ResolvedCheckpoint, way: _Way, stored: Storage, *, is_held: bool
 ) -> tuple[StageTwoTransformer, StreamingCodec]:
     if not is_held:
         described, vae = described_stage_two(checkpoint, dtype=way.dtype)
@@ -227,7 +229,7 @@ def _stage_two_networks(
 
 
 def _stage_one_pipeline(
-    checkpoint: ResolvedCheckpoint, way: _Way, stored: WeightDtype, *, is_held: bool
+    checkpoint: ResolvedCheckpoint, way: _Way, stored: Storage, *, is_held: bool
 ) -> WanImageToVideoPipeline:
     entry = checkpoint.index.stage_one
     if not is_held:
@@ -270,26 +272,28 @@ def _exact_elsewhere(codec: StreamingCodec, acceleration: Acceleration) -> Video
 
 def _stored_dtype(
     checkpoint: ResolvedCheckpoint, way: _Way, stages: tuple[Part, ...], *, quantization: Quantization
-) -> WeightDtype:
-    """Return the widest dtype with which the host has room for the weights, or the narrowest there is.
+) -> Storage:
+    """Return the widest storage with which the host has room for the weights, or the narrowest there is.
 
     Raises:
-        InvalidInputError: transformers with products of their own leave no room for the text encoder as it is.
+        InvalidInputError: quantized transformers leave no room for the text encoder as it is.
     """
     loaded, memory = way.loaded_dtype, way.memory
     if memory is None or memory.host_bytes is None:
         return loaded
     one, two = checkpoint.index.stage_one, checkpoint.index.stage_two
-    dimensions = read_pipeline_dimensions(
+    networks = read_networks(
         checkpoint.folder_of("stage_one"),
         checkpoint.folder_of("stage_two") / two.transformer_subfolder,
         checkpoint.folder_of("stage_two") / two.vae_subfolder,
         text_tokens=one.max_sequence_length,
+        quantization=quantization,
+        compute_dtype="float32" if way.dtype == torch.float32 else "bfloat16",
+        stages=stages,
     )
-    dimensions = replace(dimensions, products=quantization, stages=stages)
-    dtypes = storable_dtypes(way.dtype)
-    fitting = (dtype for dtype in dtypes if dimensions.stored_bytes(dtype) <= memory.host_bytes)
-    stored = next(fitting, dtypes[-1])
+    storages = storages_of(way.dtype)
+    fitting = (storage for storage in storages if stored_bytes(networks, storage) <= memory.host_bytes)
+    stored = next(fitting, storages[-1])
     if quantization != "none" and stored != loaded:
         raise stored_already(stored)
     return stored
@@ -317,7 +321,7 @@ def open_device(device: str | torch.device | None) -> torch.device:
 
 def settings_of(
     name_or_path: str | Path,
-    options: GenerationOptions | None = None,
+    choices: Mapping[str, Any] | None = None,
     *,
     few_step: bool = True,
     revision: str | None = None,
@@ -327,12 +331,11 @@ def settings_of(
 
     Raises:
         CheckpointError: there is no such checkpoint.
-        InvalidInputError: an option is out of its range.
+        InvalidInputError: a choice is unknown or out of its range.
     """
     index = resolve(name_or_path, revision=revision, local_files_only=local_files_only, parts=()).index
-    if options is not None and options.few_step is not None:
-        few_step = options.few_step
-    return default_settings(index, few_step=few_step).settled(options)
+    chosen = checked_choices(choices or {})
+    return index.default_settings(few_step=chosen.get("few_step", few_step)).settled(chosen)
 
 
 def trained_refiner(checkpoint: ResolvedCheckpoint) -> Refiner:

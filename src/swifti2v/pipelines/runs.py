@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     import PIL.Image
     from torch import Tensor
 
-    from swifti2v.pipelines.options import GenerationSettings
+    from swifti2v.settings import GenerationSettings
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any
 
 import PIL.Image
 import torch
@@ -22,85 +22,18 @@ from swifti2v.pipelines.windows import cross_fade, match_color
 from swifti2v.sampling.segmented import derived_seed
 from swifti2v.schedulers import FixedSigmaScheduler, WanUniPCScheduler
 from swifti2v.segments import plan_windows
-from swifti2v.wan.checkpoint_index import WAN_NEGATIVE_PROMPT
 
 if TYPE_CHECKING:
     from diffusers import WanImageToVideoPipeline
     from torch import Tensor
 
-    from swifti2v.pipelines.options import GenerationSettings
+    from swifti2v.settings import GenerationSettings
 
 FEW_STEP_ADAPTER = "few_step"
 """Role, and name or start of the name (``few_step_...``), of the adapters that only few-step sampling uses."""
 
 OnStageOneStep = Callable[[int, int], None]
 """``(step_index, num_steps)`` over all windows, after each step (0-based); an exception raised in it stops the run."""
-
-
-@dataclass(frozen=True)
-class StageOneOptions:
-    """How Stage I samples.
-
-    Args:
-        num_inference_steps: steps, >= 1. Few-step mode uses the fixed schedule of the distillation when the number is
-            its own (4), and the same curve in other steps otherwise.
-        few_step: True: `FixedSigmaScheduler` with the few-step adapters on. False: `WanUniPCScheduler` with those off.
-        guidance_scale: classifier-free guidance, >= 1; 1 turns it off, and halves the time.
-        guidance_scale_2: the same for the low-noise expert; None: `guidance_scale`.
-        negative_prompt: what to steer away from; only with guidance.
-        flow_shift: time shift of the many-step schedule. Wan2.2's image-to-video configuration has 5.0 for all sizes;
-            its code advises 3.0 for 480p.
-
-    Raises:
-        InvalidInputError: a number is out of its range, or an option would be ignored.
-    """
-
-    num_inference_steps: int = 4
-    few_step: bool = True
-    guidance_scale: float = 1.0
-    guidance_scale_2: float | None = None
-    negative_prompt: str = ""
-    flow_shift: float = 5.0
-
-    def __post_init__(self) -> None:
-        for name, value in (
-            ("num_inference_steps", self.num_inference_steps),
-            ("guidance_scale", self.guidance_scale),
-            ("guidance_scale_2", 1.0 if self.guidance_scale_2 is None else self.guidance_scale_2),
-        ):
-            if not value >= 1:
-                msg = f"{name} is {value}; it must be at least 1"
-                raise InvalidInputError(msg)
-        if not self.flow_shift > 0:
-            msg = f"flow_shift is {self.flow_shift}; use a positive number, for instance 5.0"
-            raise InvalidInputError(msg)
-        if not self.uses_guidance and (self.negative_prompt or (self.guidance_scale_2 or 1.0) > 1):
-            msg = "negative_prompt and guidance_scale_2 have no effect without guidance; set guidance_scale above 1"
-            raise InvalidInputError(msg)
-
-    @classmethod
-    def many_step(cls, num_inference_steps: int = 40, *, guidance_scale: float = 3.5, **changes: Any) -> Self:
-        """Return the options of the undistilled network: Wan2.2's 40 steps, guidance 3.5 and negative prompt."""
-        if guidance_scale > 1:
-            changes = {"negative_prompt": WAN_NEGATIVE_PROMPT} | changes
-        return cls(num_inference_steps, few_step=False, guidance_scale=guidance_scale, **changes)
-
-    @classmethod
-    def of(cls, settings: GenerationSettings) -> Self:
-        """Return how Stage I samples in a run of `settings`; a negative prompt is left out where guidance is off."""
-        return cls(
-            num_inference_steps=settings.stage_one_steps,
-            few_step=settings.few_step,
-            guidance_scale=settings.stage_one_guidance_scale,
-            guidance_scale_2=settings.stage_one_guidance_scale_2,
-            negative_prompt=settings.negative_prompt if settings.stage_one_guidance_scale > 1 else "",
-            flow_shift=settings.stage_one_flow_shift,
-        )
-
-    @property
-    def uses_guidance(self) -> bool:
-        """Whether each step also runs the network on the negative prompt."""
-        return self.guidance_scale > 1
 
 
 @dataclass(frozen=True)
@@ -166,11 +99,13 @@ class StageOne:
             temporal=self.geometry.temporal,
         )
 
-    def check_options(self, options: StageOneOptions) -> None:
-        """Raise `InvalidInputError` if there is an option for a second expert that this checkpoint has not."""
-        if options.guidance_scale_2 is not None and self.pipeline.config.boundary_ratio is None:
-            msg = "guidance_scale_2 is for the second expert, and this checkpoint has one expert; leave it out"
-            raise InvalidInputError(msg)
+    def check_settings(self, settings: GenerationSettings) -> None:
+        """Raise `InvalidInputError` if there is a setting for a second expert that this checkpoint has not."""
+        second = settings.stage_one_guidance_scale_2
+        if second is not None and self.pipeline.config.boundary_ratio is None:
+            name = "stage_one_guidance_scale_2"
+            msg = f"{name} is for the second expert, and this checkpoint has one expert; leave it out"
+            raise InvalidInputError(msg, param=name, value=second)
 
     @torch.no_grad()
     def encode_prompt(self, prompt: str, negative_prompt: str | None = None) -> PromptEmbeds:
@@ -192,11 +127,9 @@ class StageOne:
         self,
         image: PIL.Image.Image,
         prompt: str | None,
+        settings: GenerationSettings,
         *,
         size: Size,
-        num_frames: int,
-        seed: int,
-        options: StageOneOptions | None = None,
         prompt_embeds: PromptEmbeds | None = None,
         on_step: OnStageOneStep | None = None,
     ) -> Iterator[Tensor]:
@@ -205,10 +138,10 @@ class StageOne:
         Args:
             image: RGB, already of `size` (`swifti2v.media.images.fit_image`).
             prompt: text, or None with `prompt_embeds`.
-            size: pixels, multiples of the codec's factor times the patch (16 for Wan2.2-A14B).
-            num_frames: 4k+1.
-            seed: in [0, 2**63). The first window is exactly the pipeline's own result for a CPU generator of this seed.
-            options: default `StageOneOptions()`.
+            settings: frames, seed, steps and guidance. Few steps are those of the distillation's fixed schedule if
+                there are as many, and follow the same curve otherwise. The first window is exactly the pipeline's own
+                result for a CPU generator of the seed.
+            size: of the motion reference, in multiples of the codec's factor times the patch (16 for Wan2.2-A14B).
             prompt_embeds: from `encode_prompt`, instead of `prompt`.
             on_step: progress over all windows; to cancel, raise in it.
 
@@ -219,40 +152,41 @@ class StageOne:
             InvalidInputError: at the call, for an argument that cannot be used.
             AdapterError: while iterating, if adapters are merged so that the few-step ones cannot be turned on or off.
         """
-        options = options or StageOneOptions()
         self.geometry.check_size(size)
-        windows = self.plan(num_frames)
-        self._check(image, size, seed)
-        self.check_options(options)
+        windows = self.plan(settings.num_frames)
+        if image.size != tuple(size) or image.mode != "RGB":
+            msg = f"the image is {Size(*image.size)} {image.mode}, not {size} RGB; crop and resize it with fit_image"
+            raise InvalidInputError(msg, param="image", value=image.size)
+        self.check_settings(settings)
         if (prompt is None) == (prompt_embeds is None):
             msg = "give either prompt or prompt_embeds, not both or none; an empty prompt is written ''"
             raise InvalidInputError(msg)
-        if prompt_embeds is not None and options.uses_guidance and prompt_embeds.negative is None:
+        if prompt_embeds is not None and _uses_guidance(settings) and prompt_embeds.negative is None:
             msg = "guidance needs negative embeddings; call encode_prompt with a negative_prompt (it may be empty)"
             raise InvalidInputError(msg)
 
         def make(index: int, start: PIL.Image.Image, embeds: PromptEmbeds) -> Tensor:
             def step(step_index: int) -> None:
                 if on_step is not None:
-                    steps = options.num_inference_steps
+                    steps = settings.stage_one_steps
                     on_step(index * steps + step_index, len(windows) * steps)
 
-            window_seed = seed if index == 0 else derived_seed(seed, index)
-            return self._run(start, embeds, len(windows[index]), window_seed, options, step)
+            window_seed = settings.seed if index == 0 else derived_seed(settings.seed, index)
+            return self._run(start, embeds, len(windows[index]), window_seed, settings, step)
 
-        return self._windows(image, prompt, prompt_embeds, options, windows, make)
+        return self._windows(image, prompt, prompt_embeds, settings, windows, make)
 
     def _windows(
         self,
         image: PIL.Image.Image,
         prompt: str | None,
         embeds: PromptEmbeds | None,
-        options: StageOneOptions,
+        settings: GenerationSettings,
         windows: tuple[range, ...],
         make: Callable[[int, PIL.Image.Image, PromptEmbeds], Tensor],
     ) -> Iterator[Tensor]:
         if embeds is None:
-            embeds = self.encode_prompt(prompt or "", options.negative_prompt if options.uses_guidance else None)
+            embeds = self.encode_prompt(prompt or "", settings.negative_prompt if _uses_guidance(settings) else None)
         held: Tensor | None = None
         for index, window in enumerate(windows):
             if held is None:
@@ -274,7 +208,7 @@ class StageOne:
         embeds: PromptEmbeds,
         num_frames: int,
         seed: int,
-        options: StageOneOptions,
+        settings: GenerationSettings,
         on_step: Callable[[int], None],
     ) -> Tensor:
         """Run the pipeline once; return float32 [n,h,w,3] in [0,1] on the CPU."""
@@ -283,32 +217,24 @@ class StageOne:
             on_step(step_index)
             return tensors
 
-        with borrowed(self.pipeline, options):
+        with borrowed(self.pipeline, few_step=settings.few_step, flow_shift=settings.stage_one_flow_shift):
             (video,) = self.pipeline(
                 image=image,
                 height=image.height,
                 width=image.width,
                 num_frames=num_frames,
-                num_inference_steps=options.num_inference_steps,
-                guidance_scale=options.guidance_scale,
-                guidance_scale_2=options.guidance_scale_2,
+                num_inference_steps=settings.stage_one_steps,
+                guidance_scale=settings.stage_one_guidance_scale,
+                guidance_scale_2=settings.stage_one_guidance_scale_2,
                 generator=torch.Generator("cpu").manual_seed(seed),
                 prompt_embeds=embeds.prompt,
-                negative_prompt_embeds=embeds.negative if options.uses_guidance else None,
+                negative_prompt_embeds=embeds.negative if _uses_guidance(settings) else None,
                 max_sequence_length=self.max_sequence_length,
                 output_type="pt",
                 return_dict=False,
                 callback_on_step_end=after_step,
             )
         return video[0].to("cpu", torch.float32).permute(0, 2, 3, 1)
-
-    def _check(self, image: PIL.Image.Image, size: Size, seed: int) -> None:
-        if image.size != tuple(size) or image.mode != "RGB":
-            msg = f"the image is {Size(*image.size)} {image.mode}, not {size} RGB; crop and resize it with fit_image"
-            raise InvalidInputError(msg)
-        if not 0 <= seed < 2**63:
-            msg = f"seed is {seed}; use an integer from 0 to 2**63 - 1"
-            raise InvalidInputError(msg)
 
     def cut_note(self, name: str, text: str) -> str | None:
         """Say that a text, called `name`, is longer than the encoder reads; None if it is not."""
@@ -320,8 +246,13 @@ class StageOne:
 
 
 @contextmanager
-def borrowed(pipeline: WanImageToVideoPipeline, options: StageOneOptions) -> Iterator[None]:
+def borrowed(pipeline: WanImageToVideoPipeline, *, few_step: bool = True, flow_shift: float = 5.0) -> Iterator[None]:
     """Set scheduler, adapters and progress bar of a pipeline for one run, and give it back as it was.
+
+    Args:
+        pipeline: of Stage I.
+        few_step: `FixedSigmaScheduler` with the few-step adapters on, or `WanUniPCScheduler` with those off.
+        flow_shift: time shift of the many-step schedule.
 
     Raises:
         AdapterError: see `few_step_adapters`.
@@ -330,9 +261,9 @@ def borrowed(pipeline: WanImageToVideoPipeline, options: StageOneOptions) -> Ite
     with ExitStack() as stack:
         for transformer in (pipeline.transformer, pipeline.transformer_2):
             if transformer is not None:
-                stack.enter_context(few_step_adapters(transformer, enabled=options.few_step))
+                stack.enter_context(few_step_adapters(transformer, enabled=few_step))
         try:
-            pipeline.scheduler = _scheduler(scheduler, options)
+            pipeline.scheduler = _scheduler(scheduler, few_step=few_step, flow_shift=flow_shift)
             pipeline.set_progress_bar_config(**{**progress, "disable": True})
             yield
         except BaseException:
@@ -385,10 +316,15 @@ def _few_step_names(layer: Any) -> list[str]:
     return [name for name in held if _is_few_step(name)]
 
 
-def _scheduler(current: Any, options: StageOneOptions) -> Any:
+def _uses_guidance(settings: GenerationSettings) -> bool:
+    """Return whether each step also runs the network on the negative prompt."""
+    return settings.stage_one_guidance_scale > 1
+
+
+def _scheduler(current: Any, *, few_step: bool, flow_shift: float) -> Any:
     """Return a fresh scheduler: a run leaves its state in the one it used."""
-    if not options.few_step:
-        return WanUniPCScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=options.flow_shift)
+    if not few_step:
+        return WanUniPCScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=flow_shift)
     if isinstance(current, FixedSigmaScheduler):
         return FixedSigmaScheduler.from_config(current.config)
     return FixedSigmaScheduler()

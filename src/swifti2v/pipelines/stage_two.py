@@ -28,9 +28,9 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from swifti2v.pipelines.options import GenerationSettings
     from swifti2v.sampling.segmented import OnSegmentStep, Window
     from swifti2v.segments import Segment
+    from swifti2v.settings import GenerationSettings
     from swifti2v.wan.transformer import StageTwoTransformer
     from swifti2v.wan.vae import StreamingCodec
 

@@ -18,25 +18,23 @@ from swifti2v.media.images import as_loaded_image, fit_image, fit_notes, image_t
 from swifti2v.pipelines.ahead import made_ahead
 from swifti2v.pipelines.fitting import frames_within_limits
 from swifti2v.pipelines.loading import load_parts
-from swifti2v.pipelines.options import GenerationOptions
 from swifti2v.pipelines.run_store import RunStore
 from swifti2v.pipelines.runs import FinishedFrames, GenerationRequest, Progress, Video
-from swifti2v.pipelines.stage_one import PromptEmbeds, StageOneOptions
+from swifti2v.pipelines.stage_one import PromptEmbeds
 from swifti2v.pixels import to_uint8
 from swifti2v.reference.hybrid import hybrid_reference
 from swifti2v.reference.options import ReferenceOptions
+from swifti2v.settings import check_prompt, checked_choices
 from swifti2v.wan.quantized_products import quantization_of
 
 if TYPE_CHECKING:
     from swifti2v.pipelines.acceleration import Acceleration
     from swifti2v.pipelines.fitting import MemoryLimits
     from swifti2v.pipelines.loading import Parts
-    from swifti2v.pipelines.options import GenerationSettings
     from swifti2v.pipelines.runs import OnProgress
     from swifti2v.segments import Segment
+    from swifti2v.settings import GenerationSettings
     from swifti2v.wan.checkpoints import Part
-
-MAX_PROMPT_CHARACTERS = 100_000
 
 
 class TwoStagePipeline:
@@ -114,7 +112,6 @@ class TwoStagePipeline:
         image: PIL.Image.Image | str | Path,
         prompt: str = "",
         *,
-        options: GenerationOptions | None = None,
         generator: torch.Generator | None = None,
         work_dir: str | Path | None = None,
         on_progress: OnProgress | None = None,
@@ -125,17 +122,17 @@ class TwoStagePipeline:
         Args:
             image: a PIL image or a path; brought to upright RGB, cropped to the aspect of the output and resized.
             prompt: what should move, and how.
-            options: default: what the checkpoint recommends.
-            generator: draws the seed, instead of `options.seed`.
+            generator: draws the seed, instead of `seed`.
             work_dir: keep the motion reference and finished segments there, and continue from what it holds.
             on_progress: see `OnProgress`.
-            **choices: single fields of `GenerationOptions`, over those of `options`: ``num_frames=81, seed=7``.
+            **choices: fields of `GenerationSettings`, ``num_frames=81, seed=7``; what is left out or None is as the
+                checkpoint recommends.
 
         Raises:
             InvalidInputError: image, prompt or an option cannot be used; the message names the fix.
             WorkDirectoryError: `work_dir` belongs to another run.
         """
-        request = self.request(image, prompt, options=options, generator=generator, **choices)
+        request = self.request(image, prompt, generator=generator, **choices)
         notes = (*request.notes, *self.prompt_notes(request))
         with closing(self.stream(request, work_dir=work_dir, on_progress=on_progress)) as pieces:
             frames = torch.cat([piece.frames for piece in pieces])
@@ -146,7 +143,6 @@ class TwoStagePipeline:
         image: PIL.Image.Image | str | Path,
         prompt: str = "",
         *,
-        options: GenerationOptions | None = None,
         generator: torch.Generator | None = None,
         **choices: Any,
     ) -> GenerationRequest:
@@ -155,21 +151,19 @@ class TwoStagePipeline:
         Raises:
             InvalidInputError: as in a call.
         """
-        options = (options or GenerationOptions()).with_choices(choices)
-        settings = self.parts.defaults_of(options.few_step).settled(options)
+        chosen = checked_choices(choices)
+        settings = self.parts.defaults_of(chosen.get("few_step")).settled(chosen)
         if generator is not None:
             settings = _with_seed(settings, generator)
         self.parts.stage_two.plan(settings)
         self.parts.stage_one.plan(settings.num_frames)
         self.parts.stage_two.check_refiner(settings)
         self.parts.check_few_step(settings.few_step)
-        self.parts.stage_one.check_options(StageOneOptions.of(settings))
-        if len(prompt) > MAX_PROMPT_CHARACTERS:
-            msg = f"the prompt has {len(prompt)} characters; shorten it to at most {MAX_PROMPT_CHARACTERS}"
-            raise InvalidInputError(msg)
+        self.parts.stage_one.check_settings(settings)
+        check_prompt(prompt)
         loaded = as_loaded_image(image)
         of_image = (*loaded.notes, *fit_notes(loaded.image, settings.size))
-        notes = (*of_image, *settings.notes(options), *self.parts.motion_notes(prompt))
+        notes = (*of_image, *settings.notes(chosen), *self.parts.motion_notes(prompt))
         return GenerationRequest(fit_image(loaded.image, settings.size), prompt, settings, notes)
 
     def stream(
@@ -299,10 +293,8 @@ class TwoStagePipeline:
         pieces = parts.stage_one.generate(
             request.image.resize(size, PIL.Image.Resampling.LANCZOS),
             None,
+            settings,
             size=size,
-            num_frames=settings.num_frames,
-            seed=settings.seed,
-            options=StageOneOptions.of(settings),
             prompt_embeds=embeds,
             on_step=lambda step, total: report(Progress("stage_one", step + 1, total)),
         )

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
 from swifti2v.errors import InvalidInputError
-
-ReferenceMode = Literal["replace", "transport"]
+from swifti2v.settings import GenerationSettings, ReferenceMode
 
 
 @dataclass(frozen=True)
@@ -32,8 +30,8 @@ class ReferenceOptions:
         InvalidInputError: a number is out of its range, or the mode is unknown.
     """
 
-    mode: ReferenceMode = "transport"
-    flow_scale: float = 0.5
+    mode: ReferenceMode = GenerationSettings.reference
+    flow_scale: float = GenerationSettings.flow_scale
     confidence_width: float = 0.09
     mismatch_width: float = 0.7
     band_sigma: float = 0.5

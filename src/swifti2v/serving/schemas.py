@@ -8,19 +8,16 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel
 
-from swifti2v.config import to_mapping
 from swifti2v.errors import InvalidInputError
 from swifti2v.geometry import CodecGeometry, Size
 from swifti2v.jobs.state import Job, JobRequest, JobState
-from swifti2v.pipelines.options import GenerationOptions, GenerationSettings
 from swifti2v.serving.problems import ApiProblem
+from swifti2v.settings import MAX_PROMPT_CHARACTERS, OPTIONS, GenerationSettings, plain_choices
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
     from swifti2v.serving.settings import ServedModel, ServiceLimits, ServiceSettings
-
-MAX_PROMPT_CHARACTERS = 100_000  # the pipeline's own limit (a test compares), whose import would import torch
 
 
 class VideoError(BaseModel):
@@ -146,9 +143,11 @@ def read_request(fields: Mapping[str, Any], settings: ServiceSettings) -> JobReq
     try:
         settled = _settled(values, model.defaults)
     except InvalidInputError as error:
-        raise ApiProblem(400, str(error), param=_param_of(error, values), code="invalid_value") from error
+        raise ApiProblem(
+            400, str(error), param=error.param if error.param in values else None, code="invalid_value"
+        ) from error
     _check_limits(settled, settings.limits)
-    return JobRequest(model.name, values["prompt"], to_mapping(_options(settled, values)))
+    return JobRequest(model.name, values["prompt"], plain_choices(_choices(settled, values)))
 
 
 def video_object(job: Job, defaults: GenerationSettings, *, max_age_seconds: float | None) -> VideoObject:
@@ -251,17 +250,6 @@ _READERS: Mapping[str, Callable[[str, Any], Any]] = {
     "stage_one_flow_shift": _number,
 }
 
-_SAMPLING = (
-    "negative_prompt",
-    "num_inference_steps",
-    "guidance_scale",
-    "stage_one_steps",
-    "stage_one_guidance_scale",
-    "stage_one_guidance_scale_2",
-    "stage_one_flow_shift",
-)
-"""Fields that are choices of the pipeline as they are; what is left out stays the checkpoint's choice."""
-
 
 def _model(name: str | None, settings: ServiceSettings) -> ServedModel:
     if name is None:
@@ -276,10 +264,7 @@ def _model(name: str | None, settings: ServiceSettings) -> ServedModel:
 def _settled(values: Mapping[str, Any], defaults: GenerationSettings) -> GenerationSettings:
     if "seconds" in values and "num_frames" in values:
         raise ApiProblem(400, "seconds and num_frames are both given; give one", param="num_frames")
-    size = Size.parse(values["size"]) if "size" in values else None
-    same = ("num_frames", "fps", "seed", *_SAMPLING)
-    options = GenerationOptions(size=size, **{name: values[name] for name in same if name in values})
-    settled = defaults.settled(options)
+    settled = defaults.settled({name: value for name, value in values.items() if name in OPTIONS})
     if "seconds" not in values:
         return settled
     temporal = CodecGeometry().temporal
@@ -287,22 +272,11 @@ def _settled(values: Mapping[str, Any], defaults: GenerationSettings) -> Generat
     return replace(settled, num_frames=latent_frames * temporal + 1)
 
 
-def _options(settled: GenerationSettings, values: Mapping[str, Any]) -> GenerationOptions:
+def _choices(settled: GenerationSettings, values: Mapping[str, Any]) -> dict[str, Any]:
     """Keep what was chosen, and what tells the client what will come; the rest stays the checkpoint's choice."""
-    return GenerationOptions(
-        size=settled.size,
-        num_frames=settled.num_frames,
-        fps=settled.fps,
-        seed=settled.seed,
-        **{name: values[name] for name in _SAMPLING if name in values},
-    )
-
-
-def _param_of(error: InvalidInputError, values: Mapping[str, Any]) -> str | None:
-    """Name the field that a message is about: the first that it speaks of."""
-    words = re.findall(r"[a-z_][a-z_0-9]*", str(error))
-    meant = {"width": "size", "height": "size", "size": "size", "clip": "num_frames"}
-    return next((meant.get(word, word) for word in words if meant.get(word, word) in values), None)
+    told = ("size", "num_frames", "fps", "seed")
+    kept = {name: value for name, value in values.items() if name in OPTIONS}
+    return kept | {name: getattr(settled, name) for name in told}
 
 
 def _check_limits(settled: GenerationSettings, limits: ServiceLimits) -> None:

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from swifti2v.pipelines.acceleration import Acceleration
-    from swifti2v.pipelines.options import GenerationSettings
+    from swifti2v.settings import GenerationSettings
 
 
 @dataclass(frozen=True)

@@ -16,16 +16,12 @@ from typing import Any, Literal
 
 from swifti2v.config import from_mapping, to_mapping
 from swifti2v.errors import CheckpointError, ConfigurationError
-
-# The names stand in annotations that the strict reader resolves at run time.
-from swifti2v.segments import PositionMode  # noqa: TC001 - see above
+from swifti2v.geometry import Size
+from swifti2v.segments import PositionMode  # noqa: TC001 - annotations that pydantic reads while it runs
+from swifti2v.settings import GenerationSettings, ReferenceMode, Refiner, SolverName
 
 INDEX_NAME = "swifti2v.json"
 FORMAT = 1
-
-Refiner = Literal["concat", "training-free", "none"]
-ReferenceMode = Literal["replace", "transport"]
-SolverName = Literal["euler", "renoise"]
 
 WAN_NEGATIVE_PROMPT = (
     "色调艳丽 过曝 静态 细节模糊不清 字幕 风格 作品 画作 画面 静止 整体发灰 最差质量 低质量 JPEG压缩残留 "
@@ -92,7 +88,7 @@ class StageOneEntry:
     max_area: int | None = None
     adapters: tuple[AdapterEntry, ...] = ()
     few_step_sigmas: tuple[float, ...] = (1.0, 0.9375, 5 / 6, 0.625)
-    flow_shift: float = 5.0
+    flow_shift: float = GenerationSettings.stage_one_flow_shift
     num_inference_steps: int = 40
     guidance_scale: float = 3.5
     negative_prompt: str = WAN_NEGATIVE_PROMPT
@@ -136,16 +132,16 @@ class StageTwoEntry:
     revision: str | None = None
     transformer_subfolder: str = "transformer"
     vae_subfolder: str = "vae"
-    refiner: Refiner = "concat"
-    num_inference_steps: int = 4
-    sigma_start: float = 1.0
-    flow_shift: float = 5.0
-    solver: SolverName = "euler"
-    guidance_scale: float = 1.0
-    segment_size: int = 3
-    neighbors_before: int = 1
-    neighbors_after: int = 0
-    positions: PositionMode = "absolute"
+    refiner: Refiner = GenerationSettings.refiner
+    num_inference_steps: int = GenerationSettings.num_inference_steps
+    sigma_start: float = GenerationSettings.sigma_start
+    flow_shift: float = GenerationSettings.flow_shift
+    solver: SolverName = GenerationSettings.solver
+    guidance_scale: float = GenerationSettings.guidance_scale
+    segment_size: int = GenerationSettings.segment_size
+    neighbors_before: int = GenerationSettings.neighbors_before
+    neighbors_after: int = GenerationSettings.neighbors_after
+    positions: PositionMode = GenerationSettings.positions
     uses_prompt: bool = True
 
     def __post_init__(self) -> None:
@@ -169,11 +165,11 @@ class DefaultsEntry:
         reference: construction of the hybrid reference.
     """
 
-    width: int = 2560
-    height: int = 1408
-    num_frames: int = 81
-    fps: float = 16.0
-    reference: ReferenceMode = "transport"
+    width: int = GenerationSettings.size.width
+    height: int = GenerationSettings.size.height
+    num_frames: int = GenerationSettings.num_frames
+    fps: float = GenerationSettings.fps
+    reference: ReferenceMode = GenerationSettings.reference
 
     def __post_init__(self) -> None:
         _check_positive(self, "width", "height", "num_frames", "fps")
@@ -227,6 +223,31 @@ class CheckpointIndex:
     def to_json(self) -> dict[str, Any]:
         """Return the plain data that `from_json` reads back as an equal index."""
         return to_mapping(self)
+
+    def default_settings(self, *, few_step: bool = True) -> GenerationSettings:
+        """Return the settings that the checkpoint recommends, for few steps of Stage I or for many."""
+        one, two, run = self.stage_one, self.stage_two, self.defaults
+        return GenerationSettings(
+            size=Size(run.width, run.height),
+            num_frames=run.num_frames,
+            fps=run.fps,
+            reference=run.reference,
+            refiner=two.refiner,
+            num_inference_steps=two.num_inference_steps,
+            sigma_start=two.sigma_start,
+            flow_shift=two.flow_shift,
+            solver=two.solver,
+            guidance_scale=two.guidance_scale,
+            segment_size=two.segment_size,
+            neighbors_before=two.neighbors_before,
+            neighbors_after=two.neighbors_after,
+            positions=two.positions,
+            few_step=few_step,
+            stage_one_steps=len(one.few_step_sigmas) if few_step else one.num_inference_steps,
+            stage_one_guidance_scale=1.0 if few_step else one.guidance_scale,
+            stage_one_flow_shift=one.flow_shift,
+            negative_prompt=one.negative_prompt,
+        )
 
 
 def read_index(path: Path) -> CheckpointIndex:

@@ -13,7 +13,6 @@ is loaded can run code of its own.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from functools import partial
 from importlib import import_module, resources
@@ -38,7 +37,6 @@ from swifti2v.wan.checkpoint_index import (
     INDEX_NAME,
     AdapterEntry,
     CheckpointIndex,
-    Refiner,
     is_hub_id,
     is_within,
     read_index,
@@ -47,7 +45,11 @@ from swifti2v.wan.stage_one_weights import apply_adapters, load_stage_one_pipeli
 from swifti2v.wan.transformer import StageTwoTransformer
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Collection
+
     from torch import nn
+
+    from swifti2v.settings import Refiner
 
 __all__ = [
     "PARTS",

@@ -14,7 +14,7 @@ from swifti2v.memory.run_settings import RunSettings
 
 if TYPE_CHECKING:
     from swifti2v.memory.budget import PipelineDimensions
-    from swifti2v.pipelines.options import GenerationSettings
+    from swifti2v.settings import GenerationSettings
 
 _MULTIPLE = 32
 _SHARES = (1.0, 0.75, 0.5)

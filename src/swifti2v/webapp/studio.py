@@ -7,13 +7,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from swifti2v.config import from_mapping, to_mapping
 from swifti2v.errors import InvalidInputError, JobError
-from swifti2v.geometry import Size
 from swifti2v.jobs.state import ACTIVE_STATES, Job, JobRequest
 from swifti2v.media.images import load_image
 from swifti2v.pipelines.loading import settings_of
-from swifti2v.pipelines.options import GenerationOptions
+from swifti2v.settings import plain_choices
 from swifti2v.webapp.presets import Preset, preset_of, size_choices, summary
 from swifti2v.webapp.views import job_view, library_view
 
@@ -82,15 +80,9 @@ class Studio:
         """Say what the form's run takes on a card, or what is wrong with the form."""
         if self._dimensions is None:
             return _NO_PLAN
-        options = self._options(form)
-        return summary(
-            label,
-            self._dimensions,
-            self.defaults,
-            size=options.size,
-            num_frames=options.num_frames,
-            num_inference_steps=options.num_inference_steps,
-        )
+        choices = self._choices(form)
+        shown = {name: choices[name] for name in ("size", "num_frames", "num_inference_steps")}
+        return summary(label, self._dimensions, self.defaults, **shown)
 
     def preview(self, form: Form) -> Job:
         """Queue the motion preview of a form.
@@ -133,7 +125,7 @@ class Studio:
     def reuse(self, job_id: str) -> Form:
         """Return the form that a job came from, its seed included; raises `JobError` if its picture is gone."""
         job = self.queue.store.get(job_id)
-        options = self.defaults.settled(from_mapping(GenerationOptions, job.request.options))
+        options = self.defaults.settled(job.request.options)
         return Form(
             image=str(self._picture(job)),
             prompt=job.request.prompt,
@@ -161,29 +153,23 @@ class Studio:
             msg = "there is no picture yet; drop one into the field, or choose a file"
             raise InvalidInputError(msg)
         loaded = load_image(form.image)
-        options = self._options(form)
-        request = JobRequest(
-            self.model, form.prompt, to_mapping(options), loaded.notes, preview=preview, keep_motion=True
-        )
+        choices = plain_choices(self._choices(form))
+        request = JobRequest(self.model, form.prompt, choices, loaded.notes, preview=preview, keep_motion=True)
         return self.queue.submit(loaded.image, request)
 
-    def _options(self, form: Form) -> GenerationOptions:
-        """Return the options of a form with every choice settled, so that a job says all that it was made of."""
+    def _choices(self, form: Form) -> dict[str, Any]:
+        """Return the settings of a form with every choice settled, so that a job says all that it was made of."""
         seed = secrets.randbelow(_SEED_LIMIT) if form.seed is None else _whole("seed", form.seed)
-        wanted = GenerationOptions(
-            size=Size.parse(form.size) if form.size.strip() else None,
-            num_frames=None if form.num_frames is None else _whole("frames", form.num_frames),
-            num_inference_steps=None if form.num_inference_steps is None else _whole("steps", form.num_inference_steps),
-            seed=seed,
-        )
+        wanted = {
+            "size": form.size.strip() or None,
+            "num_frames": None if form.num_frames is None else _whole("frames", form.num_frames),
+            "num_inference_steps": (
+                None if form.num_inference_steps is None else _whole("steps", form.num_inference_steps)
+            ),
+            "seed": seed,
+        }
         settled = self.defaults.settled(wanted)
-        return replace(
-            wanted,
-            size=settled.size,
-            num_frames=settled.num_frames,
-            num_inference_steps=settled.num_inference_steps,
-            fps=settled.fps,
-        )
+        return {name: getattr(settled, name) for name in (*wanted, "fps")}
 
     def _picture(self, job: Job) -> Path:
         path = self.queue.files.input(job.id)

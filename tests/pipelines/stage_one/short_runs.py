@@ -10,8 +10,12 @@ import PIL.Image
 import torch
 
 from swifti2v.geometry import Size
+from swifti2v.settings import GenerationSettings
+from swifti2v.wan.checkpoint_index import WAN_NEGATIVE_PROMPT
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from swifti2v.pipelines.stage_one import StageOne
 
 SIZE = Size(32, 16)
@@ -24,8 +28,22 @@ def make_image(seed: int) -> PIL.Image.Image:
 
 
 def make(stage_one: StageOne, image: PIL.Image.Image, **changes) -> torch.Tensor:
-    settings = {"prompt": "pan left", "size": SIZE, "num_frames": 1, "seed": 3} | changes
-    return torch.cat(list(stage_one.generate(image, **settings)))
+    return torch.cat(list(pieces(stage_one, image, **changes)))
+
+
+def pieces(stage_one: StageOne, image: PIL.Image.Image, **changes) -> Iterator[torch.Tensor]:
+    """Begin a run; `changes` are arguments of `generate` and settings."""
+    arguments = {"prompt": "pan left", "size": SIZE} | {
+        name: changes.pop(name) for name in ("prompt", "size", "prompt_embeds", "on_step") if name in changes
+    }
+    settings = GenerationSettings(**{"num_frames": 1, "seed": 3} | changes)
+    return stage_one.generate(image, settings=settings, **arguments)
+
+
+def many_steps(num_steps: int, **changes) -> dict[str, object]:
+    """Return the settings of the undistilled network, as an index has them."""
+    guided = {"stage_one_guidance_scale": 3.5, "negative_prompt": WAN_NEGATIVE_PROMPT}
+    return {"few_step": False, "stage_one_steps": num_steps} | guided | changes
 
 
 @contextmanager

@@ -6,12 +6,13 @@ import numpy as np
 import pytest
 import torch
 
-from tests.pipelines.stage_one.short_runs import SIZE, make, watched
+from tests.pipelines.stage_one.short_runs import make, watched
+from tests.pipelines.stage_one.short_runs import pieces as begun
 
 
 @pytest.mark.parametrize("num_frames", [1, 5, 9, 13, 29])
 def test_pieces_add_up_to_the_clip(stage_one, image, num_frames):
-    pieces = list(stage_one.generate(image, "pan left", size=SIZE, num_frames=num_frames, seed=3))
+    pieces = list(begun(stage_one, image, num_frames=num_frames))
     assert sum(len(piece) for piece in pieces) == num_frames
     assert len(pieces) == len(stage_one.plan(num_frames))
     assert all(piece.shape[1:] == (16, 32, 3) and piece.dtype == torch.uint8 for piece in pieces)
@@ -35,7 +36,7 @@ def test_time_is_linear_in_the_length(stage_one, pipeline, image):
 
 def test_windows_are_made_only_when_asked_for(stage_one, pipeline, image):
     with watched(pipeline.transformer) as (high,):
-        pieces = stage_one.generate(image, "pan left", size=SIZE, num_frames=41, seed=3)
+        pieces = begun(stage_one, image, num_frames=41)
         assert len(high) == 0
         next(pieces)
         assert len(high) == 2

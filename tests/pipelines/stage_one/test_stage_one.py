@@ -13,10 +13,10 @@ from peft import LoraConfig
 
 from swifti2v.errors import GenerationCancelled, InvalidInputError
 from swifti2v.geometry import Size
-from swifti2v.pipelines.stage_one import PromptEmbeds, StageOne, StageOneOptions
+from swifti2v.pipelines.stage_one import PromptEmbeds, StageOne
 from swifti2v.schedulers import FixedSigmaScheduler
 from swifti2v.wan.checkpoint_index import WAN_NEGATIVE_PROMPT
-from tests.pipelines.stage_one.short_runs import SIZE, TEXT_LENGTH, make, make_image, watched
+from tests.pipelines.stage_one.short_runs import SIZE, TEXT_LENGTH, make, make_image, many_steps, pieces, watched
 
 
 def by_hand(pipeline, image, *, scheduler, **settings) -> torch.Tensor:
@@ -64,7 +64,7 @@ def test_few_steps_equal_the_pipeline_driven_by_hand(stage_one, pipeline, image)
 
 
 def test_many_steps_with_guidance_equal_the_pipeline_driven_by_hand(stage_one, pipeline, image):
-    options = StageOneOptions.many_step(5, negative_prompt="blurry", guidance_scale_2=2.0, flow_shift=5.0)
+    settings = many_steps(5, negative_prompt="blurry", stage_one_guidance_scale_2=2.0)
     scheduler = WanLevels(
         prediction_type="flow_prediction", use_flow_sigmas=True, num_train_timesteps=1000, flow_shift=5.0
     )
@@ -77,7 +77,7 @@ def test_many_steps_with_guidance_equal_the_pipeline_driven_by_hand(stage_one, p
         guidance_scale_2=2.0,
         negative_prompt="blurry",
     )
-    assert torch.equal(make(stage_one, image, num_frames=9, options=options), theirs)
+    assert torch.equal(make(stage_one, image, num_frames=9, **settings), theirs)
 
 
 def test_each_expert_runs_twice_at_its_own_timesteps(stage_one, pipeline, image):
@@ -91,37 +91,39 @@ def test_each_expert_runs_twice_at_its_own_timesteps(stage_one, pipeline, image)
 @pytest.mark.parametrize(("guidance_scale", "calls"), [(1.0, 1), (3.5, 2)])
 def test_guidance_doubles_the_calls(stage_one, pipeline, image, guidance_scale, calls):
     with watched(pipeline.transformer, pipeline.transformer_2) as (high, low):
-        make(stage_one, image, options=StageOneOptions(guidance_scale=guidance_scale))
+        make(stage_one, image, stage_one_guidance_scale=guidance_scale)
     assert (len(high), len(low)) == (2 * calls, 2 * calls)
 
 
 @pytest.mark.parametrize(
-    ("options", "negatives"),
+    ("settings", "negatives"),
     [
-        (StageOneOptions(), []),
-        (StageOneOptions.many_step(2, guidance_scale=1.0), []),
-        (StageOneOptions.many_step(2), [WAN_NEGATIVE_PROMPT]),
-        (StageOneOptions.many_step(2, negative_prompt=""), [""]),
+        ({"negative_prompt": "blurry"}, []),
+        (many_steps(2, stage_one_guidance_scale=1.0), []),
+        (many_steps(2), [WAN_NEGATIVE_PROMPT]),
+        (many_steps(2, negative_prompt=""), [""]),
     ],
     ids=["few steps", "many without guidance", "many", "many, led away from an empty prompt"],
 )
-def test_a_negative_prompt_is_encoded_where_guidance_is_on(stage_one, pipeline, image, monkeypatch, options, negatives):
+def test_a_negative_prompt_is_encoded_where_guidance_is_on(
+    stage_one, pipeline, image, monkeypatch, settings, negatives
+):
     encoded = []
     embeddings = pipeline._get_t5_prompt_embeds
 
-    def watching(prompt, *arguments, **settings):
+    def watching(prompt, *arguments, **others):
         encoded.extend([prompt] if isinstance(prompt, str) else prompt)
-        return embeddings(prompt, *arguments, **settings)
+        return embeddings(prompt, *arguments, **others)
 
     monkeypatch.setattr(pipeline, "_get_t5_prompt_embeds", watching)
-    make(stage_one, image, options=options)
+    make(stage_one, image, **settings)
     assert encoded == ["pan left", *negatives]
 
 
 def test_the_checkpoints_own_fixed_schedule_is_kept(stage_one, pipeline, image):
     pipeline.scheduler = FixedSigmaScheduler(fixed_sigmas=(1.0, 0.5))
     with watched(pipeline.transformer, pipeline.transformer_2) as (high, low):
-        make(stage_one, image, options=StageOneOptions(num_inference_steps=2))
+        make(stage_one, image, stage_one_steps=2)
     assert (torch.cat(high).tolist(), torch.cat(low).tolist()) == ([1000.0], [500.0])
 
 
@@ -237,30 +239,30 @@ def with_adapters(pipeline) -> WanImageToVideoPipeline:
 
 
 def test_many_steps_run_without_the_few_step_adapters(stage_one, with_adapters, image):
-    many = StageOneOptions.many_step(3, guidance_scale=1.0)
+    many = many_steps(3, stage_one_guidance_scale=1.0)
     before = state(with_adapters)
-    few, ours = make(stage_one, image), make(stage_one, image, options=many)
+    few, ours = make(stage_one, image), make(stage_one, image, **many)
     assert state(with_adapters) == before
     assert torch.equal(make(stage_one, image), few)
 
     for network in (with_adapters.transformer, with_adapters.transformer_2):
         network.set_adapters(["low_res"], [0.7])
-    assert torch.equal(make(stage_one, image, options=many), ours)
+    assert torch.equal(make(stage_one, image, **many), ours)
     # Few-step mode turns them on again, at the scale they were left with.
     assert torch.equal(make(stage_one, image), few)
     for network in (with_adapters.transformer, with_adapters.transformer_2):
         network.delete_adapters("few_step")
-    assert torch.equal(make(stage_one, image, options=many), ours)
+    assert torch.equal(make(stage_one, image, **many), ours)
     assert not torch.equal(make(stage_one, image), few)
 
 
 def test_a_network_whose_only_adapter_is_few_step_runs_as_the_base_network(stage_one, pipeline, image):
-    many = StageOneOptions.many_step(3, guidance_scale=1.0)
-    base = make(stage_one, image, options=many)
+    many = many_steps(3, stage_one_guidance_scale=1.0)
+    base = make(stage_one, image, **many)
     few = make(stage_one, image)
     for network in (pipeline.transformer, pipeline.transformer_2):
         add_adapter(network, "few_step_high", 5)
-    assert torch.equal(make(stage_one, image, options=many), base)
+    assert torch.equal(make(stage_one, image, **many), base)
     assert not torch.equal(make(stage_one, image), few)
 
 
@@ -271,7 +273,7 @@ def test_an_exception_restores_the_adapters(stage_one, with_adapters, image):
         raise Stop
 
     with pytest.raises(Stop):
-        make(stage_one, image, options=StageOneOptions.many_step(3), on_step=cancel)
+        make(stage_one, image, **many_steps(3), on_step=cancel)
     assert state(with_adapters) == before
 
 
@@ -292,62 +294,30 @@ def test_an_exception_restores_the_adapters(stage_one, with_adapters, image):
             {
                 "prompt": None,
                 "prompt_embeds": PromptEmbeds(torch.zeros(1, 16, 32)),
-                "options": StageOneOptions(guidance_scale=3.5),
+                "stage_one_guidance_scale": 3.5,
             },
             "negative_prompt",
         ),
     ],
 )
 def test_bad_arguments_are_errors_at_the_call(stage_one, image, changes, fix):
-    settings = {"prompt": "pan left", "size": SIZE, "num_frames": 9, "seed": 3} | changes
     with pytest.raises(InvalidInputError, match=fix):
-        stage_one.generate(image, **settings)
+        pieces(stage_one, image, **({"num_frames": 9} | changes))
 
 
 def test_an_image_with_alpha_is_an_error(stage_one, image):
     with pytest.raises(InvalidInputError, match="RGBA, not 32x16 RGB"):
-        stage_one.generate(image.convert("RGBA"), "", size=SIZE, num_frames=9, seed=0)
+        pieces(stage_one, image.convert("RGBA"))
 
 
 def test_the_second_guidance_scale_needs_a_second_expert(pipeline, image):
     pipeline.register_to_config(boundary_ratio=None)
     stage_one = StageOne(pipeline, window_frames=9, max_sequence_length=TEXT_LENGTH)
     with pytest.raises(InvalidInputError, match="second expert"):
-        stage_one.generate(
-            image,
-            "",
-            size=SIZE,
-            num_frames=9,
-            seed=0,
-            options=StageOneOptions(guidance_scale=3.5, guidance_scale_2=2.0),
-        )
-
-
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {"num_inference_steps": 0},
-        {"guidance_scale": 0.5},
-        {"guidance_scale": 3.0, "guidance_scale_2": 0.0},
-        {"flow_shift": 0.0},
-        {"negative_prompt": "blurry"},
-        {"guidance_scale_2": 3.0},
-        {"guidance_scale": float("nan")},
-    ],
-)
-def test_options_out_of_range_or_without_effect_are_errors(changes):
-    with pytest.raises(InvalidInputError):
-        StageOneOptions(**changes)
+        pieces(stage_one, image, stage_one_guidance_scale=3.5, stage_one_guidance_scale_2=2.0)
 
 
 def test_defaults_are_the_published_ones():
-    options = StageOneOptions()
-    assert (options.num_inference_steps, options.few_step, options.uses_guidance) == (4, True, False)
-    many = StageOneOptions.many_step()
-    assert (many.num_inference_steps, many.few_step, many.guidance_scale, many.flow_shift) == (40, False, 3.5, 5.0)
-    assert (options.negative_prompt, many.negative_prompt) == ("", WAN_NEGATIVE_PROMPT)
-    assert StageOneOptions.many_step(negative_prompt="blurry").negative_prompt == "blurry"
-    assert StageOneOptions.many_step(guidance_scale=1.0).negative_prompt == ""
     defaults = inspect.signature(StageOne.__init__).parameters
     assert defaults["window_frames"].default == 81
     assert defaults["max_sequence_length"].default == 512

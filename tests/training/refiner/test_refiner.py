@@ -21,7 +21,6 @@ from swifti2v.data.shards import FreshSample, write_shard
 from swifti2v.errors import CheckpointError, ConfigurationError, InvalidInputError, LatentCacheError
 from swifti2v.geometry import Size
 from swifti2v.pipelines.loading import settings_of
-from swifti2v.pipelines.options import GenerationOptions
 from swifti2v.pipelines.two_stage import TwoStagePipeline
 from swifti2v.sampling.schedules import shifted_sigmas
 from swifti2v.sampling.segmented import sample_segments
@@ -283,9 +282,7 @@ def test_processes_divide_the_clips_and_run_as_many_forwards(cache: Path, tiny_c
             return found
 
     for rank in range(2):
-        own = RefinerValidation(
-            network, samples=samples, indices=[0, 1, 2], options=options, processes=Recorded(rank, 2)
-        )
+        own = RefinerValidation(network, samples=samples, indices=[0, 1, 2], **options, processes=Recorded(rank, 2))
         hook = network.register_forward_hook(lambda *_, rank=rank: forwards.__setitem__(rank, forwards[rank] + 1))
         together = own(0)
         hook.remove()
@@ -338,7 +335,7 @@ def test_bad_options_and_missing_checkpoints(run: RefinerRun, cache: Path, tmp_p
 def generated(checkpoint: Path, **options: Any) -> torch.Tensor:
     pipe = TwoStagePipeline.from_pretrained(checkpoint, device="cpu")
     image = PIL.Image.fromarray(np.full((64, 64, 3), 90, dtype=np.uint8))
-    return pipe(image, "words", options=GenerationOptions(size=Size(64, 64), num_frames=9, **options)).frames
+    return pipe(image, "words", **{"size": Size(64, 64), "num_frames": 9, **options}).frames
 
 
 def test_windows_that_cannot_be_shared_are_refused(

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from contextlib import closing
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
-from swifti2v.pipelines.options import GenerationOptions
+from swifti2v.settings import GenerationSettings
 
 if TYPE_CHECKING:
     from collections.abc import Generator, Mapping
@@ -16,7 +16,6 @@ if TYPE_CHECKING:
 
     from swifti2v.evaluation.vbench.clips import Clip
     from swifti2v.geometry import Size
-    from swifti2v.pipelines.options import GenerationSettings
     from swifti2v.pipelines.two_stage import TwoStagePipeline
 
 STILL_MODEL = "still"
@@ -52,26 +51,26 @@ class MakerSettings:
     Args:
         model: name or path of a checkpoint, or `still`.
         size: of the suite.
-        options: of every video; its size and seed are not used.
+        choices: fields of `GenerationSettings`, for every video; without size and seed.
         device: of the checkpoint, None for a card if there is one.
         few_step: see `TwoStagePipeline.from_pretrained`.
     """
 
     model: str
     size: Size
-    options: GenerationOptions = field(default_factory=GenerationOptions)
+    choices: Mapping[str, Any] = field(default_factory=dict)
     device: str | None = None
     few_step: bool = True
 
     def open(self) -> ClipMaker:
         """Load the model; raise `CheckpointError` or `InvalidInputError` as the pipeline does."""
         if self.model == STILL_MODEL:
-            num_frames, fps = self.options.num_frames or 81, self.options.fps or 16.0
-            return StillMaker(ClipShape(self.size, num_frames, fps))
+            num_frames = self.choices.get("num_frames") or GenerationSettings.num_frames
+            return StillMaker(ClipShape(self.size, num_frames, self.choices.get("fps") or GenerationSettings.fps))
         from swifti2v.pipelines.two_stage import TwoStagePipeline
 
         pipeline = TwoStagePipeline.from_pretrained(self.model, device=self.device, few_step=self.few_step)
-        return PipelineMaker(pipeline, self.options, size=self.size)
+        return PipelineMaker(pipeline, self.choices, size=self.size)
 
 
 class PipelineMaker:
@@ -79,14 +78,14 @@ class PipelineMaker:
 
     Args:
         pipeline: loaded.
-        options: of every video; the size is put in from `size`, the seed from the clip.
+        choices: of every video; the size is put in from `size`, the seed from the clip.
         size: of the suite.
     """
 
-    def __init__(self, pipeline: TwoStagePipeline, options: GenerationOptions, *, size: Size) -> None:
+    def __init__(self, pipeline: TwoStagePipeline, choices: Mapping[str, Any], *, size: Size) -> None:
         self._pipeline = pipeline
-        self._options = replace(options, size=size)
-        self._settings: GenerationSettings = pipeline.defaults.settled(self._options)
+        self._choices = {**choices, "size": size}
+        self._settings = pipeline.defaults.settled(self._choices)
 
     @property
     def shape(self) -> ClipShape:
@@ -100,7 +99,7 @@ class PipelineMaker:
 
     def frames(self, clip: Clip) -> Generator[Tensor, None, None]:
         """Yield frames as segments finish."""
-        request = self._pipeline.request(clip.image, clip.prompt, options=replace(self._options, seed=clip.seed))
+        request = self._pipeline.request(clip.image, clip.prompt, **{**self._choices, "seed": clip.seed})
         with closing(self._pipeline.stream(request)) as pieces:
             for piece in pieces:
                 yield piece.frames

@@ -25,7 +25,8 @@ from swifti2v.media.atomic_files import write_atomically
 from swifti2v.pipelines.stage_one import StageOne
 from swifti2v.pixels import from_uint8
 from swifti2v.reference.hybrid import hybrid_reference
-from swifti2v.reference.options import ReferenceMode, ReferenceOptions
+from swifti2v.reference.options import ReferenceOptions
+from swifti2v.settings import ReferenceMode  # noqa: TC001 - an annotation that pydantic reads while it runs
 from swifti2v.training.refiner.transition import TransitionOptions, lightly_denoised
 from swifti2v.training.refiner.windows import LATENTS, PROMPT, REFERENCE
 from swifti2v.wan.checkpoint_files import read_json

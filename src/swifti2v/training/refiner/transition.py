@@ -16,7 +16,7 @@ import torch
 from diffusers.pipelines.wan.pipeline_wan_i2v import retrieve_latents
 
 from swifti2v.errors import ConfigurationError, InvalidInputError
-from swifti2v.pipelines.stage_one import StageOneOptions, borrowed
+from swifti2v.pipelines.stage_one import borrowed
 from swifti2v.pixels import from_uint8, to_uint8
 from swifti2v.sampling.schedules import FEW_STEP_SIGMAS
 from swifti2v.schedulers import FixedSigmaScheduler
@@ -106,7 +106,7 @@ def lightly_denoised(
     noise = torch.randn(clean.shape, generator=torch.Generator("cpu").manual_seed(seed))
     noisy = torch.lerp(clean, noise.to(clean.device), sigma)
     schedule = light_schedule(sigma)
-    with borrowed(pipeline, StageOneOptions(num_inference_steps=len(schedule))):
+    with borrowed(pipeline):
         pipeline.scheduler = FixedSigmaScheduler(fixed_sigmas=schedule)
         (video,) = pipeline(
             image=PIL.Image.fromarray(frames[0].numpy()),

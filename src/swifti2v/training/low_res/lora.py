@@ -14,10 +14,10 @@ import torch
 from peft import LoraConfig
 
 from swifti2v.errors import ConfigurationError
-from swifti2v.memory.training_cost import TrainingWork
-from swifti2v.memory.transformer_cost import TransformerDimensions
+from swifti2v.memory.networks import EXPERT, Network
 from swifti2v.training.engine.samples import Prefetcher
-from swifti2v.training.low_res.encoding import CONDITION, LATENTS, PROMPT
+from swifti2v.training.low_res.encoding import CONDITION, LATENTS, PATCH, PROMPT
+from swifti2v.training.step_cost import LORA_TARGETS, TrainedNetwork, measured_flops
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -47,7 +47,7 @@ class LoraOptions:
 
     rank: int = 32
     alpha: float = 32.0
-    targets: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0", "ffn.net.0.proj", "ffn.net.2")
+    targets: tuple[str, ...] = LORA_TARGETS
     dropout: float = 0.0
 
     def __post_init__(self) -> None:
@@ -155,7 +155,14 @@ class LowResLoraObjective:
         self._batches = batches
         self._noise = noise or ExpertNoise()
         self._seed = seed
-        self._work = TrainingWork(TransformerDimensions.from_config(transformer.config), trains_all=False)
+        adapter = transformer.peft_config[ADAPTER_NAME]
+        # What MFU counts: blocks that are computed again for checkpointing are not in it.
+        self._trained = TrainedNetwork(
+            Network.of(EXPERT, transformer.config),
+            adapter.r,
+            tuple(sorted(adapter.target_modules)),
+            gradient_checkpointing=False,
+        )
         self._prefetcher = Prefetcher(self._batch)
 
     def loss(self, step: int) -> tuple[Tensor, dict[str, float]]:
@@ -183,10 +190,10 @@ class LowResLoraObjective:
         return (errors * weights).mean(), numbers | self._amounts(batch)
 
     def _amounts(self, batch: Mapping[str, Tensor]) -> dict[str, float]:
-        size, _, *shape = batch[LATENTS].shape
-        tokens = self._work.transformer.num_tokens(shape[0], shape[1], shape[2])
-        tflop = self._work.model_tflop(tokens, text_tokens=batch[PROMPT].shape[1])
-        return {"samples": float(size), "tokens": float(size * tokens), "tflop": size * tflop}
+        size, _, frames, height, width = batch[LATENTS].shape
+        tokens = frames * (height // PATCH) * (width // PATCH)
+        flops = measured_flops(self._trained, (1, frames, height, width), text_tokens=batch[PROMPT].shape[1])
+        return {"samples": float(size), "tokens": float(size * tokens), "tflop": size * flops.step}
 
     def _batch(self, step: int) -> dict[str, Tensor]:
         samples = [self._samples[index].tensors for index in self._batches.batch_of(step)]

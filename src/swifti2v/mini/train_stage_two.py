@@ -1,4 +1,4 @@
-"""Stage II of `mini`: refine a segment of the hybrid reference, seeing image and finished neighbours (CSG).
+"""Stage II of `mini`: refine a segment of the hybrid reference, seeing image and finished neighbors (CSG).
 
 Each step draws segments at random places of random clips, cut to a spatial crop: targets are noised, context is the
 truth with a little noise (exposure bias), the loss is on the targets only.
@@ -50,7 +50,7 @@ class StageTwoRecipe:
         crops: spatial crops in latent cells (height, width), multiples of `patch`.
         pure_noise_share: share of samples at sigma 1, where a one-step sampler works.
         context_noise: largest standard deviation of the noise on finished context.
-        own_context_share, own_context_segments: share of windows whose finished neighbour is the network's own output,
+        own_context_share, own_context_segments: share of windows whose finished neighbor is the network's own output,
             and at most how many segments it made one after the other; see `SegmentFlowOptions`.
         anchor_share: share of windows that see the anchor.
     """
@@ -78,7 +78,7 @@ class StageTwoRecipe:
 def fit_block_codec(chunks: Sequence[Tensor], *, num_channels: int) -> BlockTransformCodec:
     """Fit the codec on pixel chunks [1,3,f,H,W]; a channel's scale is the root of its deviation.
 
-    Between no normalisation (fine detail drowned in noise at once) and whitening (detail that cannot be predicted
+    Between no normalization (fine detail drowned in noise at once) and whitening (detail that cannot be predicted
     weighs as much as the picture).
     """
     statistics = BandStatistics()

@@ -25,7 +25,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture
 def torchao() -> None:
-    """Skip without the package of the extra `train` that has the 8-bit optimiser."""
+    """Skip without the package of the extra `train` that has the 8-bit optimizer."""
     pytest.importorskip("torchao.optim")
 
 
@@ -82,17 +82,17 @@ def test_steps_are_close_to_those_of_adamw() -> None:
 
 @pytest.mark.usefixtures("torchao")
 @pytest.mark.parametrize(
-    ("shape", "quantised"), [((32, 256), True), ((16, 4, 64), True), ((300, 32), False), ((9000,), False)]
+    ("shape", "quantized"), [((32, 256), True), ((16, 4, 64), True), ((300, 32), False), ((9000,), False)]
 )
-def test_only_whole_rows_are_in_eight_bits(shape: tuple[int, ...], quantised: bool) -> None:
+def test_only_whole_rows_are_in_eight_bits(shape: tuple[int, ...], quantized: bool) -> None:
     weight = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     parameter, optimizer = stepped("adamw8bit", weight, gradients_of(weight))
     moment = optimizer.state[parameter]["exp_avg"]
-    assert hasattr(moment, "codes") is quantised
+    assert hasattr(moment, "codes") is quantized
     saved = whole_state(optimizer)["state"][0]
-    assert ("exp_avg_scales" in saved) is quantised
+    assert ("exp_avg_scales" in saved) is quantized
     assert saved["exp_avg"].dtype == torch.float32
-    if quantised:
+    if quantized:
         # A byte each, a float32 for 256 of them, and the table of 256 levels.
         held = sum(getattr(moment, name).nbytes for name in ("codes", "scale"))
         assert held == weight.numel() * (1 + 4 / 256)

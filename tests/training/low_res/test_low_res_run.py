@@ -11,6 +11,7 @@ import PIL.Image
 import pytest
 import torch
 from diffusers import WanImageToVideoPipeline
+from swifti2v.memory.training_cost import TrainingSetup, TrainingWork, gpu_hours, training_memory
 from typer.testing import CliRunner
 
 from swifti2v.cli.main import app
@@ -20,7 +21,6 @@ from swifti2v.data.latent_cache import LatentCache, build_cache
 from swifti2v.errors import ConfigurationError
 from swifti2v.geometry import Size
 from swifti2v.media.video_writer import VideoWriter
-from swifti2v.memory.training_cost import TrainingSetup, TrainingWork, gpu_hours, training_memory
 from swifti2v.memory.transformer_cost import WAN22_I2V_A14B_EXPERT
 from swifti2v.training.engine.loop import LoopOptions
 from swifti2v.training.low_res.lora import LoraOptions
@@ -47,9 +47,9 @@ def cache(tiny_checkpoint, tmp_path_factory) -> LatentCache:
         with VideoWriter(path, size=SIZE, fps=FPS) as writer:
             writer.write(torch.from_numpy(pictures(seed)))
         requests.append(ClipRequest(f"{seed}@0", path, f"clip {seed}", 0, FRAMES, FPS, SIZE))
-    encoder, fingerprint = open_low_res_encoder(tiny_checkpoint)
-    build_cache(requests, folder / "cache", encode=encoder, fingerprint=fingerprint)
-    return LatentCache.open(folder / "cache", fingerprint=fingerprint)
+    encoder, description = open_low_res_encoder(tiny_checkpoint)
+    build_cache(requests, folder / "cache", encode=encoder, description=description)
+    return LatentCache.open(folder / "cache", description=description)
 
 
 @pytest.fixture

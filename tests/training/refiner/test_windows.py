@@ -29,7 +29,7 @@ def test_windows_lie_within_the_clip(seed: int, length: int, size: int) -> None:
 
 
 @given(st.integers(0, 2**31), st.integers(3, 21), st.integers(1, 4))
-def test_a_finished_neighbour_can_be_asked_for(seed: int, length: int, size: int) -> None:
+def test_a_finished_neighbor_can_be_asked_for(seed: int, length: int, size: int) -> None:
     options = WindowOptions(segment_size=size, before_share=0.0)
     segment = options.draw(np.random.default_rng(seed), length, segments_before=1)
     assert len(segment.before) == 1

@@ -3,7 +3,7 @@
 Both ways to spread a network are PyTorch's `fully_shard`, so there is one path for training and for checkpoints:
 
 * `replicate`: every process holds all weights, gradients are averaged (what DDP does; a mesh of processes x 1).
-* `shard`: every process holds its part of weights, gradients and optimiser, and gathers a block while it runs.
+* `shard`: every process holds its part of weights, gradients and optimizer, and gathers a block while it runs.
 
 Samples too long for one device are shared by several (context parallelism): each has a part of the tokens, and in
 attention a part of the heads (diffusers' Ulysses attention). Such a group counts as one process that has a batch.
@@ -45,7 +45,7 @@ class Processes:
         rank: of this one.
         count: of all.
         device: of this one.
-        context: how many neighbours in rank share their samples.
+        context: how many neighbors in rank share their samples.
     """
 
     rank: int = 0

@@ -38,7 +38,7 @@ class DistributionMatchingOptions(FewStepOptions):
     """What the student is to become, by distribution matching.
 
     Args:
-        critic_steps_per_step: of the critic's optimiser before each of the student's.
+        critic_steps_per_step: of the critic's optimizer before each of the student's.
         critic_learning_rate: peak; warm-up and decay are those of the loop.
         critic_betas: of its AdamW; those of the student are the loop's.
         objective: tells the two ways apart; a recipe has to say it, because it means a trajectory without.
@@ -96,7 +96,7 @@ class DistributionMatchingObjective:
         )
 
     def loss(self, step: int) -> tuple[Tensor, dict[str, float]]:
-        """Return a loss whose gradient by the student's clean prediction is that of the divergence, normalised.
+        """Return a loss whose gradient by the student's clean prediction is that of the divergence, normalized.
 
         The number of the log is the distance of that prediction from the teacher's, root of the mean square.
         """

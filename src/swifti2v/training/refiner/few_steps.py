@@ -1,4 +1,4 @@
-"""What the ways to distil Stage II have in common: the student's schedule, and a teacher with its guidance."""
+"""What the ways to distill Stage II have in common: the student's schedule, and a teacher with its guidance."""
 
 from __future__ import annotations
 

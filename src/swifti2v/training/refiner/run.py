@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from swifti2v.config import to_mapping
 from swifti2v.data.batches import BucketBatches
-from swifti2v.data.latent_cache import CacheOptions, LatentCache, build_cache, fingerprint_of
+from swifti2v.data.latent_cache import CacheOptions, LatentCache, build_cache
 from swifti2v.errors import ConfigurationError, LatentCacheError
 from swifti2v.training.derived_index import CHECKPOINT_FOLDER, derived_index
 from swifti2v.training.engine.distributed import Processes, joined_processes
@@ -152,13 +152,12 @@ def build_references(
         requests = run.videos.requests(
             data, size_multiple=parts.geometry.size_multiple, report=output, processes=processes, on_video=on_video
         )
-        fingerprint = fingerprint_of(codec=parts.codec_digest, settings=to_mapping(run), clips=requests)
         encoder = StageTwoEncoder(parts, run.encoding)
         cache = build_cache(
             requests,
             output,
             encode=encoder,
-            fingerprint=fingerprint,
+            description={"codec": parts.codec_digest, **to_mapping(run)},
             options=CacheOptions(rank=processes.rank, world_size=processes.count),
             on_progress=on_clip,
         )
@@ -197,7 +196,7 @@ def train_refiner(
 def distill_refiner(
     run: DistillationRun, *, cache: Path, output: Path, on_step: Callable[[StepReport], None] | None = None
 ) -> Path:
-    """Distil Stage II to few steps without guidance; return the folder of its checkpoint, which says how many."""
+    """Distill Stage II to few steps without guidance; return the folder of its checkpoint, which says how many."""
     samples = LatentCache.open(cache)
     kept = HeldOut(samples, run.validation.num_samples)
     options = run.distillation

@@ -1,6 +1,6 @@
-"""Stage II's objective at any size: restore the targets of random windows from noise, given anchor, neighbours, z_ref.
+"""Stage II's objective at any size: restore the targets of random windows from noise, given anchor, neighbors, z_ref.
 
-Flow matching on the targets only (paper, CSG): a velocity network minimises ``|v - (noise - x0)|^2``, one that predicts
+Flow matching on the targets only (paper, CSG): a velocity network minimizes ``|v - (noise - x0)|^2``, one that predicts
 the residual to the reference ``|x0 - truth|^2``.
 """
 
@@ -35,7 +35,7 @@ class SegmentFlowOptions(WindowSourceOptions):
     Args:
         pure_noise_share: share of samples at sigma 1, where sampling begins.
         keep_reference_above: below this noise level the reference is left out in half of the samples, so that details
-            come from the image rather than from the artefacts of the reference (HunyuanVideo-1.5's super-resolution
+            come from the image rather than from the artifacts of the reference (HunyuanVideo-1.5's super-resolution
             drops its condition below 0.7); 0 keeps it always.
 
     Raises:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from swifti2v.data.cache_index import read_index
+from swifti2v.data.latent_cache import read_index
 from swifti2v.errors import ConfigurationError
 from swifti2v.sampling.schedules import shifted_sigmas
 from swifti2v.sampling.segmented import Window, sample_segments

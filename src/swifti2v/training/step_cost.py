@@ -88,7 +88,7 @@ def measured_flops(trained: TrainedNetwork, latent_shape: tuple[int, int, int, i
     def counted(num_blocks: int) -> tuple[float, float]:
         counter = FlopCounterMode(display=False, custom_mapping=_ATTENTION_FLOP)
         network = _built(trained, num_blocks)
-        with FakeTensorMode():
+        with FakeTensorMode(), torch.enable_grad():
             _faked(network)
             with counter:
                 made = _forward(network, latent_shape, text_tokens)
@@ -110,7 +110,7 @@ def measured_bytes(trained: TrainedNetwork, latent_shape: tuple[int, int, int, i
         num_trained = sum(each.numel() for each in network.parameters() if each.requires_grad)
         frozen = sum(each.nbytes for each in network.parameters() if not each.requires_grad)
         # Not within the counter of FLOPs, which keeps tensors alive.
-        with FakeTensorMode():
+        with FakeTensorMode(), torch.enable_grad():
             _faked(network)
             with LiveBytes() as live:
                 _forward(network, latent_shape, text_tokens).float().square().mean().backward()
@@ -124,6 +124,11 @@ def measured_bytes(trained: TrainedNetwork, latent_shape: tuple[int, int, int, i
 
 
 def _built(trained: TrainedNetwork, num_blocks: int) -> Any:
+    with torch.random.fork_rng(devices=[]):  # a LoRA draws its first weights, which a run's own numbers must not feel
+        return _with_lora(trained, num_blocks)
+
+
+def _with_lora(trained: TrainedNetwork, num_blocks: int) -> Any:
     network = build(trained.network, "bfloat16" if trained.lora_rank else "float32", num_blocks=num_blocks)
     if trained.lora_rank:
         network.requires_grad_(requires_grad=False)
@@ -163,7 +168,7 @@ def _forward(network: Any, shape: tuple[int, int, int, int], text_tokens: int) -
     text = torch.empty(batch, text_tokens, config.text_dim)
     # Stage I has one timestep for a clip, Stage II one for each frame.
     timestep = torch.empty(batch, frames) if hasattr(network, "frame_kind_table") else torch.empty(batch)
-    with warnings.catch_warnings(), torch.enable_grad(), torch.autocast("cpu", torch.bfloat16, cache_enabled=False):
+    with warnings.catch_warnings(), torch.autocast("cpu", torch.bfloat16, cache_enabled=False):
         warnings.filterwarnings("ignore", "Mismatch dtype", UserWarning)
         made: torch.Tensor
         (made,) = network(latents, timestep, text, return_dict=False)

@@ -286,16 +286,16 @@ class TestProcesses:
         self, tmp_path: Path, requests: list[ClipRequest], monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """Another process ends between our look at the shards and our index: the index must hold both."""
-        from swifti2v.data import cache_index
+        from swifti2v.data import latent_cache
 
-        real, calls = cache_index.write_atomically, iter([True])
+        real, calls = latent_cache.write_atomically, iter([True])
 
         def slow(path: Path, content: bytes, *, writer: str = "") -> None:
             if path.name == "index.json" and writer == "rank0of2" and next(calls, False):
                 build(requests, tmp_path, options=CacheOptions(rank=1, world_size=2))
             real(path, content, writer=writer)
 
-        monkeypatch.setattr(cache_index, "write_atomically", slow)
+        monkeypatch.setattr(latent_cache, "write_atomically", slow)
         build(requests, tmp_path, options=CacheOptions(rank=0, world_size=2))
         assert len(LatentCache.open(tmp_path)) == 10
 

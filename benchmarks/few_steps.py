@@ -40,7 +40,7 @@ from swifti2v.runner.two_stage import TwoStagePipeline
 from swifti2v.training.engine.loop import LoopOptions, TrainingLoop
 from swifti2v.training.refiner.distillation import DistillationObjective, DistillationOptions
 from swifti2v.training.refiner.distribution_matching import DistributionMatchingObjective, DistributionMatchingOptions
-from swifti2v.training.refiner.window_source import WindowSource, WindowSourceOptions
+from swifti2v.training.refiner.windows import WindowSource, WindowSourceOptions
 from swifti2v.wan.transformer import StageTwoTransformer
 
 if TYPE_CHECKING:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from swifti2v.data.latent_cache import CacheOptions, LatentCache, build_cache, fingerprint_of
+from swifti2v.data.latent_cache import CacheOptions, LatentCache, build_cache
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from swifti2v.data.clips import Clip, ClipRequest
 
-FINGERPRINT = fingerprint_of(codec="c1", settings={"dtype": "float32"})
+DESCRIPTION = {"codec": "c1", "settings": {"dtype": "float32"}}
 SMALL_SHARDS = CacheOptions(max_shard_samples=2, reader_threads=0)
 
 
@@ -29,7 +29,7 @@ def encode(clip: Clip) -> dict[str, torch.Tensor]:
 
 
 def build(requests: list[ClipRequest], folder: Path, **changes: Any) -> LatentCache:
-    arguments: dict[str, Any] = {"encode": encode, "fingerprint": FINGERPRINT, "options": SMALL_SHARDS}
+    arguments: dict[str, Any] = {"encode": encode, "description": DESCRIPTION, "options": SMALL_SHARDS}
     return build_cache(requests, folder, **(arguments | changes))
 
 

@@ -80,7 +80,7 @@ def moving() -> object:
 
 @pytest.fixture
 def levels() -> object:
-    """Frames whose grey level tells their index: 16 + 4 i."""
+    """Frames whose gray level tells their index: 16 + 4 i."""
 
     def make(num_frames: int, *, width: int = 48, height: int = 32) -> NDArray[np.uint8]:
         return np.stack([np.full((height, width, 3), 16 + 4 * index, np.uint8) for index in range(num_frames)])

@@ -171,7 +171,7 @@ class TestPixels:
         assert torch.equal(from_uint8(clip.frames)[0, :, 0], image_to_tensor(image))
 
     def test_against_pillow(self, moving: Moving) -> None:
-        """The centre of the right aspect, resampled by Pillow's antialiased Lanczos filter."""
+        """The center of the right aspect, resampled by Pillow's antialiased Lanczos filter."""
         frame = moving(1, width=120, height=60)[0]
         fitted = fit_frame(frame, Size(32, 32))
         direct = Image.fromarray(frame).resize((32, 32), Image.Resampling.LANCZOS, box=(30, 0, 90, 60))

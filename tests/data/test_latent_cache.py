@@ -21,7 +21,7 @@ from swifti2v.errors import InvalidInputError, LatentCacheError
 from swifti2v.geometry import Size
 from swifti2v.pixels import from_uint8
 from swifti2v.wan.streaming import open_codec
-from tests.data.cache_building import FINGERPRINT, Counting, build, contents, encode, shards
+from tests.data.cache_building import DESCRIPTION, Counting, build, contents, encode, shards
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -44,9 +44,9 @@ class TestContents:
         self, tmp_path: Path, requests: list[ClipRequest], reader_threads: int
     ) -> None:
         build(requests, tmp_path, options=CacheOptions(reader_threads=reader_threads, max_shard_samples=3))
-        cache = LatentCache.open(tmp_path, fingerprint=FINGERPRINT)
+        cache = LatentCache.open(tmp_path, description=DESCRIPTION)
         assert len(cache) == 10
-        assert cache.fingerprint == FINGERPRINT
+        assert cache.description == DESCRIPTION
         found = contents(cache)
         for request in requests:
             prompt, bucket, tensors = found[request.name]
@@ -131,7 +131,7 @@ class TestClipsThatFail:
         assert len(cache) == 2
         assert [(item.name, item.reason) for item in cache.skipped] == [("broken.mp4@0", "damaged")]
         assert cache.num_missing == 0
-        assert LatentCache.open(tmp_path / "cache", fingerprint=FINGERPRINT).skipped == cache.skipped
+        assert LatentCache.open(tmp_path / "cache", description=DESCRIPTION).skipped == cache.skipped
 
     def test_what_is_not_finite_is_counted(self, tmp_path: Path, requests: list[ClipRequest]) -> None:
         def failing(clip: Clip) -> dict[str, torch.Tensor]:
@@ -261,7 +261,7 @@ class TestProcesses:
         for process in processes:
             process.join(60)
         assert [process.exitcode for process in processes] == [0, 0, 0]
-        shared = LatentCache.open(tmp_path / "shared", fingerprint=FINGERPRINT)
+        shared = LatentCache.open(tmp_path / "shared", description=DESCRIPTION)
         assert contents(shared) == contents(build(requests, tmp_path / "alone"))
 
     def test_ranks_divide_the_clips(self, tmp_path: Path, requests: list[ClipRequest]) -> None:
@@ -286,16 +286,16 @@ class TestProcesses:
         self, tmp_path: Path, requests: list[ClipRequest], monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """Another process ends between our look at the shards and our index: the index must hold both."""
-        from swifti2v.data import cache_index
+        from swifti2v.data import latent_cache
 
-        real, calls = cache_index.write_atomically, iter([True])
+        real, calls = latent_cache.write_atomically, iter([True])
 
         def slow(path: Path, content: bytes, *, writer: str = "") -> None:
             if path.name == "index.json" and writer == "rank0of2" and next(calls, False):
                 build(requests, tmp_path, options=CacheOptions(rank=1, world_size=2))
             real(path, content, writer=writer)
 
-        monkeypatch.setattr(cache_index, "write_atomically", slow)
+        monkeypatch.setattr(latent_cache, "write_atomically", slow)
         build(requests, tmp_path, options=CacheOptions(rank=0, world_size=2))
         assert len(LatentCache.open(tmp_path)) == 10
 

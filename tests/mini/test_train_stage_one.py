@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from swifti2v.geometry import Size
 from swifti2v.mini.motion_codec import MOTION_CHANNELS
 from swifti2v.mini.text import make_text_encoder, train_tokenizer
 from swifti2v.mini.train_stage_one import (
@@ -23,7 +24,7 @@ RECIPE = StageOneRecipe(width=128, num_layers=1, ffn_width=32, shapes=(ClipShape
 def objective() -> StageOneObjective:
     rng = np.random.default_rng(0)
     photographs = [rng.integers(0, 255, (240, 400, 3), dtype=np.uint8) for _ in range(2)]
-    codec = fit_motion_codec(photographs)
+    codec = fit_motion_codec(photographs, size=Size(160, 96))
     tokenizer = train_tokenizer(["pan left quickly", "a lake"] * 20, vocabulary_size=300)
     return StageOneObjective(
         RECIPE,

@@ -1,132 +1,107 @@
-"""What a recipe costs, against the windows that training draws and against arithmetic by hand."""
+"""What a recipe costs: each part of a training adds what it should, on a tiny pipeline."""
 
 from __future__ import annotations
 
-from collections import Counter
 from dataclasses import replace
 
-import numpy as np
 import pytest
-from swifti2v.memory.budget import WAN22
-from swifti2v.memory.codec_cost import WAN22_VAE
 
 from swifti2v.geometry import Size
-from swifti2v.memory.training_cost import TrainingWork, training_memory, window_shares
-from swifti2v.memory.transformer_cost import STAGE_TWO_5B, UMT5_XXL
+from swifti2v.memory.networks import STAGE_TWO, WAN22, Network
 from swifti2v.training.engine.loop import LoopOptions
-from swifti2v.training.recipe_cost import EncodingCost, TrainingCost, cost_of_recipe
+from swifti2v.training.recipe_cost import MACHINES, Machine, TrainingCost, cost_of_recipe
 from swifti2v.training.refiner.distillation import DistillationOptions
 from swifti2v.training.refiner.distribution_matching import DistributionMatchingOptions
-from swifti2v.training.refiner.encoding import EncodingOptions
-from swifti2v.training.refiner.run import DistillationRun, RefinerRun, TransitionRun
+from swifti2v.training.refiner.network import NetworkOptions
+from swifti2v.training.refiner.run import DistillationRun, RefinerRun
 from swifti2v.training.refiner.segment_flow import SegmentFlowOptions
-from swifti2v.training.refiner.transition import TransitionOptions
 from swifti2v.training.refiner.validation import ValidationOfRefiner
 from swifti2v.training.refiner.windows import WindowOptions
+from swifti2v.training.step_cost import measured_flops
 
+TINY = Network.of(
+    STAGE_TWO,
+    WAN22.stage_two.config
+    | {"num_attention_heads": 2, "attention_head_dim": 12, "ffn_dim": 32, "num_layers": 3, "text_dim": 16},
+)
+NETWORKS = replace(WAN22, stage_two=TINY, text_tokens=8)
 LOOP = LoopOptions(num_steps=100, gradient_accumulation=2)
+# Windows of five frames: the segment size is that of the clip's segments, so that few are cut short at its end.
 FIVE = SegmentFlowOptions(windows=WindowOptions(3, full_share=1.0, before_share=1.0, after_share=0.0))
-FIVE_TOKENS = 5 * 3520
-WORK = TrainingWork(STAGE_TWO_5B, trains_all=True)
+SIZE, FRAMES = Size(128, 96), 81
 
 
-def counted(run: RefinerRun | DistillationRun) -> TrainingCost:
-    cost = cost_of_recipe(run, WAN22, size=Size(2560, 1408), num_frames=81)
+def cost_of(run: RefinerRun | DistillationRun) -> TrainingCost:
+    cost = cost_of_recipe(run, NETWORKS, size=SIZE, num_frames=FRAMES)
     assert isinstance(cost, TrainingCost)
     return cost
 
 
-def encoded(encoding: EncodingOptions) -> EncodingCost:
-    cost = cost_of_recipe(TransitionRun(encoding=encoding), WAN22, size=Size(640, 352), num_frames=33)
-    assert isinstance(cost, EncodingCost)
-    return cost
+def forward_of(cost: TrainingCost, num_frames: int = 5) -> float:
+    _, _, height, width = cost.setup.latent_shape
+    return measured_flops(cost.setup.network, (1, num_frames, height, width), text_tokens=8).forward
 
 
-def test_shares_are_those_of_the_windows_that_are_drawn() -> None:
-    options, rng, count = WindowOptions(), np.random.default_rng(0), 4000
-    drawn = Counter(len(options.draw(rng, 100_000).window) for _ in range(count))
-    shares = window_shares(
-        options.segment_size,
-        full_share=options.full_share,
-        before_share=options.before_share,
-        after_share=options.after_share,
-    )
-    assert drawn.keys() == shares.keys()
-    for length, share in shares.items():
-        assert drawn[length] / count == pytest.approx(share, abs=4 * (share * (1 - share) / count) ** 0.5)
-
-
-def test_a_refiner_that_always_has_five_frames() -> None:
-    cost = counted(RefinerRun(LOOP, batch_size=3, flow=FIVE))
-    assert cost.setup.num_tokens == FIVE_TOKENS
-    assert cost.tflop_per_sample == pytest.approx(WORK.step_tflop(FIVE_TOKENS))
+def test_samples_and_the_longest_window() -> None:
+    cost = cost_of(RefinerRun(LOOP, batch_size=3, flow=FIVE))
+    assert cost.setup.num_tokens == 5 * 4 * 3
     assert cost.num_samples(8) == 100 * 2 * 3 * 8
+    assert cost.tflop(8) == cost.num_samples(8) * cost.tflop_per_sample
 
 
-def test_own_context_is_a_forward_of_the_segment_before() -> None:
-    own = replace(FIVE, own_context_share=0.5, own_context_steps=2)
-    plain, dearer = counted(RefinerRun(LOOP, flow=FIVE)), counted(RefinerRun(LOOP, flow=own))
-    forward = STAGE_TWO_5B.forward_cost(FIVE_TOKENS).tflop
-    assert dearer.tflop_per_sample - plain.tflop_per_sample == pytest.approx(0.5 * 2 * forward)
-    chain = counted(RefinerRun(LOOP, flow=replace(own, own_context_segments=3)))  # one, two or three segments
-    assert chain.tflop_per_sample - plain.tflop_per_sample == pytest.approx(0.5 * 2 * 2 * forward)
+def test_own_context_adds_forwards_of_the_segments_before() -> None:
+    own = replace(FIVE, own_context_share=1.0, own_context_steps=2)
+    plain, dearer = cost_of(RefinerRun(LOOP, flow=FIVE)), cost_of(RefinerRun(LOOP, flow=own))
+    forward = forward_of(plain)
+    assert dearer.tflop_per_sample - plain.tflop_per_sample == pytest.approx(2 * forward, rel=0.25)
 
 
 def test_validation_is_every_step_of_every_segment_of_its_clips() -> None:
-    """21 latent frames in seven windows: the first has no neighbour, and the last has two targets."""
+    """21 latent frames in seven windows: the first has no neighbor, and the last has two targets."""
     loop = replace(LOOP, num_steps=1000, validate_every=250)
-    judged = counted(RefinerRun(loop, flow=FIVE, validation=ValidationOfRefiner(num_samples=9, num_steps=10)))
-    plain = counted(RefinerRun(loop, flow=FIVE))
-    four, five = (STAGE_TWO_5B.forward_cost(frames * 3520).tflop for frames in (4, 5))
-    clip = 10 * (2 * four + 5 * five)
-    assert judged.tflop(1) - plain.tflop(1) == pytest.approx(4 * 9 * clip)
-    assert judged.tflop(8) - plain.tflop(8) == pytest.approx(4 * 16 * clip)  # nine clips on eight cards: two rounds
-    assert plain.tflop(8) == pytest.approx(plain.num_samples(8) * plain.tflop_per_sample)
-    shared = counted(RefinerRun(replace(loop, context_parallel=2), validation=ValidationOfRefiner(num_samples=9)))
-    assert shared.validation.tflop(4) == pytest.approx(4 * 12 * clip)
-    student = DistillationRun(loop, validation=ValidationOfRefiner(num_samples=9))
-    assert counted(student).validation.tflop_per_clip == pytest.approx(clip * 4 / 10)
+    judged = cost_of(RefinerRun(loop, flow=FIVE, validation=ValidationOfRefiner(num_samples=9, num_steps=10)))
+    clip = 10 * (2 * forward_of(judged, 4) + 5 * forward_of(judged, 5))
+    plain = judged.num_samples(1) * judged.tflop_per_sample
+    assert judged.tflop(1) - plain == pytest.approx(4 * 9 * clip)
+    assert judged.tflop(8) - 8 * plain == pytest.approx(4 * 16 * clip)  # nine clips on eight cards: two rounds
 
 
-def test_a_teacher_adds_its_forwards() -> None:
-    plain = counted(RefinerRun(LOOP, flow=FIVE))
-    options = DistillationOptions(4, teacher_steps_per_step=5, guidance_scale=3.0, flow=FIVE)
-    taught = counted(DistillationRun(LOOP, distillation=options))
-    forward = STAGE_TWO_5B.forward_cost(FIVE_TOKENS).tflop
-    assert taught.tflop_per_sample - plain.tflop_per_sample == pytest.approx(10 * forward)
-    assert taught.setup.has_teacher
-    assert not plain.setup.has_teacher
-
-
-def test_a_critic_adds_its_steps_and_a_third_network() -> None:
-    """Of a sample, by hand: two turns of the critic and one of the student, half a step on the way to each."""
+def test_a_teacher_and_a_critic_add_their_passes_and_weights() -> None:
+    plain = cost_of(RefinerRun(LOOP, flow=FIVE))
+    forward, step = forward_of(plain), plain.tflop_per_sample
+    taught = cost_of(DistillationRun(LOOP, distillation=DistillationOptions(4, guidance_scale=3.0, flow=FIVE)))
+    assert taught.tflop_per_sample - step == pytest.approx(10 * forward, rel=0.02)
     options = DistributionMatchingOptions(2, guidance_scale=3.0, flow=FIVE, critic_steps_per_step=2)
-    cost = counted(DistillationRun(LOOP, distillation=options))
-    forward, trained = STAGE_TWO_5B.forward_cost(FIVE_TOKENS).tflop, WORK.step_tflop(FIVE_TOKENS)
-    critic_turn = 0.5 * forward + forward + trained  # to the step, the student's prediction, the critic's own pass
-    student_turn = 0.5 * forward + trained + 2 * forward + forward  # the teacher with guidance, the critic
-    assert cost.tflop_per_sample == pytest.approx(2 * critic_turn + student_turn)
-    own = replace(FIVE, own_context_share=0.5)
-    dearer = counted(DistillationRun(LOOP, distillation=replace(options, flow=own)))
-    assert dearer.tflop_per_sample - cost.tflop_per_sample == pytest.approx(3 * 0.5 * 2 * forward)
-    alone = counted(DistillationRun(LOOP, distillation=DistillationOptions(2, flow=FIVE)))
-    ours, theirs = (training_memory(each.setup) for each in (cost, alone))
-    weights = STAGE_TWO_5B.num_parameters
-    assert ours.weight_bytes - theirs.weight_bytes == 4 * weights
-    assert ours.optimizer_bytes - theirs.optimizer_bytes == 8 * weights
-    assert (ours.gradient_bytes, ours.average_bytes) == (theirs.gradient_bytes, theirs.average_bytes)
+    matched = cost_of(DistillationRun(LOOP, distillation=options))
+    # Half a step on the way to each of three turns; what two of them learn from; teacher with guidance, and critic.
+    assert matched.tflop_per_sample == pytest.approx(3 * step + (1.5 + 2 + 2 + 1) * forward, rel=0.02)
+    one, two, three = (each.setup.device_bytes(1) for each in (plain, taught, matched))
+    weights = one.weights // 4
+    assert (two.weights - one.weights, three.weights - two.weights) == (2 * weights, 4 * weights)
+    assert (three.optimizer, three.gradients, three.average) == (2 * one.optimizer, one.gradients, one.average)
 
 
-def test_a_cache_of_references_counts_its_encodings() -> None:
-    """Without Stage I: the truth and the reduced clip in each mode; with it, the reduced clip redrawn as well."""
-    encoding = WAN22_VAE.encode_tflop(Size(2560, 1408), 81)
-    prompt = UMT5_XXL.forward_cost(512).tflop
-    unchanged = encoded(EncodingOptions(transition=None, unchanged=True, modes=("transport", "replace")))
-    assert unchanged.tflop_per_clip == pytest.approx(3 * encoding + prompt)
-    one_level = TransitionOptions(sigma_low=0.8, sigma_high=0.9, num_variants=1)
-    redrawn = encoded(EncodingOptions(transition=one_level, modes=("replace",)))
-    # From 5/6 on the schedule has two levels: two forwards of 731 TFLOP, and the codec of Stage I.
-    stage_one = redrawn.tflop_per_clip - 2 * encoding - prompt
-    forward = WAN22.stage_one.forward_cost(18480).tflop
-    codec, size = WAN22.stage_one_codec, Size(640, 352)
-    assert stage_one == pytest.approx(2 * forward + 2 * codec.encode_tflop(size, 81) + codec.decode_tflop(size, 81))
+def test_sharding_divides_what_is_held() -> None:
+    setup = cost_of(RefinerRun(LOOP, flow=FIVE)).setup
+    one, eight = setup.device_bytes(1), setup.device_bytes(8)
+    for name in ("weights", "gradients", "optimizer", "average"):
+        assert getattr(eight, name) == pytest.approx(getattr(one, name) / 8, abs=1)
+    assert (one.gathered, eight.activations) == (0, one.activations)
+    assert replace(setup, context_parallel=8).device_bytes(8).activations == one.activations // 8
+    assert replace(setup, optimizer="adamw8bit").device_bytes(1).optimizer < 0.26 * one.optimizer
+
+
+@pytest.mark.parametrize("share", [0.999, 0.8, 0.5, 0.1])
+def test_every_way_to_fit_does_and_nothing_smaller_would(share: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    setup = cost_of(
+        RefinerRun(LOOP, batch_size=2, flow=FIVE, network=NetworkOptions(gradient_checkpointing=False))
+    ).setup
+    limit = int(share * setup.device_bytes(1).peak)
+    monkeypatch.setattr(Machine, "holds", lambda _self, num_bytes: num_bytes <= limit)
+    machine = MACHINES[0]
+    ways, changes = setup.ways_to_fit(machine), setup._changes(1)
+    assert not setup.fits(machine)
+    assert all(setup._changed(way, changes).fits(machine) for way in ways)
+    assert all(len(way) == len(ways[0]) for way in ways)
+    if ways and len(ways[0]) > 1:
+        assert not any(setup._changed((name,), changes).fits(machine) for name in changes)

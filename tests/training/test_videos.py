@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,6 +16,7 @@ from swifti2v.errors import InvalidInputError
 from swifti2v.geometry import Size
 from swifti2v.media.video_writer import VideoWriter
 from tests.training.planning_processes import SELECTION
+from tests.training.torchrun import run_on
 
 if TYPE_CHECKING:
     from swifti2v.training.videos import VideoSelection
@@ -118,10 +116,7 @@ def test_nothing_usable(videos: Path, tmp_path: Path) -> None:
 def test_two_processes_divide_the_videos_and_agree(videos: Path, tmp_path: Path) -> None:
     results, cache = tmp_path / "results", tmp_path / "cache"
     results.mkdir()
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
-    arguments = [str(SCRIPT), str(videos), str(cache), str(results)]
-    subprocess.run([*command, *arguments], check=True, timeout=1800, env=environment)  # noqa: S603 - our own script
+    run_on(2, SCRIPT, videos, cache, results)
 
     def found(run: str) -> list[dict[str, list[str]]]:
         return [json.loads((results / f"{run}{rank}.json").read_text()) for rank in range(2)]

@@ -33,23 +33,37 @@ def group() -> None:
 def check(  # noqa: PLR0913 - typer makes an option of each parameter
     folder: Annotated[Path, typer.Argument(help="Folder of videos with metadata.csv, .jsonl or .json, or captions.")],
     *,
-    report: Annotated[Path | None, typer.Option(help="Write every piece with its reason: .json or .csv.")] = None,
-    manifest: Annotated[Path | None, typer.Option(help="Manifest to read, relative to the folder.")] = None,
-    size: Annotated[str, typer.Option(help="Size to train at, WIDTHxHEIGHT; buckets have its area.")] = "1280x704",
-    size_multiple: Annotated[int, typer.Option(help="Both sides of a bucket are multiples of it.")] = 32,
-    max_aspect: Annotated[float, typer.Option(help="Largest ratio of sides of a bucket; 1: only --size.")] = 2.0,
-    frames: Annotated[int, typer.Option(help="Pixel frames of a clip, 4k+1.")] = 81,
-    fps: Annotated[float, typer.Option(help="Frames per second of training.")] = 16.0,
-    min_source_fps: Annotated[
-        float | None, typer.Option(help="Least rate of a file; default: 0.9 times --fps, so that no frame repeats.")
+    report: Annotated[
+        Path | None, typer.Option(help="Also write the result for every scene to this file, .json or .csv.")
     ] = None,
-    extraction: Annotated[Extraction, typer.Option(help="Which clips are cut from a scene.")] = "head",
-    clips_per_scene: Annotated[int, typer.Option(help="Of --extraction uniform.")] = 1,
-    stride: Annotated[int | None, typer.Option(help="Frames between clips of --extraction slide.")] = None,
-    cuts: Annotated[Cuts, typer.Option(help="Videos with cuts: split them, skip them, or look for none.")] = "split",
-    keep_static: Annotated[bool, typer.Option(help="Use pieces in which nothing moves.")] = False,
-    keep_empty_captions: Annotated[bool, typer.Option(help="Use videos without a caption.")] = False,
-    threads: Annotated[int, typer.Option(min=1, help="Videos read at a time.")] = 1,
+    manifest: Annotated[
+        Path | None, typer.Option(help="Manifest file, relative to the folder; default: metadata.csv, .jsonl or .json.")
+    ] = None,
+    size: Annotated[
+        str, typer.Option(help="Training size, WIDTHxHEIGHT; all buckets have about its area.")
+    ] = "1280x704",
+    size_multiple: Annotated[int, typer.Option(help="Bucket sides are multiples of this number.")] = 32,
+    max_aspect: Annotated[float, typer.Option(help="Largest aspect ratio of a bucket; 1 allows --size only.")] = 2.0,
+    frames: Annotated[int, typer.Option(help="Frames per clip, 4k+1.")] = 81,
+    fps: Annotated[float, typer.Option(help="Frame rate to train at.")] = 16.0,
+    min_source_fps: Annotated[
+        float | None,
+        typer.Option(help="Skip videos with a lower frame rate; default: 0.9 x --fps, so that no frame repeats."),
+    ] = None,
+    extraction: Annotated[
+        Extraction,
+        typer.Option(help="Where to cut clips from a scene: the first frames, evenly spread, or one after the other."),
+    ] = "head",
+    clips_per_scene: Annotated[int, typer.Option(help="Clips per scene for --extraction uniform.")] = 1,
+    stride: Annotated[
+        int | None, typer.Option(help="Frames from one clip to the next for --extraction slide; default: --frames.")
+    ] = None,
+    cuts: Annotated[
+        Cuts, typer.Option(help="Split videos at cuts, skip videos that have cuts, or do not look for cuts.")
+    ] = "split",
+    keep_static: Annotated[bool, typer.Option(help="Keep scenes in which nothing moves.")] = False,
+    keep_empty_captions: Annotated[bool, typer.Option(help="Keep videos without a caption.")] = False,
+    threads: Annotated[int, typer.Option(min=1, help="Number of videos to read in parallel.")] = 1,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")] = False,
 ) -> None:
     """Read every video once and print what can be used; fails only if nothing can."""

@@ -8,24 +8,19 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 import yaml
-from rich.box import SIMPLE_HEAD
-from rich.console import Console
-from rich.table import Table
 
 from swifti2v.config import load_yaml
 from swifti2v.errors import ConfigurationError
-from swifti2v.memory.models import planned_model
-from swifti2v.memory.training_fit import MACHINES, RESERVED_BYTES, fit_on
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
     from pathlib import Path
 
     from swifti2v.geometry import Size
-    from swifti2v.memory.training_fit import Fit
-    from swifti2v.training.recipe_cost import EncodingCost, TrainingCost
+    from swifti2v.training.recipe_cost import EncodingCost, Machine, TrainingCost
 
-THOUSAND = 1000
-CAPTION = f"GiB a card, {RESERVED_BYTES / 2**30:.0f} more reserved; GPU-hours at 40% of the peak, assumed"
+CAPTION = "GiB on each card, 1 more is reserved; GPU-hours at an assumed 40% of an H100's peak"
+NUM_CLIPS = 1000
 
 
 def print_training_plan(recipe: Path, *, size: Size, num_frames: int, as_json: bool) -> None:
@@ -38,71 +33,60 @@ def print_training_plan(recipe: Path, *, size: Size, num_frames: int, as_json: b
         as_json: print one JSON object.
 
     Raises:
-        ConfigurationError: the recipe cannot be read or counted, or trains the embedded model from the start.
+        ConfigurationError: the recipe cannot be read, or trains the embedded model from the start.
         CheckpointError: the recipe's checkpoint is a folder that cannot be read.
         InvalidInputError: size or length do not divide.
     """
-    cost = cost_of_file(recipe, size=size, num_frames=num_frames)
-    if as_json:
-        typer.echo(json.dumps({"recipe": str(recipe)} | cost_as_mapping(cost), indent=2))
-        return
-    from swifti2v.training.recipe_cost import EncodingCost
+    from swifti2v.training.recipe_cost import MACHINES, EncodingCost
 
-    console = Console()
+    cost = cost_of_file(recipe, size=size, num_frames=num_frames)
     if isinstance(cost, EncodingCost):
-        console.print(_encoding_table(recipe, cost))
-        return
-    found = [fit_on(cost.setup, machine) for machine in MACHINES]
-    console.print(_training_table(recipe, cost, found))
-    for fit in found:
-        if not fit.fits:
-            console.print(f"{fit.machine.name} would do {_remedy(fit)}", highlight=False)
+        plan = {"peak_bytes": cost.peak_bytes} | asdict(cost)
+        plan["machines"] = [_encoding_on(machine, cost) for machine in MACHINES]
+    else:
+        plan = {
+            "longest_sample_tokens": cost.setup.num_tokens,
+            "tflop_per_sample": cost.tflop_per_sample,
+            "machines": [_training_on(machine, cost) for machine in MACHINES],
+        }
+    if as_json:
+        typer.echo(json.dumps({"recipe": str(recipe)} | plan, indent=2))
+    elif isinstance(cost, EncodingCost):
+        _print_encoding(recipe, plan)
+    else:
+        _print_training(recipe, plan)
 
 
 def cost_of_file(recipe: Path, *, size: Size, num_frames: int) -> TrainingCost | EncodingCost:
-    """Count a recipe file; see `print_training_plan` for arguments and errors."""
+    """Measure a recipe file; see `print_training_plan` for arguments and errors."""
+    from swifti2v.memory.models import planned_model
     from swifti2v.training.recipe_cost import cost_of_recipe
 
     run = load_yaml(_kind_of(recipe), recipe)
     if not hasattr(run, "checkpoint"):
         msg = f"{recipe} trains the embedded model from the start, on a laptop; give a recipe that has a checkpoint"
-        raise ConfigurationError(msg)
-    dimensions = planned_model(run.checkpoint).networks
-    return cost_of_recipe(run, dimensions, size=size, num_frames=num_frames)
+        raise ConfigurationError(msg, param="train", value=str(recipe))
+    return cost_of_recipe(run, planned_model(run.checkpoint).networks, size=size, num_frames=num_frames)
 
 
-def cost_as_mapping(cost: TrainingCost | EncodingCost) -> dict[str, Any]:
-    """Return what ``--json`` prints."""
-    from swifti2v.training.recipe_cost import EncodingCost
-
-    if isinstance(cost, EncodingCost):
-        machines = [
-            asdict(machine)
-            | {"fits": machine.holds(cost.peak_bytes)}
-            | {"gpu_hours_of_1000_clips": machine.gpu_hours(THOUSAND * cost.tflop_per_clip)}
-            for machine in MACHINES
-        ]
-        return asdict(cost) | {"peak_bytes": cost.peak_bytes, "reserved_bytes": RESERVED_BYTES, "machines": machines}
+def _training_on(machine: Machine, cost: TrainingCost) -> dict[str, Any]:
+    held, cards = cost.setup.device_bytes(machine.num_cards), machine.num_cards
+    fits = machine.holds(held.peak)
     return {
-        "longest_sample_tokens": cost.setup.num_tokens,
-        "trained_weights": cost.setup.num_trained,
-        "tflop_per_sample": cost.tflop_per_sample,
-        "reserved_bytes": RESERVED_BYTES,
-        "machines": [_fit_as_mapping(cost, fit_on(cost.setup, machine)) for machine in MACHINES],
+        "name": machine.name,
+        "num_cards": cards,
+        "memory": asdict(held) | {"peak": held.peak},
+        "fits": fits,
+        "changes": () if fits else cost.setup.ways_to_fit(machine),
+        "min_cards": None if fits else cost.setup.min_cards(machine),
+        "num_samples": cost.num_samples(cards),
+        "gpu_hours": machine.gpu_hours(cost.tflop(cards)),
     }
 
 
-def _fit_as_mapping(cost: TrainingCost, fit: Fit) -> dict[str, Any]:
-    samples = cost.num_samples(fit.machine.num_cards)
-    return {
-        **asdict(fit.machine),
-        "memory": asdict(fit.memory) | {"peak_bytes": fit.memory.peak_bytes},
-        "fits": fit.fits,
-        "changes": fit.changes,
-        "min_cards": fit.min_cards,
-        "num_samples": samples,
-        "gpu_hours": fit.machine.gpu_hours(cost.tflop(fit.machine.num_cards)),
-    }
+def _encoding_on(machine: Machine, cost: EncodingCost) -> dict[str, Any]:
+    hours = machine.gpu_hours(NUM_CLIPS * cost.tflop_per_clip)
+    return {"name": machine.name, "fits": machine.holds(cost.peak_bytes), "gpu_hours_of_1000_clips": hours}
 
 
 def _kind_of(recipe: Path) -> type[Any]:
@@ -125,47 +109,64 @@ def _kind_of(recipe: Path) -> type[Any]:
     return max(kinds, key=likeness)
 
 
-def _training_table(recipe: Path, cost: TrainingCost, found: list[Fit]) -> Table:
-    setup = cost.setup
-    title = f"{recipe.name}: {setup.num_trained / 1e6:,.0f} M weights, up to {setup.num_tokens:,} tokens"
+def _print_training(recipe: Path, plan: dict[str, Any]) -> None:
+    parts = ("weights", "gradients", "optimizer", "average", "gathered", "activations", "peak")
+    rows = [
+        (
+            found["name"],
+            "yes" if found["fits"] else "no",
+            *(_gibibytes(found["memory"][part]) for part in parts),
+            f"{found['num_samples']:,}",
+            f"{found['gpu_hours']:,.1f}",
+        )
+        for found in plan["machines"]
+    ]
+    title = (
+        f"{recipe.name}: {plan['tflop_per_sample']:,.0f} TFLOP a sample, up to {plan['longest_sample_tokens']:,} tokens"
+    )
+    names = ("fits", "weights", "grads", "optim.", "avg.", "gather", "activ.", "peak", "samples", "GPU-h")
+    _print_table(title, names, rows)
+    for found in plan["machines"]:
+        if not found["fits"]:
+            typer.echo(f"{found['name']} would do {_remedy(found)}")
+
+
+def _print_encoding(recipe: Path, plan: dict[str, Any]) -> None:
+    sizes = (plan["weight_bytes"], plan["working_bytes"], plan["peak_bytes"])
+    rows = [
+        (
+            found["name"],
+            "yes" if found["fits"] else "no",
+            *map(_gibibytes, sizes),
+            f"{plan['tflop_per_clip']:,.0f}",
+            f"{found['gpu_hours_of_1000_clips']:,.1f}",
+        )
+        for found in plan["machines"]
+    ]
+    names = ("fits", "weights", "work", "peak", "TFLOP a clip", "GPU-hours")
+    _print_table(f"{recipe.name}: a cache of {NUM_CLIPS:,} clips", names, rows)
+
+
+def _print_table(title: str, names: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+    from rich.box import SIMPLE_HEAD
+    from rich.console import Console
+    from rich.table import Table
+
     table = Table(title=title, caption=CAPTION, box=SIMPLE_HEAD, padding=0)
     table.add_column("machine", no_wrap=True)
-    for name in ("fits", "weights", "grads", "optim.", "average", "work", "peak", "samples", "TFLOP", "GPU-h"):
+    for name in names:
         table.add_column(name, justify="right")
-    for fit in found:
-        memory, samples = fit.memory, cost.num_samples(fit.machine.num_cards)
-        held = (memory.weight_bytes, memory.gradient_bytes, memory.optimizer_bytes, memory.average_bytes)
-        work = memory.activation_bytes + memory.gathered_bytes
-        hours = fit.machine.gpu_hours(cost.tflop(fit.machine.num_cards))
-        table.add_row(
-            fit.machine.name,
-            "yes" if fit.fits else "no",
-            *(f"{count / 2**30:,.1f}" for count in (*held, work, memory.peak_bytes)),
-            f"{samples:,}",
-            f"{cost.tflop_per_sample:,.0f}",
-            f"{hours:,.1f}",
-        )
-    return table
+    for row in rows:
+        table.add_row(*row)
+    Console().print(table)
 
 
-def _encoding_table(recipe: Path, cost: EncodingCost) -> Table:
-    table = Table(title=f"{recipe.name}: a cache of 1,000 clips", caption=CAPTION, box=SIMPLE_HEAD, padding=0)
-    table.add_column("machine", no_wrap=True)
-    for name in ("fits", "weights", "work", "peak", "TFLOP a clip", "GPU-hours"):
-        table.add_column(name, justify="right")
-    for machine in MACHINES:
-        table.add_row(
-            machine.name,
-            "yes" if machine.holds(cost.peak_bytes) else "no",
-            *(f"{count / 2**30:,.1f}" for count in (cost.weight_bytes, cost.working_bytes, cost.peak_bytes)),
-            f"{cost.tflop_per_clip:,.0f}",
-            f"{machine.gpu_hours(THOUSAND * cost.tflop_per_clip):,.1f}",
-        )
-    return table
+def _gibibytes(num_bytes: int) -> str:
+    return f"{num_bytes / 2**30:,.1f}"
 
 
-def _remedy(fit: Fit) -> str:
-    ways = [f"with {' and '.join(names)}" for names in fit.changes]
-    if fit.min_cards is not None:
-        ways.append(f"unchanged on {fit.min_cards} such cards, sharded")
+def _remedy(found: dict[str, Any]) -> str:
+    ways = [f"with {' and '.join(names)}" for names in found["changes"]]
+    if found["min_cards"] is not None:
+        ways.append(f"unchanged on {found['min_cards']} such cards, sharded")
     return ", or ".join(ways) if ways else "with nothing that a recipe can set: take larger cards"

@@ -16,29 +16,34 @@ if TYPE_CHECKING:
 
     from swifti2v.cli.progress import OnBar
 
-RecipeArgument = Annotated[Path, typer.Argument(help="A recipe of recipes/mini or recipes/wan2.2, or your own.")]
+RecipeArgument = Annotated[
+    Path, typer.Argument(help="YAML recipe: one of recipes/mini or recipes/wan2.2, or your own.")
+]
 IndexOption = Annotated[
     Path | None,
-    typer.Option("--data", help="For recipes of mini itself: index of its clips and photographs, a CSV."),
+    typer.Option("--data", help="To train mini itself: CSV that lists its clips and photographs."),
 ]
 VideosOption = Annotated[
     Path, typer.Option("--data", help="Folder of videos with captions; see `swifti2v data check`.")
 ]
 CacheOption = Annotated[Path, typer.Option(help="Latent cache, made by `train transition`.")]
-StageCacheOption = Annotated[Path | None, typer.Option("--cache", help="For every other recipe: its latent cache.")]
-OutputOption = Annotated[Path, typer.Option("--output", "-o", help="Folder of the run; an interrupted run continues.")]
+StageCacheOption = Annotated[
+    Path | None, typer.Option("--cache", help="To train any other checkpoint: latent cache to learn from.")
+]
+OutputOption = Annotated[Path, typer.Option("--output", "-o", help="Folder for the results; run again to continue.")]
 InitialOption = Annotated[
-    str | None, typer.Option("--init", help="Checkpoint whose weights and codec to start from: mini, or a folder.")
+    str | None,
+    typer.Option("--init", help="Checkpoint to start from, instead of the one in the recipe: mini, or a folder."),
 ]
 
 T = TypeVar("T")
 
-app = typer.Typer(help="Train both stages by their recipes.", no_args_is_help=True)
+app = typer.Typer(help="Train Stage I and Stage II from recipes.", no_args_is_help=True)
 
 
 @app.command("low-res-cache")
 def low_res_cache(recipe: RecipeArgument, *, data: VideosOption, output: OutputOption) -> None:
-    """Encode videos at Stage I's size, for its Low-Res LoRA."""
+    """Encode videos at the size of Stage I, to train its Low-Res LoRA on."""
     from swifti2v.training.low_res.run import LowResCacheRun, build_low_res_cache
 
     _encode(build_low_res_cache, _read_recipe(LowResCacheRun, recipe), data, output)
@@ -53,7 +58,7 @@ def stage_one(
     data: IndexOption = None,
     initial: InitialOption = None,
 ) -> None:
-    """Train Stage I: the Low-Res LoRA of a checkpoint (--cache), or the whole Stage I of mini (--data)."""
+    """Train Stage I: a Low-Res LoRA for a checkpoint (--cache), or all of mini's Stage I (--data)."""
     _check_one_source(cache, data, "train low-res-cache")
     with _training() as on_step:
         if data is not None:
@@ -69,7 +74,7 @@ def stage_one(
 def transition(
     recipe: RecipeArgument, *, data: VideosOption, output: OutputOption, initial: InitialOption = None
 ) -> None:
-    """Make what Stage II learns from: clips, and references that Stage I has lightly denoised (stage-transition)."""
+    """Encode videos and the references that Stage I makes of them, to train Stage II on (stage-transition)."""
     from swifti2v.training.refiner.run import TransitionRun, build_references
 
     _encode(build_references, _from_checkpoint(_read_recipe(TransitionRun, recipe), initial), data, output)
@@ -84,7 +89,7 @@ def stage_two(
     data: IndexOption = None,
     initial: InitialOption = None,
 ) -> None:
-    """Train Stage II: a refiner for a checkpoint (--cache), or that of mini itself (--data, docs/mini.md)."""
+    """Train Stage II: the refiner of a checkpoint (--cache), or that of mini (--data, see docs/mini.md)."""
     _check_one_source(cache, data, "train transition")
     with _training() as on_step:
         if data is not None:
@@ -101,7 +106,7 @@ def stage_two(
 
 @app.command()
 def distill(recipe: RecipeArgument, *, cache: CacheOption, output: OutputOption, initial: InitialOption = None) -> None:
-    """Bring Stage II to few steps without guidance, along its teacher's trajectory or by distribution matching."""
+    """Distill Stage II to a few steps without guidance, by trajectory or by distribution matching."""
     from swifti2v.training.refiner.run import DistillationRun, distill_refiner
 
     run = _from_checkpoint(_read_recipe(DistillationRun, recipe), initial)
@@ -111,8 +116,10 @@ def distill(recipe: RecipeArgument, *, cache: CacheOption, output: OutputOption,
 
 
 @app.command()
-def export(run: Annotated[Path, typer.Argument(help="Folder of a run.")], *, output: OutputOption) -> None:
-    """Put the trained parts of the embedded model together as a checkpoint folder."""
+def export(
+    run: Annotated[Path, typer.Argument(help="Folder of the run that trained mini.")], *, output: OutputOption
+) -> None:
+    """Write the trained stages of mini as one checkpoint folder."""
     from swifti2v.mini.recipes import export_mini
 
     export_mini(run, output)

@@ -1,1 +1,1 @@
-"""Data: procedural clips, manifests, latent caches."""
+"""Data: manifests, clips, latent caches, batches."""

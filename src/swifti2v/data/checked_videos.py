@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from swifti2v.data.file_stamps import file_stamp
+from swifti2v.data.description import file_stamp
 from swifti2v.data.report import Scene, Skipped
 from swifti2v.data.validation import CheckedVideo, OnVideo, ValidationOptions, Verdict, check_videos
 from swifti2v.errors import LatentCacheError

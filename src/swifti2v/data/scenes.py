@@ -1,7 +1,7 @@
 """Cuts and stillness of a video, found while its frames pass by: a few small pictures are all that is kept.
 
 A cut is where a frame differs from the one before by much more than frames around it do (the rule of PySceneDetect's
-AdaptiveDetector: a score against the mean of its neighbours, so that a fast pan is none). Fades and dissolves have no
+AdaptiveDetector: a score against the mean of its neighbors, so that a fast pan is none). Fades and dissolves have no
 such frame and are not found.
 """
 

@@ -1,6 +1,6 @@
 """Shards of a latent cache: safetensors files that say themselves what they hold.
 
-A shard's header carries the recipe (the fingerprint without sources) and a record of each sample; tensors are named
+A shard's header carries the description of the cache (`description.py`) and a record of each sample; tensors are named
 ``<place in the shard>/<name>``. So shards need no journal: whoever lists the folder knows what is done. A shard's name
 is a hash of its samples' names, hence processes that share the work never write to one file.
 """
@@ -25,8 +25,10 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
+    from swifti2v.data.description import Description
+
 SHARD_FOLDER = "shards"
-FORMAT = "swifti2v-latents-1"
+FORMAT = "swifti2v-latents-2"
 
 
 @dataclass(frozen=True)
@@ -37,7 +39,7 @@ class SampleRecord:
         name: unique in a cache.
         prompt: its caption.
         bucket: samples of one bucket have tensors of the same names and shapes.
-        stamp: hash of its place, prompt and source file (`fingerprint.clip_stamps`).
+        hash: of all that decides its tensors (`description.sample_hashes`).
         shapes: of its tensors, by name.
         shard: file name of its shard.
         place: in the shard.
@@ -46,7 +48,7 @@ class SampleRecord:
     name: str
     prompt: str
     bucket: str
-    stamp: str
+    hash: str
     shapes: dict[str, list[int]]
     shard: str
     place: int
@@ -59,7 +61,7 @@ class FreshSample:
     name: str
     prompt: str
     bucket: str
-    stamp: str
+    hash: str
     tensors: dict[str, Tensor]
 
     @property
@@ -68,7 +70,7 @@ class FreshSample:
         return sum(tensor.nbytes for tensor in self.tensors.values())
 
 
-def write_shard(folder: Path, samples: Sequence[FreshSample], *, recipe: str, writer: str) -> None:
+def write_shard(folder: Path, samples: Sequence[FreshSample], *, description: Description, writer: str) -> None:
     """Write samples as one shard, whole or not at all.
 
     Raises:
@@ -81,14 +83,18 @@ def write_shard(folder: Path, samples: Sequence[FreshSample], *, recipe: str, wr
             name=sample.name,
             prompt=sample.prompt,
             bucket=sample.bucket,
-            stamp=sample.stamp,
+            hash=sample.hash,
             shapes={name: list(tensor.shape) for name, tensor in sample.tensors.items()},
             shard=path.name,
             place=place,
         )
         for place, sample in enumerate(samples)
     ]
-    metadata = {"format": FORMAT, "recipe": recipe, "samples": json.dumps([asdict(record) for record in records])}
+    metadata = {
+        "format": FORMAT,
+        "description": json.dumps(description),
+        "samples": json.dumps(list(map(asdict, records))),
+    }
     tensors = {
         f"{place}/{name}": tensor for place, sample in enumerate(samples) for name, tensor in sample.tensors.items()
     }
@@ -100,8 +106,8 @@ def shard_paths(folder: Path) -> list[Path]:
     return sorted((folder / SHARD_FOLDER).glob("*.safetensors"))
 
 
-def read_records(path: Path) -> tuple[str, list[SampleRecord]]:
-    """Return the recipe of a shard and the records of its samples; no tensor is read.
+def read_records(path: Path) -> tuple[Description, list[SampleRecord]]:
+    """Return the description of a shard and the records of its samples; no tensor is read.
 
     Raises:
         LatentCacheError: it is damaged, or no shard of such a cache.
@@ -113,7 +119,7 @@ def read_records(path: Path) -> tuple[str, list[SampleRecord]]:
                 msg = f"{str(path)!r} is no shard of a latent cache; remove it, or use another folder"
                 raise LatentCacheError(msg)
             records = [SampleRecord(**record) for record in json.loads(metadata["samples"])]
-            return metadata["recipe"], records
+            return json.loads(metadata["description"]), records
     except (SafetensorError, OSError, KeyError, ValueError, TypeError) as error:
         if isinstance(error, LatentCacheError):
             raise

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Literal
 
-from swifti2v.data.file_stamps import content_key, file_stamp
+from swifti2v.data.description import content_key, file_stamp
 from swifti2v.data.prefetch import prefetched
 from swifti2v.data.report import Report, Scene, Skipped
 from swifti2v.data.scenes import SceneSpan, SceneThresholds, find_scenes

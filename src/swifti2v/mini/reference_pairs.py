@@ -1,7 +1,7 @@
 """Pairs of truth and hybrid reference in latents: what Stage II learns from.
 
 The motion reference of a training clip is its truth reduced by `REDUCTION`; a part of them passes through the codec of
-Stage I, so that Stage II meets the artefacts which it will find there (stage-transition, paper). Noise is not added:
+Stage I, so that Stage II meets the artifacts which it will find there (stage-transition, paper). Noise is not added:
 Stage I of `mini` makes none, and Stage II learned to take fast motion for it (`docs/log.md`).
 """
 

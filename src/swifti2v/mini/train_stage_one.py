@@ -23,7 +23,7 @@ from swifti2v.mini.procedural import REFERENCE_FRAMES, describe, displacement, f
 from swifti2v.mini.text import encode_prompts
 from swifti2v.mini.transform_codec import BLOCK, TEMPORAL
 from swifti2v.pixels import from_uint8
-from swifti2v.training.engine.prefetcher import Prefetcher
+from swifti2v.training.engine.samples import Prefetcher
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -57,7 +57,7 @@ class StageOneRecipe:
     Args:
         width, num_layers, ffn_width: of the transformer; heads are 128 wide.
         residual_weight: of the loss on the residual channels, which are mostly unpredictable.
-        smoothness_weight: of the loss on differences of the motion between neighbouring blocks and frames.
+        smoothness_weight: of the loss on differences of the motion between neighboring blocks and frames.
         energy_floor: mean square of a clip's motion (latents) down to which its errors count in proportion to it.
         num_steps: of the run; places `begins` and `ends` of the shapes.
         shapes: batches to draw from. What the words mean is learned first, on many small clips; then how motion looks
@@ -242,7 +242,7 @@ class StageOneObjective:
         return loss, {name: float(value.detach()) for name, value in numbers.items()}
 
     def _batch(self, step: int) -> tuple[Tensor, list[str]]:
-        """Normalised latents [B,z,F,h,w] and prompts of one shape."""
+        """Normalized latents [B,z,F,h,w] and prompts of one shape."""
         rng = np.random.default_rng([self.recipe.seed, step])
         shape = self._shape(step, rng)
         latents, prompts = [], []

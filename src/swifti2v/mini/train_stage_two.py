@@ -1,4 +1,4 @@
-"""Stage II of `mini`: refine a segment of the hybrid reference, seeing image and finished neighbours (CSG).
+"""Stage II of `mini`: refine a segment of the hybrid reference, seeing image and finished neighbors (CSG).
 
 Each step draws segments at random places of random clips, cut to a spatial crop: targets are noised, context is the
 truth with a little noise (exposure bias), the loss is on the targets only.
@@ -7,7 +7,7 @@ truth with a little noise (exposure bias), the loss is on the targets only.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -15,15 +15,16 @@ from torch import Tensor, nn
 
 from swifti2v.mini.fitting import BandStatistics
 from swifti2v.mini.transform_codec import BLOCK_NUMBERS, TEMPORAL, BlockTransformCodec
-from swifti2v.training.engine.prefetcher import Prefetcher
-from swifti2v.training.refiner.window_batches import (
+from swifti2v.training.engine.samples import Prefetcher
+from swifti2v.training.refiner.windows import (
     ClipBatch,
+    DrawnClips,
+    WindowOptions,
     drawn_own_segments,
     earlier_segments,
     predicted,
     with_own_context,
 )
-from swifti2v.training.refiner.windows import WindowOptions
 from swifti2v.wan.transformer import StageTwoTransformer
 from swifti2v.wan.transformer_configuration import ContextAttention  # noqa: TC001 - read from recipes
 
@@ -31,7 +32,6 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from swifti2v.mini.reference_pairs import ReferencePair
-    from swifti2v.segments import Segment
 
 
 NUMBERS_OF_A_CELL = BLOCK_NUMBERS * TEMPORAL
@@ -50,7 +50,7 @@ class StageTwoRecipe:
         crops: spatial crops in latent cells (height, width), multiples of `patch`.
         pure_noise_share: share of samples at sigma 1, where a one-step sampler works.
         context_noise: largest standard deviation of the noise on finished context.
-        own_context_share, own_context_segments: share of windows whose finished neighbour is the network's own output,
+        own_context_share, own_context_segments: share of windows whose finished neighbor is the network's own output,
             and at most how many segments it made one after the other; see `SegmentFlowOptions`.
         anchor_share: share of windows that see the anchor.
     """
@@ -75,18 +75,10 @@ class StageTwoRecipe:
     seed: int = 0
 
 
-class DrawnClips(NamedTuple):
-    """What a step learns from: crops of clips, the segment, and those before it that the network makes itself."""
-
-    clips: ClipBatch
-    segment: Segment
-    earlier: tuple[Segment, ...]
-
-
 def fit_block_codec(chunks: Sequence[Tensor], *, num_channels: int) -> BlockTransformCodec:
     """Fit the codec on pixel chunks [1,3,f,H,W]; a channel's scale is the root of its deviation.
 
-    Between no normalisation (fine detail drowned in noise at once) and whitening (detail that cannot be predicted
+    Between no normalization (fine detail drowned in noise at once) and whitening (detail that cannot be predicted
     weighs as much as the picture).
     """
     statistics = BandStatistics()

@@ -12,7 +12,7 @@ import torch
 from swifti2v.training.engine.distributed import joined_processes
 from swifti2v.training.engine.loop import LoopOptions, TrainingLoop
 from swifti2v.training.refiner.distribution_matching import DistributionMatchingObjective, DistributionMatchingOptions
-from swifti2v.training.refiner.window_source import WindowSource, WindowSourceOptions
+from swifti2v.training.refiner.windows import WindowSource, WindowSourceOptions
 from swifti2v.wan.transformer import StageTwoTransformer
 
 if TYPE_CHECKING:

@@ -5,13 +5,11 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 from types import SimpleNamespace
-from unittest import mock
 
 import torch
 from diffusers import WanTransformer3DModel
 
 from swifti2v.training.engine.distributed import Processes, joined_processes, whole
-from swifti2v.training.engine.learner import Learner
 from swifti2v.training.engine.loop import LoopOptions, TrainingLoop
 from swifti2v.training.low_res.lora import LoraOptions, LowResLoraObjective, add_lora
 from swifti2v.training.refiner.segment_flow import SegmentFlowObjective, SegmentFlowOptions
@@ -96,15 +94,13 @@ def train(kind: str, folder: Path, processes: Processes) -> None:
     loop = TrainingLoop(objective, folder, options, processes=processes)
     loop._autocast = kind == "bfloat16"  # which the option leaves off on CPUs that are slow at it
     gradients = []
-    step = Learner.step
 
-    def kept(learner: Learner, learning_rate: float) -> tuple[float, bool]:
-        trained = {name: each.grad for name, each in objective.module.named_parameters() if each.grad is not None}
-        gradients.append(whole(trained))
-        return step(learner, learning_rate)
+    def keep(*_: object) -> None:
+        named = objective.module.named_parameters()
+        gradients.append(whole({name: each.grad for name, each in named if each.grad is not None}))
 
-    with mock.patch.object(Learner, "step", kept):
-        loop.run()
+    loop._learner.optimizer.register_step_pre_hook(keep)
+    loop.run()
     if processes.is_main:
         torch.save(gradients, folder / "gradients.pt")
 

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -13,9 +10,11 @@ import torch
 from torch import nn
 
 from swifti2v.errors import ConfigurationError
-from swifti2v.training.engine.distributed import BatchesOfProcess, Processes, joined_processes
+from swifti2v.training.engine.distributed import Processes, joined_processes
 from swifti2v.training.engine.loop import LoopOptions, TrainingLoop
+from swifti2v.training.engine.samples import BatchesOfProcess
 from tests.training.engine.shared_samples import GROUPS, KINDS, STEPS, stage_two, train
+from tests.training.torchrun import run_on
 
 SCRIPT = Path(__file__).with_name("shared_samples.py")
 ALONE = Processes()
@@ -24,14 +23,8 @@ ALONE = Processes()
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folders of the kinds of training, by two processes."""
-    return launched(2, tmp_path_factory.mktemp("runs"), *KINDS)
-
-
-def launched(count: int, folder: Path, *kinds: str) -> Path:
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[3])}
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(count), "--standalone"]
-    command = [*torchrun, str(SCRIPT), str(folder), *kinds]
-    subprocess.run(command, check=True, timeout=1800, env=environment)  # noqa: S603 - our own script
+    folder = tmp_path_factory.mktemp("runs")
+    run_on(2, SCRIPT, folder, *KINDS)
     return folder
 
 
@@ -51,7 +44,7 @@ def test_losses_and_gradients_are_those_of_one(runs: Path, tmp_path: Path, kind:
 @pytest.mark.slow
 def test_two_groups_have_a_batch_each(tmp_path: Path) -> None:
     """Four processes: what one does that takes the two batches of a step in turn."""
-    launched(4, tmp_path, GROUPS)
+    run_on(4, SCRIPT, tmp_path, GROUPS)
     train(GROUPS, tmp_path / "alone", ALONE)
     assert_alike(tmp_path / GROUPS, tmp_path / "alone", tolerance=1e-4)
 

@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import shutil
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,6 +17,7 @@ from swifti2v.errors import CheckpointError, ConfigurationError, TrainingError
 from swifti2v.training.engine.learner import Critic
 from swifti2v.training.engine.loop import LoopOptions, TrainingLoop
 from tests.training.engine.matching_runs import LOOP, STOP, matching_objective
+from tests.training.torchrun import run_on
 
 SCRIPT = Path(__file__).with_name("matching_runs.py")
 OPTIONS = LoopOptions(
@@ -146,11 +144,7 @@ def test_distribution_matching_goes_on_where_it_was(tmp_path: Path) -> None:
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """`one`, `replicate` and `shard`: the same training by one process that accumulates two batches, and by two."""
     folder = tmp_path_factory.mktemp("runs")
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    environment["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parents[3]), os.environ.get("PYTHONPATH", "")])
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
-    command = [*torchrun, str(SCRIPT), str(folder)]
-    subprocess.run(command, check=True, timeout=1800, env=environment)  # noqa: S603 - our own script
+    run_on(2, SCRIPT, folder)
     of = matching_objective(num_processes=2)  # which draws as two do
     TrainingLoop(of, folder / "one", replace(LOOP, gradient_accumulation=2), critic=of.critic).run()
     return folder

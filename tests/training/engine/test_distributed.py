@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,17 +14,18 @@ from safetensors.torch import load_file
 from torch import nn
 
 from swifti2v.training.engine.distributed import (
-    BatchesOfProcess,
     Processes,
     joined_processes,
     networks_of,
     placed_like,
     whole,
 )
+from swifti2v.training.engine.learner import own_state
 from swifti2v.training.engine.loop import TrainingLoop
-from swifti2v.training.engine.trained_state import own_state
+from swifti2v.training.engine.samples import BatchesOfProcess
 from swifti2v.training.low_res.lora_files import LORA_NAME, lora_state, save_lora
 from tests.training.engine.two_processes import STEPS, STOP, Objective, low_res_objective, options
+from tests.training.torchrun import run_on
 
 SCRIPT = Path(__file__).with_name("two_processes.py")
 SHARDINGS = ("replicate", "shard")
@@ -48,10 +46,7 @@ def trained_in_one(folder: Path) -> Objective:
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """`one`, `replicate` and `shard`: the same training by one process and by two."""
     folder = tmp_path_factory.mktemp("runs")
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[3])}
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
-    command = [*torchrun, str(SCRIPT), str(folder)]
-    subprocess.run(command, check=True, timeout=1800, env=environment)  # noqa: S603 - our own script
+    run_on(2, SCRIPT, folder)
     trained_in_one(folder / "one")
     return folder
 

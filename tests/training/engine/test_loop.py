@@ -13,7 +13,7 @@ from diffusers.training_utils import EMAModel
 
 from swifti2v.errors import CheckpointError, ConfigurationError, TrainingError
 from swifti2v.training.engine.loop import MAX_SKIPPED_STEPS, LoopOptions, TrainingLoop
-from swifti2v.training.engine.prefetcher import Prefetcher
+from swifti2v.training.engine.samples import Prefetcher
 
 OPTIONS = LoopOptions(num_steps=12, learning_rate=0.05, warmup_steps=2, checkpoint_every=4, log_every=1, bfloat16=False)
 
@@ -210,7 +210,7 @@ def test_a_checkpoint_of_the_first_format_is_resumed(tmp_path) -> None:
     torch.save({key: state[key] for key in ("step", "module", "average", "optimizer")}, tmp_path / "checkpoint.pt")
     loop = TrainingLoop(resumed, tmp_path, OPTIONS)
     loop.run()
-    assert loop.step == 12
+    assert loop.steps_done == 12
     assert torch.equal(resumed.weight, objective.weight)
 
 
@@ -274,7 +274,7 @@ def test_steps_are_reported_and_speed_is_logged(tmp_path) -> None:
 def test_it_stops_at_its_time(tmp_path) -> None:
     loop = TrainingLoop(Regression(), tmp_path, changed(max_seconds=0.0))
     loop.run()
-    assert loop.step == 0
+    assert loop.steps_done == 0
     assert (tmp_path / "checkpoint.pt").exists()
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -18,6 +16,7 @@ from swifti2v.training.engine.distributed import Processes
 from swifti2v.training.engine.loop import LoopOptions, TrainingLoop
 from swifti2v.training.engine.optimizers import make_optimizer, set_learning_rate, take_step, whole_state
 from tests.training.engine.eight_bit_runs import OPTIONS, STOP, Objective, train_and_resume
+from tests.training.torchrun import run_on
 
 SCRIPT = Path(__file__).with_name("eight_bit_runs.py")
 CPU = torch.device("cpu")
@@ -25,7 +24,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture
 def torchao() -> None:
-    """Skip without the package of the extra `train` that has the 8-bit optimiser."""
+    """Skip without the package of the extra `train` that has the 8-bit optimizer."""
     pytest.importorskip("torchao.optim")
 
 
@@ -82,17 +81,17 @@ def test_steps_are_close_to_those_of_adamw() -> None:
 
 @pytest.mark.usefixtures("torchao")
 @pytest.mark.parametrize(
-    ("shape", "quantised"), [((32, 256), True), ((16, 4, 64), True), ((300, 32), False), ((9000,), False)]
+    ("shape", "quantized"), [((32, 256), True), ((16, 4, 64), True), ((300, 32), False), ((9000,), False)]
 )
-def test_only_whole_rows_are_in_eight_bits(shape: tuple[int, ...], quantised: bool) -> None:
+def test_only_whole_rows_are_in_eight_bits(shape: tuple[int, ...], quantized: bool) -> None:
     weight = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     parameter, optimizer = stepped("adamw8bit", weight, gradients_of(weight))
     moment = optimizer.state[parameter]["exp_avg"]
-    assert hasattr(moment, "codes") is quantised
+    assert hasattr(moment, "codes") is quantized
     saved = whole_state(optimizer)["state"][0]
-    assert ("exp_avg_scales" in saved) is quantised
+    assert ("exp_avg_scales" in saved) is quantized
     assert saved["exp_avg"].dtype == torch.float32
-    if quantised:
+    if quantized:
         # A byte each, a float32 for 256 of them, and the table of 256 levels.
         held = sum(getattr(moment, name).nbytes for name in ("codes", "scale"))
         assert held == weight.numel() * (1 + 4 / 256)
@@ -131,11 +130,7 @@ def test_a_run_goes_on_with_the_other_optimizer(tmp_path: Path, before: Any, aft
 @pytest.mark.slow
 @pytest.mark.usefixtures("torchao")
 def test_two_processes_resume_bit_by_bit_and_one_goes_on(tmp_path: Path) -> None:
-    paths = os.pathsep.join([str(SCRIPT.parents[3]), os.environ.get("PYTHONPATH", "")])
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": paths}
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
-    command = [*torchrun, str(SCRIPT), str(tmp_path)]
-    subprocess.run(command, check=True, timeout=1800, env=environment)  # noqa: S603 - our own script
+    run_on(2, SCRIPT, tmp_path)
     whole, parts = checkpoints(tmp_path)
     assert_equal(parts, whole)
     (tmp_path / "alone").mkdir()

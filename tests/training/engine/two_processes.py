@@ -15,8 +15,8 @@ from torch.utils.checkpoint import checkpoint
 
 from swifti2v.errors import TrainingError
 from swifti2v.training.engine.distributed import joined_processes, whole
+from swifti2v.training.engine.learner import own_state
 from swifti2v.training.engine.loop import LoopOptions, TrainingLoop
-from swifti2v.training.engine.trained_state import own_state
 from swifti2v.training.low_res.lora import LoraOptions, LowResLoraObjective, add_lora
 from swifti2v.training.low_res.lora_files import lora_state, save_lora
 

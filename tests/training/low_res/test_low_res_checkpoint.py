@@ -44,8 +44,8 @@ def cache(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> La
         with VideoWriter(folder / f"{seed}.mp4", size=SIZE, fps=FPS) as writer:
             writer.write(torch.from_numpy(pixels.repeat(8, axis=1).repeat(8, axis=2)))
         requests.append(ClipRequest(f"{seed}@0", folder / f"{seed}.mp4", "blocks", 0, FRAMES, FPS, SIZE))
-    encoder, fingerprint = open_low_res_encoder(tiny_checkpoint)
-    return build_cache(requests, folder / "cache", encode=encoder, fingerprint=fingerprint)
+    encoder, description = open_low_res_encoder(tiny_checkpoint)
+    return build_cache(requests, folder / "cache", encode=encoder, description=description)
 
 
 def recipe(checkpoint: Path, **changes: Any) -> LowResLoraRun:

@@ -22,8 +22,7 @@ from swifti2v.training.refiner.distribution_matching import (
     DistributionMatchingOptions,
 )
 from swifti2v.training.refiner.run import DistillationRun
-from swifti2v.training.refiner.window_batches import noise_like, predicted, sample_targets
-from swifti2v.training.refiner.window_source import WindowSourceOptions
+from swifti2v.training.refiner.windows import WindowSourceOptions, noise_like, predicted, sample_targets
 from tests.training.engine.matching_runs import CHANNELS, OPTIONS, matching_objective, stage_two
 
 if TYPE_CHECKING:

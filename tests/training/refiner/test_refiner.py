@@ -14,9 +14,8 @@ import PIL.Image
 import pytest
 import torch
 
-from swifti2v.data.cache_index import write_index
 from swifti2v.data.clips import ClipOptions
-from swifti2v.data.latent_cache import LatentCache
+from swifti2v.data.latent_cache import LatentCache, write_index
 from swifti2v.data.shards import FreshSample, write_shard
 from swifti2v.errors import CheckpointError, ConfigurationError, InvalidInputError, LatentCacheError
 from swifti2v.geometry import Size
@@ -310,8 +309,8 @@ def test_whole_videos_are_held_back_in_no_order_of_names(tmp_path: Path) -> None
     names = [f"{video:02d}.mp4@{first}" for video in range(12) for first in (0, 3, 7)]
     (tmp_path / "shards").mkdir()
     fresh = [FreshSample(name, "words", "32x32x5", name, {"latents": torch.zeros(1, 2, 1, 1)}) for name in names]
-    write_shard(tmp_path, fresh, recipe="{}", writer="test")
-    write_index(tmp_path, {name: name for name in names}, fingerprint="{}", writer="test")
+    write_shard(tmp_path, fresh, description={}, writer="test")
+    write_index(tmp_path, {name: name for name in names}, description={}, writer="test")
     samples = LatentCache.open(tmp_path)
     held = HeldOut(samples, 4)
     judged = [samples[index].name.split("@")[0] for index in held.indices]

@@ -15,20 +15,20 @@ from swifti2v.config import from_mapping
 from swifti2v.errors import ConfigurationError, LatentCacheError
 from swifti2v.sampling.schedules import shifted_sigmas
 from swifti2v.segments import Segment
-from swifti2v.training.refiner import window_batches
+from swifti2v.training.refiner import windows
 from swifti2v.training.refiner.distillation import DistillationObjective, DistillationOptions
 from swifti2v.training.refiner.segment_flow import SegmentFlowObjective, SegmentFlowOptions
-from swifti2v.training.refiner.window_batches import (
+from swifti2v.training.refiner.windows import (
     ClipBatch,
     WindowBatch,
+    WindowOptions,
+    WindowSource,
     earlier_segments,
     noise_like,
     predicted,
     sample_targets,
     with_own_context,
 )
-from swifti2v.training.refiner.window_source import WindowSource
-from swifti2v.training.refiner.windows import WindowOptions
 from swifti2v.wan.transformer import StageTwoTransformer
 from tests.training.engine.matching_runs import CHANNELS, Sample, Steps, make_sample
 
@@ -147,7 +147,7 @@ def test_own_context_is_handed_on_as_at_inference(
         made.append(sample_targets(network, batch, **options))
         return made[-1]
 
-    monkeypatch.setattr(window_batches, "sample_targets", remembered)
+    monkeypatch.setattr(windows, "sample_targets", remembered)
     truth = torch.stack([sample.tensors["latents"] for sample in samples])
     reference = torch.stack([sample.tensors["reference.0"] for sample in samples])
     prompts = torch.stack([sample.tensors["prompt_embeds"] for sample in samples])

@@ -12,8 +12,7 @@ from hypothesis import strategies as st
 
 from swifti2v.errors import ConfigurationError, InvalidInputError
 from swifti2v.segments import FrameKind, Segment
-from swifti2v.training.refiner.window_batches import earlier_segments
-from swifti2v.training.refiner.windows import WindowOptions, context_slots, with_finished
+from swifti2v.training.refiner.windows import WindowOptions, context_slots, earlier_segments, with_finished
 
 SEGMENT = Segment(index=0, targets=range(3, 5), before=range(2, 3), after=range(5, 6))
 SHAPE = (2, 3, 5, 4, 4)
@@ -30,7 +29,7 @@ def test_windows_lie_within_the_clip(seed: int, length: int, size: int) -> None:
 
 
 @given(st.integers(0, 2**31), st.integers(3, 21), st.integers(1, 4))
-def test_a_finished_neighbour_can_be_asked_for(seed: int, length: int, size: int) -> None:
+def test_a_finished_neighbor_can_be_asked_for(seed: int, length: int, size: int) -> None:
     options = WindowOptions(segment_size=size, before_share=0.0)
     segment = options.draw(np.random.default_rng(seed), length, segments_before=1)
     assert len(segment.before) == 1

@@ -3,7 +3,7 @@
 Both ways to spread a network are PyTorch's `fully_shard`, so there is one path for training and for checkpoints:
 
 * `replicate`: every process holds all weights, gradients are averaged (what DDP does; a mesh of processes x 1).
-* `shard`: every process holds its part of weights, gradients and optimiser, and gathers a block while it runs.
+* `shard`: every process holds its part of weights, gradients and optimizer, and gathers a block while it runs.
 
 Samples too long for one device are shared by several (context parallelism): each has a part of the tokens, and in
 attention a part of the heads (diffusers' Ulysses attention). Such a group counts as one process that has a batch.
@@ -14,7 +14,7 @@ from __future__ import annotations
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -27,7 +27,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from swifti2v.errors import ConfigurationError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterator
 
 Sharding = Literal["replicate", "shard"]
 T = TypeVar("T")
@@ -45,7 +45,7 @@ class Processes:
         rank: of this one.
         count: of all.
         device: of this one.
-        context: how many neighbours in rank share their samples.
+        context: how many neighbors in rank share their samples.
     """
 
     rank: int = 0
@@ -137,32 +137,6 @@ class Processes:
         shape, names = (self.batch_count, 1, self.context), ("batches", "ring", "ulysses")
         mesh = init_device_mesh(self.device.type, shape, mesh_dim_names=names)
         network.enable_parallelism(config=ContextParallelConfig(ulysses_degree=self.context, mesh=mesh))  # type: ignore[operator]
-
-
-class Batches(Protocol):
-    """Which samples make a batch; `data.batches.BucketBatches` of this process's rank is one."""
-
-    def batch_of(self, step: int) -> Sequence[int]:
-        """Return indices of samples of one shape; a function of `step` only."""
-        ...
-
-
-class BatchesOfProcess:
-    """Batches by the numbers that the loop counts, which go through all processes: each takes its own of the step.
-
-    Args:
-        batches: made with the `batch_rank` and `batch_count` of `processes`, so that all get samples of one shape at a
-            time.
-        processes: those of the loop.
-    """
-
-    def __init__(self, batches: Batches, processes: Processes) -> None:
-        self._batches = batches
-        self._count = processes.batch_count
-
-    def batch_of(self, step: int) -> Sequence[int]:
-        """Return the indices of batch number `step`."""
-        return self._batches.batch_of(step // self._count)
 
 
 @contextmanager

@@ -43,7 +43,7 @@ def save_failure(path: Path, *, step: int, draw: int, seed: int, loss: float, in
 
     Args:
         path: of the file.
-        step: optimiser step, from 0.
+        step: optimizer step, from 0.
         draw: number of the batch, as the objective got it.
         seed: of the loop.
         loss: the value that is not finite.

@@ -1,4 +1,4 @@
-"""A network that is trained: its optimiser, the average of its weights, one step, and all of it as a checkpoint's part.
+"""A network that is trained, with what changes while it is: weights, optimizer, and the average of the weights (EMA).
 
 A run has one learner, or two: a `Critic` is a second network that the objective of the first asks, and that follows it.
 """
@@ -11,41 +11,25 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from diffusers.training_utils import EMAModel
-from torch.distributed.tensor import DTensor
 
 from swifti2v.errors import ConfigurationError
-from swifti2v.memory.training_cost import Optimizer  # noqa: TC001 - a field of what recipes hold
-from swifti2v.training.engine.distributed import forget_gathered, whole
+from swifti2v.training.engine.distributed import forget_gathered, placed_like, whole
 from swifti2v.training.engine.failures import InputRecorder
-from swifti2v.training.engine.optimizers import (
-    load_whole_state,
-    make_optimizer,
-    set_learning_rate,
-    take_step,
-    whole_state,
-)
-from swifti2v.training.engine.trained_state import (
-    load_own_state,
-    own_state,
-    placed_average,
-    trained_parameters,
-)
+from swifti2v.training.engine.optimizers import load_whole_state, whole_state
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Callable, Iterator, Mapping
 
     from torch import Tensor, nn
 
-    from swifti2v.training.engine.distributed import Processes, Sharding
-
 
 class Objective(Protocol):
-    """What a recipe trains: a module holding every trained weight, and the loss of a batch."""
+    """What a recipe trains: a module that holds every trained weight, and the loss of a batch."""
 
     module: nn.Module
 
     def loss(self, step: int) -> tuple[Tensor, dict[str, float]]:
-        """Return the loss to minimise and numbers for the log; a function of the weights and `step` only.
+        """Return the loss to minimize and numbers for the log; a function of the weights and `step` only.
 
         `step` is the number of the batch: that of the step in one process without accumulation. Numbers named
         "samples", "tokens" and "tflop" are amounts of work (`throughput.AMOUNTS`); others are averaged.
@@ -57,11 +41,11 @@ class Objective(Protocol):
 class Critic:
     """A second network, trained by an objective of its own before every step of the first (two time scales).
 
-    It is moved, spread, clipped, checkpointed and resumed as the first is, and has no average: nobody keeps it.
+    It is moved, sharded, clipped, checkpointed and resumed as the first is, and has no average: nobody keeps it.
 
     Args:
-        objective: of the critic; no number of it is an amount of work.
-        steps_per_step: its optimiser steps before each of the first network's.
+        objective: of the critic; none of its numbers is an amount of work.
+        steps_per_step: its optimizer steps before each of the first network's.
         learning_rate: peak; warm-up and decay are those of the loop.
         betas: of its AdamW.
 
@@ -80,72 +64,41 @@ class Critic:
             raise ConfigurationError(msg)
 
 
-@dataclass(frozen=True)
-class LearnerOptions:
-    """How weights follow their gradients; see `LoopOptions`. Without an `ema_decay` no average is held."""
-
-    optimizer: Optimizer
-    learning_rate: float
-    weight_decay: float
-    betas: tuple[float, float]
-    gradient_clip: float
-    ema_decay: float | None
-
-
 class Learner:
-    """An objective's network with what a step needs and changes.
+    """An objective's network, its optimizer and its average; `TrainingLoop.step` changes them.
 
     Args:
-        objective: its module is moved to the device of `processes` and spread over them.
-        options: see there.
-        processes: that train together.
-        sharding: of the weights.
+        objective: its module is already on its device and sharded (`Processes.distribute`).
+        make_optimizer: for the parameters that are not frozen.
+        learning_rate: peak.
+        ema_decay: of the average; None: no average is held.
 
     Attributes:
-        objective, options: as given.
+        parameters: those that are not frozen, float32.
+        average: diffusers' `EMAModel`, or None.
         inputs: what its networks were last called with.
         skipped_in_a_row: steps whose gradient was not finite, up to now.
+
+    Raises:
+        ConfigurationError: nothing is trained, or a trained weight is not float32.
     """
 
     def __init__(
-        self, objective: Objective, options: LearnerOptions, *, processes: Processes, sharding: Sharding
+        self,
+        objective: Objective,
+        make_optimizer: Callable[[list[nn.Parameter]], torch.optim.Optimizer],
+        *,
+        learning_rate: float,
+        ema_decay: float | None,
     ) -> None:
         self.objective = objective
-        processes.distribute(objective.module, sharding)
+        self.learning_rate = learning_rate
         self.inputs = InputRecorder(objective.module)
         self.skipped_in_a_row = 0
-        self.options = options
-        self._device = processes.device
-        self._parameters = trained_parameters(objective.module)
-        self._optimizer = make_optimizer(
-            options.optimizer,
-            self._parameters,
-            learning_rate=options.learning_rate,
-            weight_decay=options.weight_decay,
-            betas=options.betas,
-        )
-        decay = options.ema_decay
-        self._average = None if decay is None else EMAModel(self._parameters, decay=decay)
-
-    def step(self, learning_rate: float) -> tuple[float, bool]:
-        """Follow the gradients that have been added up, and forget them.
-
-        Returns:
-            The norm of the gradient before clipping, and whether it was finite; if not, 0, and nothing has changed.
-        """
-        norm = torch.nn.utils.clip_grad_norm_(self._parameters, self.options.gradient_clip)
-        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
-        # bfloat16 can overflow in one gradient of thousands of steps; that step is left out and counted.
-        usable = bool(torch.isfinite(norm))
-        if usable:
-            set_learning_rate(self._optimizer, learning_rate)
-            take_step(self._optimizer, self._device)
-            if self._average is not None:
-                self._average.step(self._parameters)
-        self.skipped_in_a_row = 0 if usable else self.skipped_in_a_row + 1
-        # Now and not before the next: a critic's gradients and those of the first network are never held together.
-        self._optimizer.zero_grad(set_to_none=True)
-        return (float(norm) if usable else 0.0), usable
+        self.parameters = _trained_parameters(objective.module)
+        self.optimizer = make_optimizer(self.parameters)
+        self.average = None if ema_decay is None else EMAModel(self.parameters, decay=ema_decay)
+        self._ema_decay = ema_decay
 
     @contextmanager
     def averaged(self) -> Iterator[None]:
@@ -157,29 +110,62 @@ class Learner:
             self._swap()
 
     def state(self, *, keep: bool) -> dict[str, Any]:
-        """Return weights, average and optimiser, whole on the CPU; all processes ask, those without `keep` get none."""
-        average = {} if self._average is None else {"average": whole(self._average.state_dict(), keep=keep)}
+        """Return weights, average and optimizer, whole on the CPU; all processes ask, those without `keep` get none."""
+        average = {} if self.average is None else {"average": whole(self.average.state_dict(), keep=keep)}
         return {
             "module": whole(own_state(self.objective.module), keep=keep),
             **average,
-            "optimizer": whole_state(self._optimizer, keep=keep),
+            "optimizer": whole_state(self.optimizer, keep=keep),
         }
 
     def load(self, state: Mapping[str, Any]) -> None:
-        """Take over a `state`, spread as the weights are; `ValueError` or `KeyError` if it is of another network."""
-        load_own_state(self.objective.module, state["module"])
-        if self._average is not None:
-            average = placed_average(state["average"], self._parameters)
-            self._average.load_state_dict(average | {"decay": self.options.ema_decay})
-        load_whole_state(self._optimizer, state["optimizer"])
+        """Take over a `state`, sharded as the weights are; `ValueError` or `KeyError` if it is of another network."""
+        _load_own_state(self.objective.module, state["module"])
+        if self.average is not None:
+            pairs = zip(self.parameters, state["average"]["shadow_params"], strict=True)
+            shadow = [placed_like(parameter, tensor) for parameter, tensor in pairs]
+            self.average.load_state_dict(state["average"] | {"shadow_params": shadow, "decay": self._ema_decay})
+        load_whole_state(self.optimizer, state["optimizer"])
 
     @torch.no_grad()
     def _swap(self) -> None:
-        if self._average is None:
+        if self.average is None:
             return
         forget_gathered(self.objective.module)
         # One tensor at a time, so that no third copy of the weights is needed.
-        for parameter, average in zip(self._parameters, self._average.shadow_params, strict=True):
+        for parameter, average in zip(self.parameters, self.average.shadow_params, strict=True):
             kept = parameter.detach().clone()
             parameter.copy_(average)
             average.copy_(kept)
+
+
+def own_state(module: nn.Module) -> dict[str, Tensor]:
+    """Trained parameters and buffers by name; frozen parameters come from where they came from."""
+    frozen = {name for name, parameter in module.named_parameters() if not parameter.requires_grad}
+    return {name: tensor for name, tensor in module.state_dict().items() if name not in frozen}
+
+
+@torch.no_grad()
+def _load_own_state(module: nn.Module, saved: Mapping[str, Tensor]) -> None:
+    """Copy whole tensors into `module`, wherever its own are; raise `ValueError` unless names and shapes match."""
+    current = module.state_dict()
+    if unknown := sorted(saved.keys() - current.keys()) or sorted(own_state(module).keys() - saved.keys()):
+        msg = f"{len(unknown)} of its weights do not match, {unknown[0]} for one"
+        raise ValueError(msg)
+    for name, tensor in saved.items():
+        if tensor.shape != current[name].shape:
+            msg = f"{name} is {list(tensor.shape)} in it, {list(current[name].shape)} here"
+            raise ValueError(msg)
+        current[name].copy_(placed_like(current[name], tensor))
+
+
+def _trained_parameters(module: nn.Module) -> list[nn.Parameter]:
+    named = {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
+    for name, parameter in named.items():
+        if parameter.dtype != torch.float32:
+            msg = f"the trained {name} is {parameter.dtype}; load it in float32, the option bfloat16 does the rest"
+            raise ConfigurationError(msg)
+    if not named:
+        msg = "nothing is trained: every parameter is frozen; unfreeze a part or add a LoRA"
+        raise ConfigurationError(msg)
+    return list(named.values())

@@ -1,7 +1,7 @@
-"""The loop that every recipe shares: steps, EMA, log, atomic checkpoints, exact resume, one process or many.
+"""The loop that every recipe shares. Read `TrainingLoop.step` first: batch, loss, backward, clip, optimizer, EMA, log.
 
 The data and noise of a batch depend on (seed, number of the batch) only, so a run that is killed and started again
-continues with the same losses: the checkpoint holds the weights, their average, the optimiser and the step (and those
+continues with the same losses: the checkpoint holds the weights, their average, the optimizer and the step (and those
 of the critic, where an objective has one), and nothing else has a state. Batches are numbered through over steps, turns
 of a step (the critic's, then the network's own), parts of a turn (gradient accumulation) and processes; so two
 processes do what one does that accumulates two batches.
@@ -12,20 +12,22 @@ from __future__ import annotations
 import math
 import time
 from collections import Counter
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch.distributed.tensor import DTensor
 
 from swifti2v.errors import CheckpointError, ConfigurationError, TrainingError
-from swifti2v.memory.training_cost import Optimizer  # noqa: TC001 - `config` asks for it at run time
 from swifti2v.training.engine.checkpoints import CheckpointFolder
 from swifti2v.training.engine.distributed import Processes, Sharding
 from swifti2v.training.engine.failures import save_failure
 from swifti2v.training.engine.interruption import interruption_as_request
-from swifti2v.training.engine.learner import Critic, Learner, LearnerOptions, Objective
+from swifti2v.training.engine.learner import Critic, Learner, Objective
 from swifti2v.training.engine.observers import NumbersLog, Tracker, open_logs
+from swifti2v.training.engine.optimizers import Optimizer, make_optimizer, set_learning_rate, take_step
 from swifti2v.training.engine.throughput import AMOUNTS, peak_tflop_per_second, rates
 
 if TYPE_CHECKING:
@@ -40,7 +42,7 @@ class LoopOptions:
     """How long, how fast and on how many processes to train.
 
     Args:
-        num_steps: optimiser steps of the whole run.
+        num_steps: optimizer steps of the whole run.
         optimizer: AdamW with moments in float32, or in 8 bits (`swifti2v.training.engine.optimizers`).
         learning_rate: peak; linear warm-up over `warmup_steps`, cosine to `final_rate_share` of it at the end.
         betas: of AdamW.
@@ -87,21 +89,9 @@ class LoopOptions:
                 msg = f"{name} is {getattr(self, name)}; it must be at least 1"
                 raise ConfigurationError(msg)
 
-    @property
-    def learner(self) -> LearnerOptions:
-        """What of this concerns the weights."""
-        return LearnerOptions(
-            optimizer=self.optimizer,
-            learning_rate=self.learning_rate,
-            weight_decay=self.weight_decay,
-            betas=self.betas,
-            gradient_clip=self.gradient_clip,
-            ema_decay=self.ema_decay,
-        )
-
-    def of_critic(self, critic: Critic) -> LearnerOptions:
-        """What concerns the weights of a critic."""
-        return replace(self.learner, learning_rate=critic.learning_rate, betas=critic.betas, ema_decay=None)
+    def validates_after(self, step: int) -> bool:
+        """Whether a validation follows step number `step` (from 1)."""
+        return self.validate_every > 0 and step % self.validate_every == 0
 
 
 @dataclass(frozen=True)
@@ -118,10 +108,13 @@ class TrainingLoop:
     """Run an objective; see the module for what makes a resumed run equal.
 
     Args:
-        objective: its module is moved to the device of `processes` and spread over them.
+        objective: its module is moved to the device of `processes` and sharded over them.
         directory: of the run, the same for all processes.
         processes: of `joined_processes`; by default this one alone, on the CPU.
         critic: a second network that the objective asks; its numbers are logged as ``critic_NAME``.
+
+    Attributes:
+        steps_done: optimizer steps that have been taken, those of earlier runs included.
     """
 
     def __init__(
@@ -136,23 +129,73 @@ class TrainingLoop:
         self.objective = objective
         self.directory = directory
         self.options = options
-        self.step = 0
+        self.steps_done = 0
         self.processes = processes or Processes()
         if options.context_parallel != self.processes.context:
             msg = f"context_parallel is {options.context_parallel}, but this training shares no samples; set it to 1"
             raise ConfigurationError(msg)
-        spread: Any = {"processes": self.processes, "sharding": options.sharding}
-        self._learner = Learner(objective, options.learner, **spread)
+        self._learner = self._learner_of(objective, options.learning_rate, options.betas, options.ema_decay)
         self._critic: Learner | None = None
         self._turns: tuple[Learner, ...] = (self._learner,)
         if critic is not None:
-            self._critic = Learner(critic.objective, options.of_critic(critic), **spread)
+            self._critic = self._learner_of(critic.objective, critic.learning_rate, critic.betas, None)
             self._turns = (*[self._critic] * critic.steps_per_step, self._learner)
         self._checkpoints = CheckpointFolder(directory, options.keep_last, options.keep_every)
-        self._window: Counter[str] = Counter()
+        self._since_log: Counter[str] = Counter()
         self._stopping = False
         device = self.processes.device.type
         self._autocast = options.bfloat16 and (device != "cpu" or torch.cpu._is_amx_tile_supported())
+
+    def step(self) -> StepReport:
+        """Take one optimizer step: each turn of the critic, if there is one, then the network's own.
+
+        Raises:
+            TrainingError: the loss, or the gradients of too many steps in a row, are not finite.
+        """
+        options, processes, started = self.options, self.processes, time.monotonic()
+        parts, numbers = options.gradient_accumulation, Counter[str]()
+        for turn, learner in enumerate(self._turns):
+            own: Counter[str] = Counter()
+            for part in range(parts):
+                # Batch and loss.
+                number = (self.steps_done * len(self._turns) + turn) * parts + part
+                draw = number * processes.batch_count + processes.batch_rank
+                torch.manual_seed(options.seed * 1_000_003 + draw)
+                with self._precision():
+                    loss, found = learner.objective.loss(draw)
+                value = float(loss.detach())
+                if processes.any(not math.isfinite(value)):
+                    self._give_up(learner, draw, value)
+                # Backward: gradients are averaged over all processes; those that share a sample hold parts of one sum.
+                (loss * processes.context / parts).backward()  # type: ignore[no-untyped-call]
+                found = {"loss": value} | found
+                own.update({name: each if name in AMOUNTS else each / parts for name, each in found.items()})
+
+            # Clip.
+            norm = torch.nn.utils.clip_grad_norm_(learner.parameters, options.gradient_clip)
+            norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+
+            # Optimizer and EMA. bfloat16 can overflow in one gradient of thousands of steps: that step is left out.
+            usable = bool(torch.isfinite(norm))
+            if usable:
+                set_learning_rate(learner.optimizer, self.learning_rate_at(self.steps_done, peak=learner.learning_rate))
+                take_step(learner.optimizer, processes.device)
+                if learner.average is not None:
+                    learner.average.step(learner.parameters)
+            # Now, not before the next turn: gradients of the critic and of the network are never held together.
+            learner.optimizer.zero_grad(set_to_none=True)
+            self._count_skipped(learner, usable=usable)
+
+            # Log.
+            own.update({"gradient_norm": float(norm) if usable else 0.0, "skipped": float(not usable)})
+            if learner is self._critic:
+                own = Counter({f"critic_{name}": each / (len(self._turns) - 1) for name, each in own.items()})
+            numbers.update(own)
+        self.steps_done += 1
+        seconds = time.monotonic() - started
+        self._since_log.update(numbers)
+        self._since_log.update({"step_seconds": seconds, "steps": 1})
+        return StepReport(self.steps_done, options.num_steps, dict(numbers), seconds)
 
     def run(
         self,
@@ -178,168 +221,126 @@ class TrainingLoop:
         """
         self.directory.mkdir(parents=True, exist_ok=True)
         self._resume()
-        interrupted = False
-        trackers, is_main = self.options.trackers, self.processes.is_main
-        logs = open_logs(self.directory, trackers, resumed_step=self.step) if is_main else []
+        options, started, saved_step = self.options, time.monotonic(), None
+        is_main = self.processes.is_main
+        logs = open_logs(self.directory, options.trackers, resumed_step=self.steps_done) if is_main else []
         try:
             with interruption_as_request(self.stop):
-                self._steps(logs, on_step, on_validation, on_checkpoint)
-                interrupted = self._stopping and self.step < self.options.num_steps
+                while self.steps_done < options.num_steps and not self._should_stop(started):
+                    report = self.step()
+                    if on_step is not None:
+                        on_step(report)
+                    if report.step % options.log_every == 0:
+                        self._log(logs, started)
+                    if on_validation is not None and options.validates_after(report.step):
+                        self._validate(logs, on_validation)
+                    if report.step % options.checkpoint_every == 0:
+                        self._checkpoint(on_checkpoint)
+                        saved_step = report.step
+                if saved_step != self.steps_done:
+                    self._checkpoint(on_checkpoint)
         finally:
             for log in logs:
                 log.close()
-        if interrupted:
-            msg = f"stopped after step {self.step}; start it again to go on"
+        if self._stopping and self.steps_done < options.num_steps:
+            msg = f"stopped after step {self.steps_done}; start it again to go on"
             raise KeyboardInterrupt(msg)
 
     def stop(self) -> None:
         """Ask the run to stop after the step that is under way, with a checkpoint; from a callback or a thread."""
         self._stopping = True
 
-    def learning_rate_at(self, step: int) -> float:
-        """Learning rate of optimiser step `step` (from 0)."""
-        return self._rate_at(step, self.options.learning_rate)
-
-    def _rate_at(self, step: int, peak: float) -> float:
-        options = self.options
+    def learning_rate_at(self, step: int, *, peak: float | None = None) -> float:
+        """Learning rate of optimizer step `step` (from 0): the network's, or one with another `peak`."""
+        options, peak = self.options, self.options.learning_rate if peak is None else peak
         if step < options.warmup_steps:
             return peak * (step + 1) / options.warmup_steps
         progress = min(1.0, (step - options.warmup_steps) / max(1, options.num_steps - options.warmup_steps))
         floor = options.final_rate_share
         return peak * (floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * progress)))
 
-    def _steps(
-        self,
-        logs: list[NumbersLog],
-        on_step: Callable[[StepReport], None] | None,
-        on_validation: Callable[[int], Mapping[str, float]] | None,
-        on_checkpoint: Callable[[int], None] | None,
-    ) -> None:
-        options, started, saved_step = self.options, time.monotonic(), None
-        while self.step < options.num_steps and not self._should_stop(started):
-            report = self._timed_step()
-            if on_step is not None:
-                on_step(report)
-            if self.step % options.log_every == 0:
-                self._log(logs, started)
-            if on_validation is not None and options.validate_every and self.step % options.validate_every == 0:
-                self._validate(logs, on_validation)
-            if self.step % options.checkpoint_every == 0:
-                self._checkpoint(on_checkpoint)
-                saved_step = self.step
-        if saved_step != self.step:
-            self._checkpoint(on_checkpoint)
+    def _learner_of(
+        self, objective: Objective, learning_rate: float, betas: tuple[float, float], ema_decay: float | None
+    ) -> Learner:
+        options = self.options
+        self.processes.distribute(objective.module, options.sharding)
+        make = partial(
+            make_optimizer,
+            options.optimizer,
+            learning_rate=learning_rate,
+            weight_decay=options.weight_decay,
+            betas=betas,
+        )
+        return Learner(objective, make, learning_rate=learning_rate, ema_decay=ema_decay)
 
     def _should_stop(self, started: float) -> bool:
         self._stopping = self.processes.any(self._stopping)
         return self._stopping or self.processes.any(time.monotonic() - started >= self.options.max_seconds)
-
-    def _timed_step(self) -> StepReport:
-        started = time.monotonic()
-        numbers = self._train_step()
-        seconds = time.monotonic() - started
-        self._window.update(numbers)
-        self._window.update({"step_seconds": seconds, "steps": 1})
-        return StepReport(self.step, self.options.num_steps, numbers, seconds)
-
-    def _train_step(self) -> dict[str, float]:
-        numbers: Counter[str] = Counter()
-        for turn, learner in enumerate(self._turns):
-            found = self._turn(learner, turn)
-            if learner is self._critic:
-                found = {f"critic_{name}": value / (len(self._turns) - 1) for name, value in found.items()}
-            numbers.update(found)
-        self.step += 1
-        return dict(numbers)
-
-    def _turn(self, learner: Learner, turn: int) -> dict[str, float]:
-        """Let one of the networks take its step; return its numbers."""
-        numbers: Counter[str] = Counter()
-        parts = self.options.gradient_accumulation
-        for part in range(parts):
-            found = self._backward(learner, (self.step * len(self._turns) + turn) * parts + part)
-            numbers.update({name: value if name in AMOUNTS else value / parts for name, value in found.items()})
-        norm, usable = learner.step(self._rate_at(self.step, learner.options.learning_rate))
-        if learner.skipped_in_a_row >= MAX_SKIPPED_STEPS:
-            msg = (
-                f"the gradients of {MAX_SKIPPED_STEPS} steps up to {self.step} are not finite; "
-                "lower the learning rate or set bfloat16: false"
-            )
-            raise TrainingError(msg)
-        return dict(numbers) | {"gradient_norm": norm, "skipped": float(not usable)}
-
-    def _backward(self, learner: Learner, number: int) -> dict[str, float]:
-        """Add the gradient of one batch of this process; return its numbers."""
-        processes, parts = self.processes, self.options.gradient_accumulation
-        draw = number * processes.batch_count + processes.batch_rank
-        torch.manual_seed(self.options.seed * 1_000_003 + draw)
-        with self._precision():
-            loss, numbers = learner.objective.loss(draw)
-        value = float(loss.detach())
-        if processes.any(not math.isfinite(value)):
-            self._give_up(learner, draw, value)
-        # Gradients are averaged over all processes; those that share a sample have parts, which are to be summed.
-        (loss * processes.context / parts).backward()  # type: ignore[no-untyped-call]
-        return {"loss": value} | numbers
 
     def _precision(self) -> torch.autocast:
         device = self.processes.device.type
         # A weight is used once in a pass: cached casts would save nothing, and keep what sharding frees.
         return torch.autocast(device, torch.bfloat16, enabled=self._autocast, cache_enabled=False)
 
-    def _give_up(self, learner: Learner, draw: int, value: float) -> None:
-        if math.isfinite(value):
-            msg = f"the loss of step {self.step} is not finite in another process; its message names the batch"
+    def _count_skipped(self, learner: Learner, *, usable: bool) -> None:
+        learner.skipped_in_a_row = 0 if usable else learner.skipped_in_a_row + 1
+        if learner.skipped_in_a_row >= MAX_SKIPPED_STEPS:
+            msg = (
+                f"the gradients of {MAX_SKIPPED_STEPS} steps up to {self.steps_done} are not finite; "
+                "lower the learning rate or set bfloat16: false"
+            )
             raise TrainingError(msg)
-        path = self.directory / f"failed_step_{self.step:06d}_rank_{self.processes.rank}.pt"
-        save_failure(path, step=self.step, draw=draw, seed=self.options.seed, loss=value, inputs=learner.inputs.inputs)
-        msg = f"the loss of step {self.step} is {value}; its batch is in {path}: look at it, or lower the learning rate"
+
+    def _give_up(self, learner: Learner, draw: int, value: float) -> None:
+        step = self.steps_done
+        if math.isfinite(value):
+            msg = f"the loss of step {step} is not finite in another process; its message names the batch"
+            raise TrainingError(msg)
+        path = self.directory / f"failed_step_{step:06d}_rank_{self.processes.rank}.pt"
+        save_failure(path, step=step, draw=draw, seed=self.options.seed, loss=value, inputs=learner.inputs.inputs)
+        msg = f"the loss of step {step} is {value}; its batch is in {path}: look at it, or lower the learning rate"
         raise TrainingError(msg)
 
     def _log(self, logs: list[NumbersLog], started: float) -> None:
-        window = self.processes.gather(dict(self._window))
-        self._window.clear()
-        steps, seconds = window[0].pop("steps"), window[0].pop("step_seconds")
+        everyone = self.processes.gather(dict(self._since_log))
+        self._since_log.clear()
+        steps, seconds = everyone[0].pop("steps"), everyone[0].pop("step_seconds")
         totals: Counter[str] = Counter()
-        for numbers in window:
-            totals.update({name: value for name, value in numbers.items() if name in window[0]})
+        for numbers in everyone:
+            totals.update({name: value for name, value in numbers.items() if name in everyone[0]})
         amounts = {name: totals.pop(name) / self.processes.context for name in AMOUNTS if name in totals}
-        means = {name: value / steps / len(window) for name, value in totals.items()}
+        means = {name: value / steps / len(everyone) for name, value in totals.items()}
         peak = peak_tflop_per_second(self.processes.device)
-        speed = rates(amounts, seconds=seconds, peak=peak * len(window) if peak else None)
-        rate = {"learning_rate": self.learning_rate_at(self.step - 1), "seconds": time.monotonic() - started}
+        speed = rates(amounts, seconds=seconds, peak=peak * len(everyone) if peak else None)
+        rate = {"learning_rate": self.learning_rate_at(self.steps_done - 1), "seconds": time.monotonic() - started}
         for log in logs:
-            log.write(self.step, means | rate | speed)
+            log.write(self.steps_done, means | rate | speed)
 
     def _validate(self, logs: list[NumbersLog], on_validation: Callable[[int], Mapping[str, float]]) -> None:
         with self._learner.averaged(), self._precision():
-            found = dict(on_validation(self.step))
+            found = dict(on_validation(self.steps_done))
         everyone = self.processes.gather(found)
+        means = {f"validation/{name}": sum(each[name] for each in everyone) / len(everyone) for name in found}
         for log in logs:
-            log.write(
-                self.step,
-                {f"validation/{name}": sum(each[name] for each in everyone) / len(everyone) for name in found},
-            )
+            log.write(self.steps_done, means)
 
     def _checkpoint(self, on_checkpoint: Callable[[int], None] | None) -> None:
-        self._save()
-        self.processes.wait()  # nobody goes on, and perhaps resumes, before the file is there
-        if on_checkpoint is not None:
-            with self._learner.averaged():
-                on_checkpoint(self.step)
-            self.processes.wait()  # here, and not in a step: other groups of processes have shorter limits
-
-    def _save(self) -> None:
         keep = self.processes.is_main
         state = {
-            "step": self.step,
+            "step": self.steps_done,
             **self._learner.state(keep=keep),
-            "window": self.processes.gather(dict(self._window)),
+            "window": self.processes.gather(dict(self._since_log)),
         }
         if self._critic is not None:
             state["critic"] = self._critic.state(keep=keep)
         if keep:
             self._checkpoints.save(state)
+        del state
+        self.processes.wait()  # nobody goes on, and perhaps resumes, before the file is there
+        if on_checkpoint is not None:
+            with self._learner.averaged():
+                on_checkpoint(self.steps_done)
+            self.processes.wait()  # here, and not in a step: other groups of processes have shorter limits
 
     def _resume(self) -> None:
         state = self._checkpoints.load()
@@ -366,5 +367,5 @@ class TrainingLoop:
         if self._critic is not None:
             self._critic.load(state["critic"])
         windows = state.get("window", [])
-        self._window = Counter(windows[self.processes.rank] if len(windows) == self.processes.count else {})
-        self.step = state["step"]
+        self._since_log = Counter(windows[self.processes.rank] if len(windows) == self.processes.count else {})
+        self.steps_done = state["step"]

@@ -1,11 +1,11 @@
-"""The optimiser of a run, and its state as whole tensors in a checkpoint.
+"""The optimizer of a run, and its state as whole tensors in a checkpoint.
 
 `adamw` is PyTorch's. `adamw8bit` is torchao's, which works with sharded weights and on every device: moments in 8 bits
 with a float32 scale for each 256 weights, a quarter of their memory. It is kept to weights whose rows divide into such
 blocks, so that a shard, which is made of rows, never ends within one; others (biases, one matrix of a LoRA) have plain
 moments.
 
-A checkpoint holds every moment in float32, so that a run may go on with the other optimiser or on another number of
+A checkpoint holds every moment in float32, so that a run may go on with the other optimizer or on another number of
 processes; beside those of 8 bits stand their scales, with which the same bits are found again.
 """
 
@@ -14,7 +14,7 @@ from __future__ import annotations
 from contextlib import nullcontext
 from importlib import import_module
 from math import prod
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch.distributed.tensor import DTensor
@@ -27,8 +27,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor, nn
 
-    from swifti2v.memory.training_cost import Optimizer
-
+Optimizer = Literal["adamw", "adamw8bit"]
 STEP, SIGNED_MOMENT, SCALES = "step", "exp_avg", "_scales"
 
 
@@ -40,7 +39,7 @@ def make_optimizer(
     weight_decay: float,
     betas: tuple[float, float],
 ) -> torch.optim.Optimizer:
-    """Make an optimiser of one group.
+    """Make an optimizer of one group.
 
     Raises:
         ConfigurationError: what it needs is not installed.
@@ -88,7 +87,7 @@ def whole_state(optimizer: torch.optim.Optimizer, *, keep: bool = True) -> dict[
 
 @torch.no_grad()
 def load_whole_state(optimizer: torch.optim.Optimizer, saved: Mapping[str, Any]) -> None:
-    """Put a state of `whole_state` (or of PyTorch's AdamW) into an optimiser, spread as its parameters are."""
+    """Put a state of `whole_state` (or of PyTorch's AdamW) into an optimizer, spread as its parameters are."""
     for place, parameter in enumerate(_parameters(optimizer)):
         if place in saved["state"]:
             entry = saved["state"][place]

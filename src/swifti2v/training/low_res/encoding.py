@@ -5,7 +5,7 @@ Condition and prompt come from the methods of diffusers' own pipeline, so that w
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -13,23 +13,12 @@ from swifti2v.pixels import from_uint8
 from swifti2v.wan.streaming import open_codec
 
 if TYPE_CHECKING:
-    import numpy as np
     from torch import Tensor
+
+    from swifti2v.data.clips import Clip
 
 LATENTS, CONDITION, PROMPT = "latents", "condition", "prompt_embeds"
 PATCH = 2  # of every Wan transformer
-
-
-class TrainingClip(Protocol):
-    """What is encoded; `data.clips.Clip` is one."""
-
-    @property
-    def prompt(self) -> str:
-        """Caption."""
-
-    @property
-    def frames(self) -> np.ndarray[tuple[int, ...], np.dtype[np.uint8]]:
-        """uint8 [F,H,W,3] at Stage I's size, F = 4k+1."""
 
 
 class LowResEncoder:
@@ -51,11 +40,11 @@ class LowResEncoder:
         return PATCH * self._codec.spatial_factor
 
     @torch.no_grad()
-    def __call__(self, clip: TrainingClip) -> dict[str, Tensor]:
+    def __call__(self, clip: Clip) -> dict[str, Tensor]:
         """Return float16 tensors on the CPU.
 
         Returns:
-            `latents` [16,T,h,w], normalised; `condition` [20,T,h,w]: mask of the first frame (4) and latents of image
+            `latents` [16,T,h,w], normalized; `condition` [20,T,h,w]: mask of the first frame (4) and latents of image
             and empty frames (16); `prompt_embeds` [L,D].
         """
         device = self._pipeline.vae.device

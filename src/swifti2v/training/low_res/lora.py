@@ -8,42 +8,27 @@ Conventions of DiffSynth-Studio's trainer: time shift 5, uniform before the shif
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from peft import LoraConfig
 
 from swifti2v.errors import ConfigurationError
-from swifti2v.memory.training_cost import TrainingWork
-from swifti2v.memory.transformer_cost import TransformerDimensions
-from swifti2v.training.engine.prefetcher import Prefetcher
-from swifti2v.training.low_res.encoding import CONDITION, LATENTS, PROMPT
+from swifti2v.memory.networks import EXPERT, Network
+from swifti2v.training.engine.samples import Prefetcher
+from swifti2v.training.low_res.encoding import CONDITION, LATENTS, PATCH, PROMPT
+from swifti2v.training.step_cost import LORA_TARGETS, TrainedNetwork, measured_flops
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from torch import Tensor, nn
 
-    from swifti2v.training.engine.distributed import Batches
+    from swifti2v.training.engine.samples import Batches, Samples
 
 Expert = Literal["high", "low"]
 ADAPTER_NAME = "default"  # the name that diffusers' own collectors of LoRA metadata ask for
 NUM_TIMESTEPS = 1000
-
-
-class Sample(Protocol):
-    """`data.latent_cache.CachedSample` is one."""
-
-    @property
-    def tensors(self) -> Mapping[str, Tensor]:
-        """Those of `LowResEncoder`."""
-
-
-class Samples(Protocol):
-    """Samples by index; `data.latent_cache.LatentCache` is one."""
-
-    def __getitem__(self, index: int) -> Sample:
-        """Return a sample."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +47,7 @@ class LoraOptions:
 
     rank: int = 32
     alpha: float = 32.0
-    targets: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0", "ffn.net.0.proj", "ffn.net.2")
+    targets: tuple[str, ...] = LORA_TARGETS
     dropout: float = 0.0
 
     def __post_init__(self) -> None:
@@ -170,7 +155,14 @@ class LowResLoraObjective:
         self._batches = batches
         self._noise = noise or ExpertNoise()
         self._seed = seed
-        self._work = TrainingWork(TransformerDimensions.from_config(transformer.config), trains_all=False)
+        adapter = transformer.peft_config[ADAPTER_NAME]
+        # What MFU counts: blocks that are computed again for checkpointing are not in it.
+        self._trained = TrainedNetwork(
+            Network.of(EXPERT, transformer.config),
+            adapter.r,
+            tuple(sorted(adapter.target_modules)),
+            gradient_checkpointing=False,
+        )
         self._prefetcher = Prefetcher(self._batch)
 
     def loss(self, step: int) -> tuple[Tensor, dict[str, float]]:
@@ -198,10 +190,10 @@ class LowResLoraObjective:
         return (errors * weights).mean(), numbers | self._amounts(batch)
 
     def _amounts(self, batch: Mapping[str, Tensor]) -> dict[str, float]:
-        size, _, *shape = batch[LATENTS].shape
-        tokens = self._work.transformer.num_tokens(shape[0], shape[1], shape[2])
-        tflop = self._work.model_tflop(tokens, text_tokens=batch[PROMPT].shape[1])
-        return {"samples": float(size), "tokens": float(size * tokens), "tflop": size * tflop}
+        size, _, frames, height, width = batch[LATENTS].shape
+        tokens = frames * (height // PATCH) * (width // PATCH)
+        flops = measured_flops(self._trained, (1, frames, height, width), text_tokens=batch[PROMPT].shape[1])
+        return {"samples": float(size), "tokens": float(size * tokens), "tflop": size * flops.step}
 
     def _batch(self, step: int) -> dict[str, Tensor]:
         samples = [self._samples[index].tensors for index in self._batches.batch_of(step)]

@@ -10,12 +10,13 @@ import torch
 from diffusers import WanImageToVideoPipeline, WanTransformer3DModel
 
 from swifti2v.data.batches import BucketBatches
-from swifti2v.data.fingerprint import fingerprint_of, weights_digest
+from swifti2v.data.description import Description, weights_digest
 from swifti2v.data.latent_cache import CacheOptions, LatentCache, build_cache
 from swifti2v.errors import ConfigurationError
 from swifti2v.training.derived_index import CHECKPOINT_FOLDER
-from swifti2v.training.engine.distributed import BatchesOfProcess, Processes, joined_processes
+from swifti2v.training.engine.distributed import Processes, joined_processes
 from swifti2v.training.engine.loop import LoopOptions, StepReport, TrainingLoop
+from swifti2v.training.engine.samples import BatchesOfProcess
 from swifti2v.training.low_res.checkpoint import adapter_folder, write_low_res_index
 from swifti2v.training.low_res.encoding import LowResEncoder
 from swifti2v.training.low_res.lora import Expert, ExpertNoise, LoraOptions, LowResLoraObjective, add_lora
@@ -51,7 +52,7 @@ class LowResLoraRun:
         loop: of each expert; its `gradient_accumulation` follows from `samples_per_step` and the number of processes.
         checkpoint: name or folder; its many-step weights are trained on, its adapters are left out.
         experts: which are trained, one after the other.
-        samples_per_step: clips of an optimiser step, on however many devices.
+        samples_per_step: clips of an optimizer step, on however many devices.
         batch_size: clips on each device at once.
         lora: see `LoraOptions`.
         noise: see `ExpertNoise`.
@@ -93,11 +94,13 @@ class LowResLoraRun:
         return replace(self.loop, gradient_accumulation=batches)
 
 
-def open_low_res_encoder(checkpoint: str | Path, *, device: torch.device | None = None) -> tuple[LowResEncoder, str]:
+def open_low_res_encoder(
+    checkpoint: str | Path, *, device: torch.device | None = None
+) -> tuple[LowResEncoder, Description]:
     """Load codec and text encoder of a checkpoint's Stage I.
 
     Returns:
-        What encodes clips, and the fingerprint of the caches that it makes (`data.latent_cache`).
+        What encodes clips, and the description of the caches that it makes (`data.description`).
 
     Raises:
         CheckpointError: the checkpoint cannot be found or downloaded.
@@ -114,11 +117,9 @@ def open_low_res_encoder(checkpoint: str | Path, *, device: torch.device | None 
         local_files_only=True,
     ).to(place)
     config = {key: value for key, value in pipeline.vae.config.items() if not key.startswith("_")}
-    fingerprint = fingerprint_of(
-        codec=weights_digest(config, pipeline.vae.state_dict()),
-        settings={"for": "low-res lora", "max_sequence_length": length},
-    )
-    return LowResEncoder(pipeline, max_sequence_length=length), fingerprint
+    codec = weights_digest(config, pipeline.vae.state_dict())
+    description = {"codec": codec, "for": "low-res lora", "max_sequence_length": length}
+    return LowResEncoder(pipeline, max_sequence_length=length), description
 
 
 def build_low_res_cache(
@@ -131,7 +132,7 @@ def build_low_res_cache(
 ) -> LatentCache:
     """Encode the usable videos of a folder for `train_low_res_lora`; raise as `refiner.run.build_references`."""
     with joined_processes() as processes:
-        encoder, fingerprint = open_low_res_encoder(run.checkpoint, device=processes.device)
+        encoder, description = open_low_res_encoder(run.checkpoint, device=processes.device)
         requests = run.videos.requests(
             data, size_multiple=encoder.size_multiple, report=output, processes=processes, on_video=on_video
         )
@@ -139,7 +140,7 @@ def build_low_res_cache(
             requests,
             output,
             encode=encoder,
-            fingerprint=fingerprint,
+            description=description,
             options=CacheOptions(rank=processes.rank, world_size=processes.count),
             on_progress=on_clip,
         )

@@ -18,10 +18,10 @@ from torch import Tensor, nn
 from swifti2v.errors import ConfigurationError
 from swifti2v.sampling.schedules import shifted_sigmas
 from swifti2v.training.refiner.few_steps import FewStepOptions, Teacher
-from swifti2v.training.refiner.window_batches import WindowBatch, noise_like, predicted
+from swifti2v.training.refiner.windows import WindowBatch, noise_like, predicted
 
 if TYPE_CHECKING:
-    from swifti2v.training.refiner.window_source import WindowSource
+    from swifti2v.training.refiner.windows import WindowSource
     from swifti2v.wan.transformer import StageTwoTransformer
 
 

@@ -19,10 +19,10 @@ from torch import Tensor, nn
 from swifti2v.errors import ConfigurationError
 from swifti2v.training.engine.learner import Critic
 from swifti2v.training.refiner.few_steps import FewStepOptions, Teacher
-from swifti2v.training.refiner.window_batches import WindowBatch, noise_like, predicted
+from swifti2v.training.refiner.windows import WindowBatch, noise_like, predicted
 
 if TYPE_CHECKING:
-    from swifti2v.training.refiner.window_source import WindowSource
+    from swifti2v.training.refiner.windows import WindowSource
     from swifti2v.wan.transformer import StageTwoTransformer
 
 SIGMA_LOW, SIGMA_HIGH = 0.02, 0.98
@@ -38,7 +38,7 @@ class DistributionMatchingOptions(FewStepOptions):
     """What the student is to become, by distribution matching.
 
     Args:
-        critic_steps_per_step: of the critic's optimiser before each of the student's.
+        critic_steps_per_step: of the critic's optimizer before each of the student's.
         critic_learning_rate: peak; warm-up and decay are those of the loop.
         critic_betas: of its AdamW; those of the student are the loop's.
         objective: tells the two ways apart; a recipe has to say it, because it means a trajectory without.
@@ -96,7 +96,7 @@ class DistributionMatchingObjective:
         )
 
     def loss(self, step: int) -> tuple[Tensor, dict[str, float]]:
-        """Return a loss whose gradient by the student's clean prediction is that of the divergence, normalised.
+        """Return a loss whose gradient by the student's clean prediction is that of the divergence, normalized.
 
         The number of the log is the distance of that prediction from the teacher's, root of the mean square.
         """

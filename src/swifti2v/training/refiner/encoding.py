@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import PIL.Image
@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from swifti2v.data.fingerprint import weights_digest
+from swifti2v.data.description import weights_digest
 from swifti2v.errors import LatentCacheError
 from swifti2v.geometry import CodecGeometry, Size, motion_size
 from swifti2v.media.atomic_files import write_atomically
@@ -28,7 +28,7 @@ from swifti2v.reference.options import ReferenceOptions
 from swifti2v.settings import ReferenceMode  # noqa: TC001 - an annotation that pydantic reads while it runs
 from swifti2v.stage_one import StageOne
 from swifti2v.training.refiner.transition import TransitionOptions, lightly_denoised
-from swifti2v.training.refiner.window_source import LATENTS, PROMPT, REFERENCE
+from swifti2v.training.refiner.windows import LATENTS, PROMPT, REFERENCE
 from swifti2v.wan.checkpoint_files import read_json
 from swifti2v.wan.checkpoints import load_stage_one_pipeline, load_stage_two_vae, resolve
 from swifti2v.wan.streaming import open_codec
@@ -37,28 +37,13 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
+    from swifti2v.data.clips import Clip
     from swifti2v.stage_one import PromptEmbeds
     from swifti2v.wan.streaming import StreamingCodec
 
 
 EMPTY_PROMPT_NAME = "empty_prompt.safetensors"
 """In the folder of a cache: `prompt_embeds` of no words, which guidance leads away from in training."""
-
-
-class TrainingClip(Protocol):
-    """What is encoded; `data.clips.Clip` is one."""
-
-    @property
-    def name(self) -> str:
-        """Tells the clip from all others; the levels and the noise of its references follow from it."""
-
-    @property
-    def prompt(self) -> str:
-        """Caption."""
-
-    @property
-    def frames(self) -> np.ndarray[tuple[int, ...], np.dtype[np.uint8]]:
-        """uint8 [F,H,W,3] at output size, F = 4k+1."""
 
 
 @dataclass(frozen=True)
@@ -87,7 +72,7 @@ class EncodingParts:
     Args:
         stage_one: with all its adapters.
         codec: of Stage II.
-        codec_digest: of its weights as they were loaded, for the fingerprint of a cache.
+        codec_digest: of its weights as they were loaded, for the description of a cache.
         geometry: of Stage II's latents and tokens.
         motion_reduction: output size over motion size.
         motion_max_area: pixels of a motion frame at most, None for no limit.
@@ -146,7 +131,7 @@ class StageTwoEncoder:
         self.options = options
 
     @torch.no_grad()
-    def __call__(self, clip: TrainingClip) -> dict[str, Tensor]:
+    def __call__(self, clip: Clip) -> dict[str, Tensor]:
         """Return `latents` and ``reference.N`` [C,T,h,w] float16, and `prompt_embeds` [L,D] float16, on the CPU."""
         pixels = from_uint8(clip.frames)
         embeds = self.parts.stage_one.encode_prompt(clip.prompt)
@@ -172,7 +157,7 @@ class StageTwoEncoder:
         embeds = self.parts.stage_one.encode_prompt("").prompt[0].to("cpu", torch.float16)
         write_atomically(cache / EMPTY_PROMPT_NAME, save({PROMPT: embeds.contiguous()}), writer="empty")
 
-    def motion_references(self, clip: TrainingClip, prompt_embeds: PromptEmbeds) -> Iterator[Tensor]:
+    def motion_references(self, clip: Clip, prompt_embeds: PromptEmbeds) -> Iterator[Tensor]:
         """Yield the motion references of a clip, uint8 [F,h,w,3] at Stage I's size, the unchanged one first."""
         height, width = clip.frames.shape[1:3]
         reduced = torch.from_numpy(resized(clip.frames, self.parts.motion_size(Size(width, height))))

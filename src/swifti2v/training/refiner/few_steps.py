@@ -1,4 +1,4 @@
-"""What the ways to distil Stage II have in common: the student's schedule, and a teacher with its guidance."""
+"""What the ways to distill Stage II have in common: the student's schedule, and a teacher with its guidance."""
 
 from __future__ import annotations
 
@@ -9,8 +9,7 @@ import torch
 
 from swifti2v.errors import ConfigurationError
 from swifti2v.sampling.schedules import shifted_sigmas
-from swifti2v.training.refiner.window_batches import WindowBatch, predicted
-from swifti2v.training.refiner.window_source import WindowSource, WindowSourceOptions
+from swifti2v.training.refiner.windows import WindowBatch, WindowSource, WindowSourceOptions, predicted
 
 if TYPE_CHECKING:
     from torch import Tensor

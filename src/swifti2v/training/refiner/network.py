@@ -14,6 +14,7 @@ from swifti2v.errors import ConfigurationError
 from swifti2v.runner.loading import trained_refiner
 from swifti2v.training.engine.distributed import whole
 from swifti2v.training.engine.writing import writing
+from swifti2v.training.step_cost import LORA_TARGETS
 from swifti2v.wan.checkpoints import load_stage_two_transformer, resolve
 from swifti2v.wan.transformer import StageTwoTransformer
 
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
 PARTS_LOADED: tuple[Part, ...] = ("stage_two",)
 ADAPTER = "default"
 WEIGHTS_NAME = "diffusion_pytorch_model.safetensors"
-_INPUT = ("patch_embedding.", "frame_kind_table")
+INPUT_WEIGHTS = ("patch_embedding.", "frame_kind_table")
 """What no low-rank update can stand for: the channels of the reference and the kinds of frames begin at zero."""
 
 
@@ -48,7 +49,7 @@ class NetworkOptions:
 
     lora_rank: int = 0
     lora_alpha: float | None = None
-    lora_targets: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0", "ffn.net.0.proj", "ffn.net.2")
+    lora_targets: tuple[str, ...] = LORA_TARGETS
     gradient_checkpointing: bool = True
     frozen_dtype: Literal["bfloat16", "float32"] = "bfloat16"
 
@@ -140,7 +141,7 @@ def _add_adapter(transformer: StageTwoTransformer, options: NetworkOptions) -> N
     targets = list(options.lora_targets)
     transformer.add_adapter(LoraConfig(r=options.lora_rank, lora_alpha=alpha, target_modules=targets), ADAPTER)
     for name, parameter in transformer.named_parameters():
-        if name.startswith(_INPUT):
+        if name.startswith(INPUT_WEIGHTS):
             parameter.requires_grad_(requires_grad=True)
         if parameter.requires_grad:
             parameter.data = parameter.data.float()

@@ -15,11 +15,12 @@ from typing import TYPE_CHECKING, Any
 
 from swifti2v.config import to_mapping
 from swifti2v.data.batches import BucketBatches
-from swifti2v.data.latent_cache import CacheOptions, LatentCache, build_cache, fingerprint_of
+from swifti2v.data.latent_cache import CacheOptions, LatentCache, build_cache
 from swifti2v.errors import ConfigurationError, LatentCacheError
 from swifti2v.training.derived_index import CHECKPOINT_FOLDER, derived_index
-from swifti2v.training.engine.distributed import BatchesOfProcess, Processes, joined_processes
+from swifti2v.training.engine.distributed import Processes, joined_processes
 from swifti2v.training.engine.loop import LoopOptions, TrainingLoop
+from swifti2v.training.engine.samples import BatchesOfProcess
 from swifti2v.training.engine.writing import writing
 from swifti2v.training.refiner.distillation import DistillationObjective, DistillationOptions
 from swifti2v.training.refiner.distribution_matching import (
@@ -35,7 +36,7 @@ from swifti2v.training.refiner.encoding import (
 from swifti2v.training.refiner.network import NetworkOptions, load_network, load_teacher, save_network
 from swifti2v.training.refiner.segment_flow import SegmentFlowObjective, SegmentFlowOptions
 from swifti2v.training.refiner.validation import HeldOut, RefinerValidation, ValidationOfRefiner
-from swifti2v.training.refiner.window_source import LATENTS, WindowSource
+from swifti2v.training.refiner.windows import LATENTS, WindowSource
 from swifti2v.training.videos import VideoSelection
 from swifti2v.wan.checkpoint_index import INDEX_NAME, write_index
 from swifti2v.wan.checkpoints import load_stage_two_vae, resolve
@@ -151,13 +152,12 @@ def build_references(
         requests = run.videos.requests(
             data, size_multiple=parts.geometry.size_multiple, report=output, processes=processes, on_video=on_video
         )
-        fingerprint = fingerprint_of(codec=parts.codec_digest, settings=to_mapping(run), clips=requests)
         encoder = StageTwoEncoder(parts, run.encoding)
         cache = build_cache(
             requests,
             output,
             encode=encoder,
-            fingerprint=fingerprint,
+            description={"codec": parts.codec_digest, **to_mapping(run)},
             options=CacheOptions(rank=processes.rank, world_size=processes.count),
             on_progress=on_clip,
         )
@@ -196,7 +196,7 @@ def train_refiner(
 def distill_refiner(
     run: DistillationRun, *, cache: Path, output: Path, on_step: Callable[[StepReport], None] | None = None
 ) -> Path:
-    """Distil Stage II to few steps without guidance; return the folder of its checkpoint, which says how many."""
+    """Distill Stage II to few steps without guidance; return the folder of its checkpoint, which says how many."""
     samples = LatentCache.open(cache)
     kept = HeldOut(samples, run.validation.num_samples)
     options = run.distillation

@@ -1,6 +1,6 @@
-"""Stage II's objective at any size: restore the targets of random windows from noise, given anchor, neighbours, z_ref.
+"""Stage II's objective at any size: restore the targets of random windows from noise, given anchor, neighbors, z_ref.
 
-Flow matching on the targets only (paper, CSG): a velocity network minimises ``|v - (noise - x0)|^2``, one that predicts
+Flow matching on the targets only (paper, CSG): a velocity network minimizes ``|v - (noise - x0)|^2``, one that predicts
 the residual to the reference ``|x0 - truth|^2``.
 """
 
@@ -12,12 +12,19 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from swifti2v.training.refiner.window_batches import WindowBatch, noise_like, predicted
-from swifti2v.training.refiner.window_source import Batches, Samples, WindowSource, WindowSourceOptions
+from swifti2v.training.refiner.windows import (
+    WindowBatch,
+    WindowSource,
+    WindowSourceOptions,
+    check_shares,
+    noise_like,
+    predicted,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from swifti2v.training.engine.samples import Batches, Samples
     from swifti2v.wan.transformer import StageTwoTransformer
 
 
@@ -28,7 +35,7 @@ class SegmentFlowOptions(WindowSourceOptions):
     Args:
         pure_noise_share: share of samples at sigma 1, where sampling begins.
         keep_reference_above: below this noise level the reference is left out in half of the samples, so that details
-            come from the image rather than from the artefacts of the reference (HunyuanVideo-1.5's super-resolution
+            come from the image rather than from the artifacts of the reference (HunyuanVideo-1.5's super-resolution
             drops its condition below 0.7); 0 keeps it always.
 
     Raises:
@@ -40,7 +47,7 @@ class SegmentFlowOptions(WindowSourceOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._check_shares("pure_noise_share", "keep_reference_above")
+        check_shares(self, "pure_noise_share", "keep_reference_above")
 
 
 class SegmentFlowObjective:

@@ -1,4 +1,4 @@
-"""Stage-transition (paper): motion references for training that carry the artefacts of Stage I.
+"""Stage-transition (paper): motion references for training that carry the artifacts of Stage I.
 
 A real clip, reduced to Stage I's size, is noised to a level sigma and denoised again by Stage I, first frame and prompt
 given as at inference. It keeps the clip's motion, so that the clip stays the truth of Stage II, and has the texture of
@@ -125,7 +125,7 @@ def lightly_denoised(
 
 
 def _latents(pipeline: object, frames: Tensor) -> Tensor:
-    """Encode uint8 [F,h,w,3] to normalised latents, float32 [1,C,T,h',w'], as the pipeline encodes its condition."""
+    """Encode uint8 [F,h,w,3] to normalized latents, float32 [1,C,T,h',w'], as the pipeline encodes its condition."""
     vae = pipeline.vae  # type: ignore[attr-defined]
     pixels = from_uint8(frames.numpy()).to(vae.device, vae.dtype)
     latents = retrieve_latents(vae.encode(pixels), sample_mode="argmax").float()

@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from swifti2v.data.cache_index import read_index
+from swifti2v.data.latent_cache import read_index
 from swifti2v.errors import ConfigurationError
 from swifti2v.sampling.schedules import shifted_sigmas
 from swifti2v.sampling.segmented import Window, sample_segments
 from swifti2v.segments import plan_segments
-from swifti2v.training.refiner.window_source import LATENTS, PROMPT, REFERENCE
+from swifti2v.training.refiner.windows import LATENTS, PROMPT, REFERENCE
 from swifti2v.wan.condition import predict_targets
 
 if TYPE_CHECKING:

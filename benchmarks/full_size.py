@@ -87,9 +87,8 @@ def measured(arguments: argparse.Namespace, size: Size) -> tuple[list[Row], dict
     import torch
     from PIL import Image
 
-    from swifti2v.memory.budget import WAN22, plan_run
-    from swifti2v.memory.light_cost import with_light_decoder
-    from swifti2v.memory.run_settings import RunSettings
+    from swifti2v.memory.networks import WAN22
+    from swifti2v.memory.ways import RunCosts
     from swifti2v.pipelines.acceleration import Acceleration, accelerated
     from swifti2v.pipelines.fitting import MemoryLimits
     from swifti2v.pipelines.two_stage import TwoStagePipeline
@@ -124,19 +123,18 @@ def measured(arguments: argparse.Namespace, size: Size) -> tuple[list[Row], dict
         # One after the other: side by side, a phase would wait for the other's work, and be charged with it.
         _streamed(TwoStagePipeline(replace(parts, overlap="none")), request)
     whole = _streamed(pipeline, request)
-    dimensions = with_light_decoder(WAN22) if arguments.decoder == "light" else WAN22
-    costs = {
-        p.name: p
-        for p in plan_run(dimensions, RunSettings(size, arguments.frames, num_inference_steps=arguments.steps)).phases
-    }
+    costs = RunCosts(
+        WAN22.with_light_decoder() if arguments.decoder == "light" else WAN22, request.settings, "bfloat16"
+    ).tasks
     roofline = next(
         (rate for name, rate in BF16_TFLOP_PER_SECOND.items() if name in torch.cuda.get_device_name()), None
     )
     rows = []
     for phase, seconds in clock.seconds.items():
-        rate = costs[phase].tflop / seconds
+        tflop = costs[phase].work.tflop
+        rate = tflop / seconds
         share = rate / roofline if roofline else None
-        rows.append(Row(phase, costs[phase].tflop, clock.peaks[phase] / GIB, clock.calls[phase], seconds, rate, share))
+        rows.append(Row(phase, tflop, clock.peaks[phase] / GIB, clock.calls[phase], seconds, rate, share))
     return rows, whole
 
 
@@ -162,15 +160,17 @@ def measured_baseline(size: Size, device: str) -> list[Row]:
         seconds = time.perf_counter() - started
         return Row(name, tflop, torch.cuda.max_memory_allocated() / GIB, 1, seconds, tflop / seconds)
 
-    from swifti2v.memory.codec_cost import WAN22_VAE
-    from swifti2v.memory.transformer_cost import STAGE_TWO_5B
+    from swifti2v.memory.costs import Decoding, Forward
+    from swifti2v.memory.networks import WAN22
+    from swifti2v.memory.table import measured as cost_of
 
     rows = []
     tokens = (size.height // 32) * (size.width // 32)
     random = {"device": device, "dtype": torch.bfloat16}
     latents = torch.randn(1, 96, 5, size.height // 16, size.width // 16, **random)
     text, timestep = torch.randn(1, 512, 4096, **random), torch.full((1, 5), 500.0, device=device)
-    tflop = STAGE_TWO_5B.forward_cost(5 * tokens, num_timesteps=5).tflop
+    shape = (96, 5, size.height // 16, size.width // 16)
+    tflop = cost_of(Forward(WAN22.stage_two, "bfloat16", "bfloat16", "none", 512, *shape)).work.tflop
     with torch.no_grad():
         for name, make, times in (
             ("Stage II, 5 frames", networks.stage_two, timestep),
@@ -182,7 +182,7 @@ def measured_baseline(size: Size, device: str) -> list[Row]:
             del network
         codec = networks.codec(networks.VAE22, device)
         clip = torch.randn(1, 48, 3, size.height // 16, size.width // 16, **random)
-        decode_tflop = WAN22_VAE.decode_tflop(size, 9)
+        decode_tflop = cost_of(Decoding(WAN22.stage_two_codec, "bfloat16", *size)).work(3).tflop
         rows.append(timed("diffusers: decode, 3 latent frames", lambda: codec.decode(clip), decode_tflop))
         from swifti2v.wan.vae import WanStreamingCodec
 

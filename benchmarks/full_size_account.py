@@ -50,7 +50,7 @@ def accounts(size: Size, *, baseline: bool, quantization: str = "none") -> list[
 def _stage_one_row(size: Size, *, quantization: str = "none") -> Row:
     import torch
 
-    from swifti2v.memory.budget import WAN22
+    from swifti2v.memory.networks import WAN22
 
     small = WAN22.reference_size(size)
     network = _quantized(networks.expert("meta"), quantization=quantization)

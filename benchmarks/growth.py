@@ -7,7 +7,7 @@ Counts over assumed rates of a card (`swifti2v/memory/devices.py`): predictions,
 from __future__ import annotations
 
 import argparse
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,12 +15,11 @@ from benchmarks.full_size import BF16_TFLOP_PER_SECOND
 from benchmarks.results import add_result_arguments, markdown_table, number, say, settings_of, write_results
 from swifti2v.geometry import CodecGeometry, Size
 from swifti2v.memory.amounts import GIB
-from swifti2v.memory.budget import WAN22, plan_run, stored_bytes
 from swifti2v.memory.devices import DEVICES, device_rates
-from swifti2v.memory.light_cost import with_light_decoder
+from swifti2v.memory.networks import WAN22
 from swifti2v.memory.plan import plan_memory
-from swifti2v.memory.run_settings import RunSettings
-from swifti2v.memory.ways import resident_ways, stage_two_seconds
+from swifti2v.memory.ways import RunCosts
+from swifti2v.settings import GenerationSettings
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -30,7 +29,7 @@ if TYPE_CHECKING:
 SIZE = Size(2560, 1408)
 FRAMES = (81, 161, 321, 641, 1281)
 BUDGET_BYTES = 24 * GIB
-LIGHT = with_light_decoder(WAN22)
+LIGHT = WAN22.with_light_decoder()
 
 
 @dataclass(frozen=True)
@@ -58,35 +57,39 @@ class PhaseRow:
 
 
 def growth_row(num_frames: int, rates: DeviceRates) -> GrowthRow:
-    """Count one length. The whole sequence is one segment without neighbours."""
-    settings = RunSettings(SIZE, num_frames)
-    whole = RunSettings(SIZE, num_frames, segment_size=num_frames, neighbors_before=0)
-    network = WAN22.stage_two
-    tokens = network.num_tokens(*CodecGeometry().latent_shape(SIZE, num_frames))
+    """Count one length. The whole sequence is one segment without neighbors."""
+    settings = GenerationSettings(size=SIZE, num_frames=num_frames)
+    parts = RunCosts(WAN22, settings, "bfloat16")
+    whole = RunCosts(WAN22, replace(settings, segment_size=num_frames, neighbors_before=0), "bfloat16")
     return GrowthRow(
         num_frames=num_frames,
         seconds=plan_memory(WAN22, settings, rates, budget_bytes=None).seconds,
         light_seconds=plan_memory(LIGHT, settings, rates, budget_bytes=None).seconds,
-        stage_two_seconds=stage_two_seconds(WAN22, settings, rates)[0],
-        whole_stage_two_seconds=stage_two_seconds(WAN22, whole, rates)[0],
+        stage_two_seconds=parts.seconds(parts.tasks["stage two"], rates),
+        whole_stage_two_seconds=whole.seconds(whole.tasks["stage two"], rates),
         capped_gib=plan_memory(WAN22, settings, rates, budget_bytes=BUDGET_BYTES).peak_bytes / GIB,
-        whole_stage_two_gib=(stored_bytes(network, "bfloat16") + network.activation_bytes(tokens)) / GIB,
+        whole_stage_two_gib=(whole.weights["stage two"].num_bytes + whole.stage_two_working_bytes) / GIB,
     )
 
 
 def phase_rows(rates: DeviceRates, peak_tflop_per_second: float, num_frames: int = 81) -> list[PhaseRow]:
     """Return the phases of a run, and the light decoder in the place of the exact one."""
-    settings = RunSettings(SIZE, num_frames)
-    ways = {way.phase: way.seconds for way in resident_ways(WAN22, settings, rates, "bfloat16")}
-    phases = {phase.name: phase for phase in plan_run(WAN22, settings).phases}
-    phases["light decode"] = plan_run(LIGHT, settings).phases[-1]
+    settings = GenerationSettings(size=SIZE, num_frames=num_frames)
+    costs, light = (RunCosts(networks, settings, "bfloat16") for networks in (WAN22, LIGHT))
+    tasks = costs.tasks | {"light decode": light.tasks["decode"]}
+    weights = {
+        "text encoding": "text encoder",
+        "stage one": "expert 0",
+        "stage two": "stage two",
+        "light decode": "light decoder",
+    }
     rows = []
-    for name, phase in phases.items():
-        coding = phase.tflop / rates.convolution_tflop_per_second
-        seconds = stage_two_seconds(WAN22, settings, rates)[0] if name == "stage two" else ways.get(name, coding)
-        read = max(phase.num_forwards, CodecGeometry().latent_frames(num_frames) if not phase.num_forwards else 0)
-        share = phase.tflop / seconds / peak_tflop_per_second
-        rows.append(PhaseRow(name, phase.tflop, read * phase.weight_bytes / 1e9, seconds, share))
+    for name, task in tasks.items():
+        seconds = costs.seconds(task, rates)
+        read = task.num_forwards or CodecGeometry().latent_frames(num_frames)
+        weight_bytes = light.weights[weights.get(name, "codec")].num_bytes
+        share = task.work.tflop / seconds / peak_tflop_per_second
+        rows.append(PhaseRow(name, task.work.tflop, read * weight_bytes / 1e9, seconds, share))
     return rows
 
 
@@ -161,12 +164,14 @@ def draw(rows: Sequence[GrowthRow], card: str, path: Path) -> None:
 def main() -> None:
     """Read the command line, count, print, draw, write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--gpu", default="h200", help=f"card whose seconds are predicted: {', '.join(DEVICES)}")
+    parser.add_argument(
+        "--gpu", default="h200", help=f"card whose seconds are predicted: {', '.join(each.name for each in DEVICES)}"
+    )
     parser.add_argument("--picture", type=Path, help="PNG of the curves; default: none is drawn")
     add_result_arguments(parser, pictures=False)
     arguments = parser.parse_args()
     rates = device_rates(arguments.gpu)
-    peak = next(rate for card, rate in BF16_TFLOP_PER_SECOND.items() if card.replace(" ", "").lower() == rates.name)
+    peak = next(rate for card, rate in BF16_TFLOP_PER_SECOND.items() if device_rates(card) == rates)
     rows = [growth_row(num_frames, rates) for num_frames in FRAMES]
     phases = phase_rows(rates, peak)
     print(growth_table(rows), phase_table(phases), sep="\n\n")

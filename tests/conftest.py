@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +12,7 @@ import torch
 from hypothesis import HealthCheck, settings
 
 from benchmarks.full_size_networks import VAE21, VAE22, character_tokenizer
+from swifti2v.memory import table
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -75,6 +77,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if "gpu" in item.keywords:
             item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def measured_costs(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """What tests measure is not kept for the user, nor taken from what was measured with other code."""
+    path = tmp_path_factory.mktemp("costs") / "costs.json"
+    table.user_table_path = lambda: path
+    os.environ["HF_ASSETS_CACHE"] = str(path.parent)  # for commands in processes of their own
 
 
 @pytest.fixture

@@ -7,22 +7,24 @@ import torch
 
 from benchmarks import full_size_account, full_size_networks, speed
 from swifti2v.geometry import Size
-from swifti2v.memory.budget import WAN22
-from swifti2v.memory.codec_cost import WAN22_VAE
-from swifti2v.memory.light_cost import LightDecoderDimensions
-from swifti2v.memory.transformer_cost import STAGE_TWO_5B
-from swifti2v.segments import FrameKind
+from swifti2v.memory.costs import Decoding, Encoding, Forward, Weights
+from swifti2v.memory.measure import measure
+from swifti2v.memory.networks import WAN22
 
 
 def parameters(network: torch.nn.Module) -> int:
     return sum(weight.numel() for weight in network.parameters())
 
 
-def test_codecs_are_those_of_the_preset() -> None:
-    assert (
-        parameters(full_size_networks.codec(full_size_networks.VAE21, "meta")) == WAN22.stage_one_codec.num_parameters
-    )
-    assert parameters(full_size_networks.codec(full_size_networks.VAE22, "meta")) == WAN22_VAE.num_parameters
+def test_networks_are_those_of_the_preset() -> None:
+    built = {
+        WAN22.stage_one_codec: full_size_networks.codec(full_size_networks.VAE21, "meta"),
+        WAN22.stage_two_codec: full_size_networks.codec(full_size_networks.VAE22, "meta"),
+        WAN22.stage_two: full_size_networks.stage_two("meta"),
+    }
+    for described, network in built.items():
+        assert parameters(network) == measure(Weights(described, "bfloat16")).num_parameters
+        assert next(network.parameters()).dtype == torch.bfloat16
 
 
 @pytest.mark.slow
@@ -30,16 +32,11 @@ def test_rows_hold_the_flops_of_the_account() -> None:
     size = Size(256, 128)
     codec = full_size_networks.codec(full_size_networks.VAE22, "meta")
     encode, decode = full_size_account._codec_rows(codec, size, None, num_chunks=3)
-    assert encode.tflop == pytest.approx(WAN22_VAE.encode_tflop(size, 9), rel=1e-3)
-    assert decode.tflop == pytest.approx(WAN22_VAE.decode_tflop(size, 9), rel=1e-3)
-    light = full_size_account._light_row(size, wide=False, num_chunks=3)
-    assert light.tflop == pytest.approx(LightDecoderDimensions().decode_tflop(size, 9), rel=1e-9)
+    assert encode.tflop == pytest.approx(measure(Encoding(WAN22.stage_two_codec, "bfloat16", *size)).work(3).tflop)
+    assert decode.tflop == pytest.approx(measure(Decoding(WAN22.stage_two_codec, "bfloat16", *size)).work(3).tflop)
     row = full_size_account._stage_two_row(size, 5)
-    assert row.tflop == pytest.approx(STAGE_TWO_5B.forward_cost(5 * 32, num_timesteps=5).tflop, rel=1e-3)
-    network = full_size_networks.stage_two("meta")
-    kinds = len(FrameKind) * STAGE_TWO_5B.dim  # a table of ours, which the account leaves out
-    assert parameters(network) - kinds == STAGE_TWO_5B.num_parameters
-    assert next(network.parameters()).dtype == torch.bfloat16
+    cost = measure(Forward(WAN22.stage_two, "bfloat16", "bfloat16", "none", 512, 96, 5, 8, 16))
+    assert row.tflop == pytest.approx(cost.work.tflop)
 
 
 def test_checks_compare_with_the_goals() -> None:

@@ -15,7 +15,7 @@ from swifti2v.cli import app as app_module
 from swifti2v.errors import ConfigurationError, InvalidInputError, SwiftI2VError
 from swifti2v.jobs.queue import JobQueue
 from swifti2v.jobs.runner import PipelineRunner
-from swifti2v.memory.budget import WAN22
+from swifti2v.memory.networks import WAN22
 from swifti2v.pipelines.acceleration import Acceleration
 
 if TYPE_CHECKING:

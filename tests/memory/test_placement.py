@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from diffusers import WanTransformer3DModel
     from transformers import UMT5EncoderModel
 
-    from swifti2v.memory.ways import Placement
+    from swifti2v.memory.placement import Placement
 
 CPU = torch.device("cpu")
 

@@ -168,11 +168,9 @@ def test_peaks_at_full_size_are_bounded_and_constant_in_length(
 
 @pytest.mark.slow
 def test_flops_are_those_of_diffusers_forward(full_size_vae: AutoencoderKLWan) -> None:
-    from swifti2v.memory.codec_cost import WAN22_VAE
-
     network, cache = LeanWanNetwork(full_size_vae), {}
     with accounted() as account, torch.no_grad():
         for index in range(2):
             latent = torch.empty(1, 48, 1, 88, 160, device="meta", dtype=torch.bfloat16)
             network.decode(full_size_vae.post_quant_conv(latent), cache, first_chunk=index == 0)
-    assert account.tflop == pytest.approx(WAN22_VAE.decode_tflop(Size(2560, 1408), 5), rel=1e-6)
+    assert account.tflop == pytest.approx(82.90933 + 266.01738, rel=1e-6)  # counted for diffusers' own class

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import weakref
-from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -14,8 +13,6 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from swifti2v.errors import CheckpointError, InvalidInputError
-from swifti2v.geometry import Size
-from swifti2v.memory.light_cost import LightDecoderDimensions
 from swifti2v.memory.live_bytes import accounted
 from swifti2v.wan.light_decoder import (
     LightDecoder,
@@ -210,10 +207,14 @@ def test_statistics_undo_the_normalisation() -> None:
 
 
 @pytest.mark.parametrize(
-    "layout", [LightLayout(48, patch_size=2), LightLayout(48, (512, 256, 128, 64), (1, 2, 2), 2, True)]
+    ("layout", "tflop", "gib"),
+    [
+        (LightLayout(48, patch_size=2), 1.2285, 0.53),
+        (LightLayout(48, (512, 256, 128, 64), (1, 2, 2), 2, True), 1.7467, 0.99),
+    ],
+    ids=["plain", "wide"],
 )
-def test_cost_at_full_size_is_that_of_the_account_and_does_not_grow(layout: LightLayout) -> None:
-    size, dimensions = Size(2560, 1408), LightDecoderDimensions(**asdict(layout))
+def test_cost_at_full_size_does_not_grow(layout: LightLayout, tflop: float, gib: float) -> None:
     with torch.device("meta"):
         decoder = LightDecoder(LightDecoderNetwork(layout).bfloat16())
     peaks = []
@@ -222,13 +223,10 @@ def test_cost_at_full_size_is_that_of_the_account_and_does_not_grow(layout: Ligh
         with accounted() as account:
             for frames in decoder.decode_pixel_stream(latents):
                 del frames
-        assert account.tflop == pytest.approx(dimensions.decode_tflop(size, 4 * count - 3), rel=1e-9)
+        assert account.tflop == pytest.approx(count * tflop, rel=1e-3)
         peaks.append(account.peak_bytes)
     assert peaks[0] == peaks[1]
-    assert 1 <= dimensions.decode_bytes(size) / peaks[0] <= 1.4
-    assert sum(weight.numel() for weight in decoder.network.parameters()) == pytest.approx(
-        dimensions.num_parameters, rel=1e-3
-    )
+    assert peaks[0] / 2**30 == pytest.approx(gib, abs=0.01)
 
 
 def test_files(tmp_path: Path) -> None:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
+from diffusers import AutoencoderKLWan
 from hypothesis import given
 from hypothesis import strategies as st
 
+from benchmarks import full_size_networks
 from swifti2v.geometry import Size
-from swifti2v.memory.codec_cost import WAN22_VAE
 from swifti2v.memory.ways import GRIDS, tile_size
+from swifti2v.wan.lean_vae import LeanWanNetwork
 from swifti2v.wan.parked_features import SMALLEST_BYTES, SMALLEST_SHARE, piece_lengths, visit
 
 CPU = torch.device("cpu")
@@ -61,11 +63,19 @@ def test_pieces_are_powers_of_two_but_for_a_small_rest(count: int, element_bytes
 
 @pytest.mark.parametrize("size", [Size(2560, 1408), Size(1280, 704)], ids=str)
 def test_the_features_of_a_codec_take_the_host_memory_that_they_are_planned_with(size: Size) -> None:
+    with full_size_networks.built_on("meta"):
+        vae = AutoencoderKLWan(**full_size_networks.VAE22).eval()
+    network, caches = LeanWanNetwork(vae), [{}, {}]
+    with torch.no_grad():
+        for index, frames in enumerate((1, 4, 4)):
+            network.encode(torch.empty(1, 12, frames, 16, 16, device="meta", dtype=torch.bfloat16), caches[0])
+            latent = torch.empty(1, 48, 1, 2, 2, device="meta", dtype=torch.bfloat16)
+            network.decode(latent, caches[1], first_chunk=index == 0)
+    of_32_by_32 = [tensor.numel() for cache in caches for tensor in cache.values()]
     uncut = []
     for columns, rows in GRIDS:
         tile = tile_size(size, columns, rows, multiple=16)
-        layers = [layer for layer in (*WAN22_VAE._encoder(), *WAN22_VAE._decoder()) if layer.cached_frames]
-        needed = [2 * layer.cache_elements(tile) for layer in layers]
+        needed = [2 * elements * tile.width * tile.height // 32**2 for elements in of_32_by_32]
         taken = [sum(rounded_up(2 * piece) for piece in piece_lengths(each // 2, 2)) for each in needed]
         assert sum(taken) <= 1.02 * sum(needed)
         uncut.append(sum(map(rounded_up, needed)) / sum(needed))

@@ -23,12 +23,12 @@ from swifti2v.wan.transformer import StageTwoTransformer
 if TYPE_CHECKING:
     from torch import nn
 
-    from swifti2v.memory.budget import WeightDtype
+    from swifti2v.memory.networks import Storage
 
 AS_LOADED = PiecewiseReader(lambda _: None)
 
 
-def narrow(dtype: WeightDtype, compute_dtype: torch.dtype) -> PiecewiseReader:
+def narrow(dtype: Storage, compute_dtype: torch.dtype) -> PiecewiseReader:
     return PiecewiseReader(partial(store_weights, dtype=dtype, compute_dtype=compute_dtype))
 
 
@@ -66,7 +66,7 @@ def test_a_network_is_the_one_that_its_library_loads(
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("stored", ["float8", "nf4"])
 def test_what_is_stored_is_what_a_loaded_network_would_store(
-    tiny_checkpoint: Path, stored: WeightDtype, dtype: torch.dtype
+    tiny_checkpoint: Path, stored: Storage, dtype: torch.dtype
 ) -> None:
     """LoRAs included: they are in the weights before these are rounded."""
     resolved = resolve(tiny_checkpoint)
@@ -147,7 +147,7 @@ def edited(root: Path, folder: Path, **changes: torch.Tensor | None) -> Path:
 )
 @pytest.mark.parametrize("stored", ["bfloat16", "float8", "nf4"])
 def test_weights_that_do_not_belong(
-    tiny_checkpoint: Path, tmp_path: Path, changes: dict[str, Any], message: str, stored: WeightDtype
+    tiny_checkpoint: Path, tmp_path: Path, changes: dict[str, Any], message: str, stored: Storage
 ) -> None:
     folder = edited(tmp_path, tiny_checkpoint / "stage_one" / "transformer", **changes)
     with pytest.raises(CheckpointError, match=message):

@@ -32,8 +32,8 @@ if TYPE_CHECKING:
     from diffusers import WanTransformer3DModel
     from torch import Tensor
 
-    from swifti2v.memory.budget import WeightDtype
-    from swifti2v.memory.ways import Placement
+    from swifti2v.memory.networks import Storage
+    from swifti2v.memory.placement import Placement
     from swifti2v.wan.transformer_configuration import ContextAttention
 
 WIDE = {"attention_head_dim": 16}  # two heads of it: 32, where the tiny networks have 24
@@ -167,7 +167,7 @@ def test_streaming_takes_the_weights_along_on_a_stream_of_its_own(
 @each_kind
 @pytest.mark.parametrize("dtype", ["float8", "nf4"])
 def test_what_holds_eight_bits_is_not_stored_again(
-    tiny_wan_dit: Callable[..., Any], kind: Quantization, dtype: WeightDtype
+    tiny_wan_dit: Callable[..., Any], kind: Quantization, dtype: Storage
 ) -> None:
     network = tiny_wan_dit(**WIDE)
     use_quantized_products([network], kind, device=CPU)
@@ -181,7 +181,7 @@ def test_what_holds_eight_bits_is_not_stored_again(
 @each_kind
 @pytest.mark.parametrize(("dtype", "named"), [("float8", "float8"), ("nf4", "4 bits")])
 def test_what_is_stored_narrow_gets_no_products(
-    tiny_wan_dit: Callable[..., Any], kind: Quantization, dtype: WeightDtype, named: str
+    tiny_wan_dit: Callable[..., Any], kind: Quantization, dtype: Storage, named: str
 ) -> None:
     network = tiny_wan_dit(**WIDE)
     store_weights(network, dtype, compute_dtype=torch.float32)

@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 from swifti2v.cli.main import app
 from swifti2v.geometry import Size
-from swifti2v.memory.budget import WAN22
+from swifti2v.memory.networks import WAN22
 from swifti2v.settings import GenerationSettings
 from swifti2v.webapp.presets import CARDS, Card, preset_of, size_choices, summary
 from swifti2v.webapp.studio import Form, Studio

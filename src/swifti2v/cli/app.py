@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
     from swifti2v.jobs.queue import JobQueue
     from swifti2v.jobs.runner import PipelineRunner
-    from swifti2v.memory.budget import PipelineDimensions
+    from swifti2v.memory.networks import PipelineNetworks
 
 _STOP_SECONDS = 30.0
 _CLOSE_SECONDS = 2
@@ -97,12 +97,12 @@ def _working(queue: JobQueue, model: str, runner: PipelineRunner) -> Iterator[No
         thread.join(_STOP_SECONDS)
 
 
-def _dimensions(model: str) -> PipelineDimensions | None:
+def _dimensions(model: str) -> PipelineNetworks | None:
     """Return the networks for the plan, as far as they can be known without a download."""
-    from swifti2v.cli.plan import planned_model
+    from swifti2v.memory.models import planned_model
 
     try:
-        return planned_model(model).dimensions
+        return planned_model(model).networks
     except (InvalidInputError, CheckpointError):
         return None  # the app then says that it has no plan; a model that cannot be read fails where it is opened
 

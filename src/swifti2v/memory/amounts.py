@@ -12,11 +12,13 @@ GIB = 2**30
 
 
 def parse_bytes(text: str) -> int:
-    """Read ``24GiB``, ``24GB`` or ``500MiB``; raise `InvalidInputError` for another form."""
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([GM])(i?)B\s*", text, re.IGNORECASE)
+    """Read ``24GiB``, ``24GB``, ``500MiB``, or ``24``, which are GiB; raise `InvalidInputError` for another form."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(?:([GM])(i?)B)?\s*", text, re.IGNORECASE)
     if match is None:
         msg = f"memory {text!r} is not an amount; write for instance 24GiB"
-        raise InvalidInputError(msg)
+        raise InvalidInputError(msg, param="memory", value=text)
+    if match[2] is None:
+        return int(float(match[1]) * GIB)
     power = 3 if match[2].upper() == "G" else 2
     return int(float(match[1]) * (1024 if match[3] else 1000) ** power)
 

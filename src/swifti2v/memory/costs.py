@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 
 if TYPE_CHECKING:
@@ -114,8 +114,8 @@ class Question(Generic[Answer]):
 
     def key(self, digest: str) -> str:
         """Return its name in a table, where its network has this digest."""
-        values = (str(value) for name, value in vars(self).items() if name != "network")
-        return " ".join([self.network.class_name, digest, type(self).__name__, *values])
+        shape: list[str] = [str(getattr(self, each.name)) for each in fields(self) if each.name != "network"]
+        return " ".join((self.network.class_name, digest, type(self).__name__, *shape))
 
 
 @dataclass(frozen=True)

@@ -66,7 +66,8 @@ class DeviceRates:
 # Dense peaks in TFLOP/s (bfloat16 with float32 sums, float8, int8) and memory bandwidth are the maker's: NVIDIA's data
 # sheets for data-center cards, its white papers of GA102, Ada and RTX Blackwell for the others (of smaller chips in
 # proportion to their cores and clock). What of a peak is reached is assumed: on data-center cards 700, 550 and 650 of
-# an H200's 989 for products, attention and convolutions; on the others 160, 150 and 80 of an RTX 4090's 165. The link to the host is assumed to run at 24 GB/s with PCIe 4 and at 50 with 5.
+# an H200's 989 for products, attention and convolutions; on the others 160, 150 and 80 of an RTX 4090's 165. The link
+# to the host is assumed to run at 24 GB/s with PCIe 4 and at 50 with PCIe 5.
 _DATA_CENTER = (700 / 989, 550 / 989, 650 / 989)
 _CONSUMER = (160 / 165, 150 / 165, 80 / 165)
 _PCIE_4, _PCIE_5 = 24e9, 50e9
@@ -136,4 +137,3 @@ def device_rates(name: str) -> DeviceRates:
 
 def _normal(name: str) -> str:
     return _IGNORED.sub("", name.lower()).removesuffix("gb")
-

@@ -7,16 +7,27 @@ compare with runs of all blocks. A codec is run for three latent frames, after w
 from __future__ import annotations
 
 import inspect
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import fields
 from functools import singledispatch
 from importlib import import_module
 from itertools import chain
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
+from torch import nn
 
-from swifti2v.memory.costs import Clip, ClipCost, Decoding, Encoding, Forward, ForwardCost, StreamCost, WeightCost, Weights
+from swifti2v.memory.costs import (
+    Clip,
+    ClipCost,
+    Decoding,
+    Encoding,
+    Forward,
+    ForwardCost,
+    StreamCost,
+    WeightCost,
+    Weights,
+)
 from swifti2v.memory.live_bytes import accounted
 from swifti2v.memory.networks import LIGHT_DECODER, TEXT_ENCODER, Network
 from swifti2v.memory.placement import store_weights
@@ -29,9 +40,11 @@ from swifti2v.wan.vae import CodecSettings, open_codec
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from torch import Tensor, nn
+    from torch import Tensor
 
     from swifti2v.memory.networks import Quantization, Storage
+
+_Cost = TypeVar("_Cost", StreamCost, ClipCost)
 
 NUM_CHUNKS = 3
 """Latent frames of a codec's stream that are run: the first, one that fills the caches, and one like all later ones."""
@@ -148,7 +161,8 @@ def _encoding(question: Encoding) -> StreamCost:
     def run(device: str) -> Iterator[Tensor]:
         lengths = (1, *(codec.temporal_factor for _ in range(NUM_CHUNKS - 1)))
         shapes = ((1, 3, length, question.height, question.width) for length in lengths)
-        return codec.encode_stream(torch.zeros(shape, device=device) for shape in shapes)
+        latents: Iterator[Tensor] = codec.encode_stream(torch.zeros(shape, device=device) for shape in shapes)
+        return latents
 
     return _stream_cost(codec, run)
 
@@ -161,7 +175,8 @@ def _decoding(question: Decoding) -> StreamCost:
         factor = codec.spatial_factor
         shape = (1, codec.num_channels, 1, question.height // factor, question.width // factor)
         decode = getattr(codec, "decode_pixel_stream", codec.decode_stream)
-        return decode(torch.zeros(shape, device=device) for _ in range(NUM_CHUNKS))
+        frames: Iterator[Tensor] = decode(torch.zeros(shape, device=device) for _ in range(NUM_CHUNKS))
+        return frames
 
     return _stream_cost(codec, run)
 
@@ -204,11 +219,13 @@ def _clip(question: Clip) -> ClipCost:
     return _on_meta_or_cpu(codec, counted)
 
 
-def _on_meta_or_cpu(codec: Any, counted: Callable[[str], Any]) -> Any:
+def _on_meta_or_cpu(codec: Any, counted: Callable[[str], _Cost]) -> _Cost:
     """Count on the meta device; a codec that looks at its numbers, such as one with optical flow, is run on the CPU."""
     try:
         return counted("meta")
     except (RuntimeError, NotImplementedError):
+        if not isinstance(codec, nn.Module):  # Wan's codec and the light decoder run there
+            raise
         codec.to_empty(device="cpu")
         with torch.no_grad():
             for tensor in chain(codec.parameters(), codec.buffers()):

@@ -30,8 +30,9 @@ LIGHT_DECODER = "swifti2v.wan.light_decoder:LightDecoderNetwork"
 MINI_CODEC = "swifti2v.mini.transform_codec:BlockTransformCodec"
 
 _TEXT_ENCODER_KEYS = (
-    "vocab_size", "d_model", "d_kv", "d_ff", "num_layers", "num_heads", "relative_attention_num_buckets", "feed_forward_proj",
-)  # fmt: skip
+    *("vocab_size", "d_model", "d_kv", "d_ff", "num_layers", "num_heads"),
+    *("relative_attention_num_buckets", "feed_forward_proj"),
+)
 _WITHOUT_COST = ("latents_mean", "latents_std")
 
 
@@ -59,7 +60,7 @@ class Network:
     @property
     def digest(self) -> str:
         """Eight characters that tell this configuration from others."""
-        return hashlib.sha256(f"{self.class_path} {self.config_json}".encode()).hexdigest()[:8]
+        return hashlib.sha256(f"{self.class_name} {self.config_json}".encode()).hexdigest()[:8]
 
     @property
     def config(self) -> dict[str, Any]:
@@ -134,7 +135,9 @@ class PipelineNetworks:
         """Return the same pipeline with TAEHV's decoder; raise `InvalidInputError` if its codec is not Wan's."""
         codec = self.stage_two_codec
         if not codec.is_wan_codec:
-            msg = "light decoders are for the latents of Wan's codecs, and this checkpoint has another; use decoder exact"
+            msg = (
+                "light decoders are for the latents of Wan's codecs, and this checkpoint has another; use decoder exact"
+            )
             raise InvalidInputError(msg, param="decoder", value="light")
         geometry = self.stage_two_geometry
         layout = {
@@ -147,7 +150,9 @@ class PipelineNetworks:
         return replace(self, light_decoder=Network.of(LIGHT_DECODER, layout))
 
 
-def read_networks(stage_one: Path, stage_two_transformer: Path, stage_two_codec: Path, **others: Any) -> PipelineNetworks:
+def read_networks(
+    stage_one: Path, stage_two_transformer: Path, stage_two_codec: Path, **others: Any
+) -> PipelineNetworks:
     """Read the configurations in the folders of a checkpoint; no weights are opened.
 
     Args:

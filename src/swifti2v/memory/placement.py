@@ -20,8 +20,8 @@ from diffusers.hooks import HookRegistry, apply_group_offloading, apply_layerwis
 from torch import nn
 
 from swifti2v.errors import MemoryBudgetError
+from swifti2v.memory.networks import STORAGES, Quantization, Storage
 from swifti2v.memory.normal_float import NormalFloatLinear, pack_blocks
-from swifti2v.memory.networks import STORAGES, Storage
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -217,7 +217,7 @@ def storages_of(dtype: torch.dtype) -> tuple[Storage, ...]:
     return ("float32" if dtype == torch.float32 else "bfloat16", *STORAGES[1:])
 
 
-def stored_narrow(network: nn.Module) -> Storage | None:
+def stored_narrow(network: nn.Module) -> Storage | Quantization | None:
     """Return how a network holds its large weights, where they are narrower than the work is.
 
     Either `store_weights` has stored them, or they are the buffers of layers with float8 or int8 products.

@@ -20,9 +20,9 @@ if TYPE_CHECKING:
 
     from swifti2v.memory.devices import DeviceRates
     from swifti2v.memory.networks import PipelineNetworks, Storage
-    from swifti2v.memory.run_settings import RunSettings
     from swifti2v.memory.placement import Placement
     from swifti2v.memory.ways import CodecWay, PhaseName, Task, Way
+    from swifti2v.settings import GenerationSettings
 
 CONTEXT_BYTES = int(0.8 * GIB)
 """Held by the driver and its libraries on every card."""
@@ -39,6 +39,7 @@ class MemoryPlan:
         tasks: of these phases: what is done, whatever the limits.
         task_seconds: predicted for each task, with its weights on the device and the codec untiled.
         weight_bytes: of all weights that are held.
+        read_bytes: of these weights as a checkpoint has them.
         host_bytes: of weights and offloaded features in host memory.
         given_up: what less memory costs, one sentence each.
         overlaps_decode: there is room to decode a segment while the next one is denoised.
@@ -50,6 +51,7 @@ class MemoryPlan:
     tasks: tuple[Task, ...]
     task_seconds: tuple[float, ...]
     weight_bytes: int
+    read_bytes: int
     host_bytes: int
     given_up: tuple[str, ...] = ()
     overlaps_decode: bool = False
@@ -57,8 +59,11 @@ class MemoryPlan:
     @property
     def peak_bytes(self) -> int:
         """Device memory of the phase that needs most, with what the driver holds."""
-        overlap = self.overlaps_decode
-        return CONTEXT_BYTES + max(way.peak_bytes + (way.overlap_bytes if overlap else 0) for way in self.ways)
+        return max(map(self.peak_bytes_of, self.ways))
+
+    def peak_bytes_of(self, way: Way) -> int:
+        """Return the device memory of one phase, with what the driver holds."""
+        return CONTEXT_BYTES + way.peak_bytes + (way.overlap_bytes if self.overlaps_decode else 0)
 
     @property
     def seconds(self) -> float:
@@ -77,7 +82,7 @@ class MemoryPlan:
 
 def plan_memory(
     networks: PipelineNetworks,
-    settings: RunSettings,
+    settings: GenerationSettings,
     rates: DeviceRates,
     *,
     budget_bytes: int | None,
@@ -97,7 +102,8 @@ def plan_memory(
             can be streamed.
 
     Raises:
-        MemoryBudgetError: nothing fits; the message says what would.
+        MemoryBudgetError: nothing fits; the message says what would, and so does `value`: ``device_bytes`` or
+            ``host_bytes``, of which either is enough.
         InvalidInputError: size or length cannot be used, or the card cannot multiply so.
     """
     refusals: list[MemoryBudgetError] = []
@@ -108,7 +114,7 @@ def plan_memory(
             refusals.append(refusal)
             continue
         if refusals:
-            note = f"weights are stored in {storage}: in {storages[0]} no plan fits ({refusals[0]})"
+            note = f"weights are stored in {storage}: {refusals[0]}"
             plan = replace(plan, given_up=(note, *plan.given_up))
         return plan
     raise refusals[-1]
@@ -116,7 +122,7 @@ def plan_memory(
 
 def plan_stages(
     networks: PipelineNetworks,
-    settings: RunSettings,
+    settings: GenerationSettings,
     rates: DeviceRates,
     *,
     budget_bytes: int | None,
@@ -144,17 +150,18 @@ def tighter_budget(plan: MemoryPlan) -> int:
     return plan.peak_bytes * 7 // 8
 
 
-def _plan_stored(
-    costs: RunCosts, rates: DeviceRates, budget_bytes: int | None, host_bytes: int | None
-) -> MemoryPlan:
-    weights, usable = stored_bytes(costs.networks, costs.storage), None if budget_bytes is None else budget_bytes - CONTEXT_BYTES
+def _plan_stored(costs: RunCosts, rates: DeviceRates, budget_bytes: int | None, host_bytes: int | None) -> MemoryPlan:
+    weights, usable = (
+        stored_bytes(costs.networks, costs.storage),
+        None if budget_bytes is None else budget_bytes - CONTEXT_BYTES,
+    )
     if host_bytes is not None and weights > host_bytes:
         needed = format_bytes(weights, rounds_up=True)
         msg = (
             f"the weights take {needed} of host memory in {costs.storage}, and {format_bytes(host_bytes)} are allowed; "
             f"allow {needed}"
         )
-        raise MemoryBudgetError(msg, param="host_memory", value=needed)
+        raise MemoryBudgetError(msg, param="memory", value={"host_bytes": weights})
     spare = None if host_bytes is None else host_bytes - weights
 
     def fits_host(way: Way) -> bool:
@@ -164,7 +171,10 @@ def _plan_stored(
         return usable is None or way.peak_bytes <= usable
 
     # The fastest come first, and what others take is not measured.
-    found = [next((way for way in ways if fits_host(way) and fits_device(way)), None) for ways in costs.ways(rates, most_bytes=usable)]
+    found = [
+        next((way for way in ways if fits_host(way) and fits_device(way)), None)
+        for ways in costs.ways(rates, most_bytes=usable)
+    ]
     ways = tuple(way for way in found if way is not None)
     if len(ways) < len(found):
         raise _refusal(costs, rates, budget_bytes, host_bytes, fits_host, fits_device)
@@ -180,6 +190,7 @@ def _plan_stored(
         tasks=tasks,
         task_seconds=tuple(costs.seconds(task, rates) for task in tasks),
         weight_bytes=weights,
+        read_bytes=stored_bytes(replace(costs.networks, quantization="none"), costs.networks.compute_dtype),
         host_bytes=weights + max(way.offloaded_bytes for way in ways),
         given_up=_given_up(ways, resident),
     )
@@ -198,21 +209,23 @@ def _refusal(
     """Return the error that names the budget that the hungriest phase needs, and the host memory that would do."""
     candidates = [tuple(ways) for ways in costs.ways(rates)]
     allowed = [[way for way in ways if fits_host(way)] for ways in candidates]
-    offers = []
+    offers, enough = [], {}
     if all(allowed):
         least = {ways[0].phase: min(way.peak_bytes for way in ways) for ways in allowed}
         phase = max(least, key=lambda name: least[name])
-        offers.append(f"{phase} needs {format_bytes(least[phase] + CONTEXT_BYTES, rounds_up=True)} at the least")
+        enough["device_bytes"] = least[phase] + CONTEXT_BYTES
+        offers.append(f"{phase} needs at least {format_bytes(enough['device_bytes'], rounds_up=True)}")
     fitting = [[way for way in ways if fits_device(way)] for ways in candidates]
     if host_bytes is not None and all(fitting):
         offloaded = max(min(way.offloaded_bytes for way in ways) for ways in fitting)
-        offers.append(f"{format_bytes(stored_bytes(costs.networks, costs.storage) + offloaded, rounds_up=True)} of host memory would do")
+        enough["host_bytes"] = stored_bytes(costs.networks, costs.storage) + offloaded
+        offers.append(f"{format_bytes(enough['host_bytes'], rounds_up=True)} of host memory would do")
     budget = "the device" if budget_bytes is None else format_bytes(budget_bytes)
     host = "" if host_bytes is None else f" with {format_bytes(host_bytes)} of host memory"
     return MemoryBudgetError(
         f"no plan fits into {budget}{host}: {', or '.join(offers)}; allow that, or choose a smaller size or segment",
         param="memory",
-        value=budget,
+        value=enough,
     )
 
 

@@ -9,23 +9,27 @@ import json
 import os
 from contextlib import suppress
 from dataclasses import asdict, replace
-from functools import lru_cache
+from functools import cache, lru_cache
 from importlib.metadata import version
 from importlib.resources import files
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from swifti2v.memory.costs import Answer, Question
 
 SHIPPED_TABLE = "measured_costs.json"
 _PACKAGES = ("swifti2v", "torch", "diffusers", "transformers")
 
 
-@lru_cache(maxsize=None)
 def measured(question: Question[Answer]) -> Answer:
     """Return what was measured, now or at an earlier time."""
+    answer: Answer = _measured(question)
+    return answer
+
+
+@cache
+def _measured(question: Question[Any]) -> Any:
     tables = shipped_table(), user_table()
     name = question.network.digest
     # A configuration may leave out what is the default of its class; which ones are the same, the tables know too.
@@ -41,8 +45,7 @@ def measured(question: Question[Answer]) -> Answer:
         table["networks"][name] = question.network.digest
         table["costs"][key] = found
         _write_user_table()
-    answer: Answer = question.answer(**found)
-    return answer
+    return question.answer(**found)
 
 
 def _found(key: str) -> dict[str, Any] | None:
@@ -58,7 +61,7 @@ def user_table_path() -> Path:
     from huggingface_hub import cached_assets_path
 
     versions = "-".join(version(name) for name in _PACKAGES)
-    return cached_assets_path("swifti2v", "costs") / f"{versions}.json"
+    return Path(cached_assets_path("swifti2v", "costs")) / f"{versions}.json"
 
 
 @lru_cache(maxsize=1)

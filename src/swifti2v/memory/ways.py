@@ -7,7 +7,6 @@ costs over assumed rates (`devices.py`), plus the transfers that no work hides.
 
 from __future__ import annotations
 
-from collections import Counter
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Literal, NamedTuple
@@ -24,8 +23,8 @@ if TYPE_CHECKING:
     from swifti2v.memory.devices import DeviceRates
     from swifti2v.memory.networks import Network, PipelineNetworks, Storage
     from swifti2v.memory.placement import Placement
-    from swifti2v.memory.run_settings import RunSettings
     from swifti2v.segments import Segment
+    from swifti2v.settings import GenerationSettings
 
 OVERLAP_PIXELS = 128
 GRIDS = ((1, 1), (2, 1), (2, 2), (3, 2), (3, 3), (4, 4), (6, 6))
@@ -169,7 +168,7 @@ class RunCosts:
     """
 
     networks: PipelineNetworks
-    settings: RunSettings
+    settings: GenerationSettings
     storage: Storage
 
     @cached_property
@@ -259,7 +258,8 @@ class RunCosts:
         flight = weights.outside_bytes + TEXT_BLOCKS_IN_FLIGHT * weights.block_bytes
         moving = weights.num_bytes / rates.host_bytes_per_second
         seconds = self.seconds(self.tasks["text encoding"], rates) + moving
-        for placement, held in (("loaded", weights.num_bytes), ("streamed", flight)):
+        placements: tuple[tuple[Placement, int], ...] = (("loaded", weights.num_bytes), ("streamed", flight))
+        for placement, held in placements:
             yield Way("text encoding", placement, held, self._text.working_bytes, weights.num_bytes, seconds)
 
     # ---- Stage I ----
@@ -328,6 +328,7 @@ class RunCosts:
             segment_size=self.settings.segment_size,
             neighbors_before=self.settings.neighbors_before,
             neighbors_after=self.settings.neighbors_after,
+            anchor=self.settings.anchor,
         )
 
     @property
@@ -344,6 +345,12 @@ class RunCosts:
         later = self._window_forward(targets, num_context_frames=window - targets)
         return [(self._window_forward(window), texts), (later, texts * (steps - 1))]
 
+    @property
+    def stage_two_working_bytes(self) -> int:
+        """Peak of Stage II's forward passes, beyond weights and what is kept."""
+        passes = (cost for segment in self._segments for cost, _ in self._passes(segment))
+        return max((cost.working_bytes for cost in passes), default=0)
+
     def _window_forward(self, num_frames: int, *, num_context_frames: int = 0) -> ForwardCost:
         network, size = self.networks.stage_two, self.settings.size
         cells = self.networks.stage_two_geometry.latent_shape(size, 1)
@@ -353,13 +360,16 @@ class RunCosts:
         )
 
     def _refinement_ways(self, rates: DeviceRates, most_bytes: int | None) -> Iterator[Way]:
-        weights, passes = self.weights["stage two"], [each for segment in self._segments for each in self._passes(segment)]
+        weights, passes = (
+            self.weights["stage two"],
+            [each for segment in self._segments for each in self._passes(segment)],
+        )
         held = sum(self.weights[name].num_bytes for name in ("codec", "light decoder") if name in self.weights)
         task, texts = self.tasks["stage two"], _texts(self.settings.guidance_scale)
         compute, moving = self.seconds(task, rates), weights.num_bytes / rates.host_bytes_per_second
         text = texts * max((cost.kept_text_bytes for cost, _ in passes), default=0)
         context = texts * max((cost.kept_context_bytes for cost, _ in passes), default=0)
-        activation = max((cost.working_bytes for cost, _ in passes), default=0) + text + context
+        activation = self.stage_two_working_bytes + text + context
         placements: tuple[tuple[Placement, int, int, float], ...] = (
             ("loaded", weights.num_bytes, 1, compute + moving),
             ("streamed", _flight_bytes(weights), task.num_forwards, max(compute, task.num_forwards * moving)),
@@ -387,9 +397,7 @@ class RunCosts:
     def _codings(self, rates: DeviceRates) -> Iterator[_Coding]:
         size, geometry = self.settings.size, self.networks.stage_two_geometry
         encode, decode = self._streams(size)
-        encoding, decoding = (
-            rates.seconds(self.tasks[name].work, "none") for name in ("reference encode", "decode")
-        )
+        encoding, decoding = (rates.seconds(self.tasks[name].work, "none") for name in ("reference encode", "decode"))
         is_light = self.networks.light_decoder is not None  # which is never cut into tiles
         frames = geometry.latent_frames(self.settings.num_frames)
         groups = -(-frames // self.settings.segment_size)

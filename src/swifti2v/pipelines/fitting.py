@@ -17,7 +17,6 @@ from swifti2v.memory.devices import device_rates
 from swifti2v.memory.networks import LIGHT_DECODER, STAGE_TWO, Network, PipelineNetworks
 from swifti2v.memory.placement import PlacedNetworks, storages_of, store_weights, stored_narrow
 from swifti2v.memory.plan import CONTEXT_BYTES, MemoryPlan, plan_memory, tighter_budget
-from swifti2v.memory.run_settings import RunSettings
 from swifti2v.pipelines.acceleration import transformers_of
 from swifti2v.pipelines.stage_two import StageTwo
 from swifti2v.wan.light_decoder import LightDecoder
@@ -129,27 +128,11 @@ def plan_for(parts: Parts, settings: GenerationSettings, limits: MemoryLimits) -
     held = stored_narrow(stored)
     return plan_memory(
         networks_of(parts),
-        run_settings_of(parts, settings),
+        replace(settings, keep_context=parts.stage_two.keeps_context(settings)),
         ASSUMED_RATES,
         budget_bytes=limits.device_bytes,
         host_bytes=limits.host_bytes,
         storages=storages if held is None else storages[storages.index(held) :],
-    )
-
-
-def run_settings_of(parts: Parts, settings: GenerationSettings) -> RunSettings:
-    """Return what the cost of a run depends on."""
-    return RunSettings(
-        size=settings.size,
-        num_frames=settings.num_frames,
-        stage_one_steps=settings.stage_one_steps,
-        stage_one_guidance_scale=settings.stage_one_guidance_scale,
-        num_inference_steps=settings.num_inference_steps,
-        guidance_scale=settings.guidance_scale,
-        segment_size=settings.segment_size,
-        neighbors_before=settings.neighbors_before,
-        neighbors_after=settings.neighbors_after,
-        keep_context=parts.stage_two.keeps_context(settings),
     )
 
 

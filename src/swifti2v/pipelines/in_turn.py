@@ -19,7 +19,7 @@ import torch
 from swifti2v.memory.heap import trim_heap
 from swifti2v.memory.placement import storages_of
 from swifti2v.memory.plan import plan_stages
-from swifti2v.pipelines.fitting import ASSUMED_RATES, MemoryLimits, networks_of, run_settings_of
+from swifti2v.pipelines.fitting import ASSUMED_RATES, MemoryLimits, networks_of
 from swifti2v.pipelines.loading import load_parts
 from swifti2v.pipelines.run_store import RunStore
 from swifti2v.pipelines.two_stage import TwoStagePipeline
@@ -87,7 +87,7 @@ class StagesInTurn(TwoStagePipeline):
         settings = self.parts.defaults_of(chosen.get("few_step")).settled(chosen)
         plans = plan_stages(
             replace(networks_of(self.parts), stages=PARTS, quantization=self._products),
-            run_settings_of(self.parts, settings),
+            replace(settings, keep_context=self.parts.stage_two.keeps_context(settings)),
             ASSUMED_RATES,
             budget_bytes=limits.device_bytes,
             host_bytes=limits.host_bytes,

@@ -10,10 +10,9 @@ from swifti2v.geometry import Size
 from swifti2v.memory.amounts import format_bytes
 from swifti2v.memory.devices import device_rates
 from swifti2v.memory.plan import MemoryPlan, plan_memory
-from swifti2v.memory.run_settings import RunSettings
 
 if TYPE_CHECKING:
-    from swifti2v.memory.budget import PipelineDimensions
+    from swifti2v.memory.networks import PipelineNetworks
     from swifti2v.settings import GenerationSettings
 
 _MULTIPLE = 32
@@ -60,7 +59,7 @@ def size_choices(defaults: GenerationSettings) -> tuple[Size, ...]:
     return tuple(dict.fromkeys(scaled))
 
 
-def preset_of(label: str, dimensions: PipelineDimensions, defaults: GenerationSettings) -> Preset:
+def preset_of(label: str, dimensions: PipelineNetworks, defaults: GenerationSettings) -> Preset:
     """Return the preset of a card: the largest size that its memory holds."""
     sizes = size_choices(defaults)
     card = _card(label)
@@ -70,7 +69,7 @@ def preset_of(label: str, dimensions: PipelineDimensions, defaults: GenerationSe
 
 def summary(
     label: str,
-    dimensions: PipelineDimensions,
+    dimensions: PipelineNetworks,
     defaults: GenerationSettings,
     *,
     size: Size | None = None,
@@ -96,29 +95,21 @@ def summary(
     )
 
 
-def _plan(card: Card, dimensions: PipelineDimensions, defaults: GenerationSettings, size: Size) -> MemoryPlan | None:
+def _plan(card: Card, dimensions: PipelineNetworks, defaults: GenerationSettings, size: Size) -> MemoryPlan | None:
     try:
         return _memory(card, dimensions, _run(defaults, size, None, None))
     except MemoryBudgetError:
         return None
 
 
-def _memory(card: Card, dimensions: PipelineDimensions, settings: RunSettings) -> MemoryPlan:
+def _memory(card: Card, dimensions: PipelineNetworks, settings: GenerationSettings) -> MemoryPlan:
     return plan_memory(dimensions, settings, device_rates(card.rates), budget_bytes=card.gigabytes * 10**9)
 
 
-def _run(defaults: GenerationSettings, size: Size | None, num_frames: int | None, steps: int | None) -> RunSettings:
-    return RunSettings(
-        size=size or defaults.size,
-        num_frames=defaults.num_frames if num_frames is None else num_frames,
-        stage_one_steps=defaults.stage_one_steps,
-        stage_one_guidance_scale=defaults.stage_one_guidance_scale,
-        num_inference_steps=defaults.num_inference_steps if steps is None else steps,
-        guidance_scale=defaults.guidance_scale,
-        segment_size=defaults.segment_size,
-        neighbors_before=defaults.neighbors_before,
-        neighbors_after=defaults.neighbors_after,
-    )
+def _run(
+    defaults: GenerationSettings, size: Size | None, num_frames: int | None, steps: int | None
+) -> GenerationSettings:
+    return defaults.settled({"size": size, "num_frames": num_frames, "num_inference_steps": steps})
 
 
 def _card(label: str) -> Card:

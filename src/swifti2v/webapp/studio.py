@@ -17,7 +17,7 @@ from swifti2v.webapp.views import job_view, library_view
 
 if TYPE_CHECKING:
     from swifti2v.jobs.queue import JobQueue
-    from swifti2v.memory.budget import PipelineDimensions
+    from swifti2v.memory.networks import PipelineNetworks
 
 MAX_LISTED = 40
 _SEED_LIMIT = 2**31  # short enough to be read out, and far more than anybody will try
@@ -58,7 +58,7 @@ class Studio:
     """
 
     def __init__(
-        self, queue: JobQueue, model: str, *, dimensions: PipelineDimensions | None = None, few_step: bool = True
+        self, queue: JobQueue, model: str, *, dimensions: PipelineNetworks | None = None, few_step: bool = True
     ) -> None:
         self.queue = queue
         self.model = model

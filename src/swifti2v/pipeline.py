@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
     from swifti2v.runs import GenerationRequest, OnProgress
     from swifti2v.segments import Segment
-    from swifti2v.stage_one import StageOne
+    from swifti2v.stage_one import MotionStage
     from swifti2v.stage_two import StageTwo
     from swifti2v.wan.streaming import VideoDecoder
     from swifti2v.work_directory import WorkDirectory
@@ -48,7 +48,7 @@ class SwiftI2V:
         device: where hybrid reference and Stage II work.
     """
 
-    stage_one: StageOne
+    stage_one: MotionStage
     stage_two: StageTwo
     decoder: VideoDecoder
     device: torch.device

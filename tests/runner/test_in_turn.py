@@ -13,7 +13,6 @@ import torch
 
 from swifti2v.errors import MemoryBudgetError, WorkDirectoryError
 from swifti2v.runner import two_stage
-from swifti2v.runner.acceleration import transformers_of
 from swifti2v.runner.fitting import MemoryLimits, dimensions_of
 from swifti2v.runner.loading import load_parts
 from swifti2v.runner.two_stage import TwoStagePipeline
@@ -41,7 +40,7 @@ def loads(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, ...]]:
         assert not [network for network in alive if network() is not None]
         parts = load_parts(*arguments, **options)
         stages.append(parts.stages)
-        alive.extend(map(weakref.ref, transformers_of(parts)))
+        alive.extend(map(weakref.ref, parts.transformers))
         return parts
 
     monkeypatch.setattr(two_stage, "load_parts", load)
@@ -53,7 +52,7 @@ def room_for_one(checkpoint: Path) -> MemoryLimits:
     parts = load_parts(checkpoint, device="cpu", stages=())
     dimensions = [load_parts(checkpoint, device="cpu", stages=(stage,)) for stage in PARTS]
     needed = max(dimensions_of(each).stored_bytes("float32") for each in dimensions)
-    assert not transformers_of(parts)
+    assert not parts.transformers
     return MemoryLimits(2**30, needed + 2**10)
 
 

@@ -11,7 +11,7 @@ import torch
 
 from swifti2v.geometry import Size
 from swifti2v.memory.placement import PlacedNetworks
-from swifti2v.runner.acceleration import Acceleration, transformers_of
+from swifti2v.runner.acceleration import Acceleration
 from swifti2v.runner.fitting import MemoryLimits, dimensions_of, place, plan_for
 from swifti2v.runner.loading import load_parts
 from swifti2v.runner.two_stage import TwoStagePipeline
@@ -67,7 +67,7 @@ def test_a_plan_counts_products_in_eight_bits_and_stores_nothing_twice(kind: Qua
     unlimited = MemoryLimits()
     exact = load_parts("mini", device=CPU, memory=unlimited)
     parts = load_parts("mini", device=CPU, memory=unlimited, acceleration=Acceleration("native", quantization=kind))
-    assert {quantization_of(network) for network in transformers_of(parts)} == {kind}
+    assert {quantization_of(network) for network in parts.transformers} == {kind}
     assert dimensions_of(exact).products == "none"
     assert dimensions_of(parts).products == kind
     settings = parts.defaults.settled(OPTIONS)

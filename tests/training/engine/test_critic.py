@@ -77,7 +77,7 @@ def test_accumulation_and_rates_are_each_ones_own(tmp_path: Path) -> None:
 
 
 def test_no_gradient_outlives_its_step(tmp_path: Path) -> None:
-    """Those of both networks are never held at the same time; so it is counted (`memory.training_cost`)."""
+    """Those of both networks are never held at the same time; so it is counted (`training.recipe_cost`)."""
     first, second = Noted(), Noted()
     held: list[bool] = []
     first.module.register_forward_hook(lambda *_: held.append(second.module.weight.grad is not None))

@@ -18,7 +18,6 @@ import argparse
 import hashlib
 import json
 import runpy
-import shutil
 import sys
 import tempfile
 from contextlib import redirect_stdout
@@ -52,7 +51,6 @@ def training_losses(folder: Path, checkpoint: str | None = None) -> dict[str, di
     start = checkpoint or str(Path(swifti2v.__file__).parent / "presets" / "mini")
     videos = folder / "videos"
     _write_videos(videos)
-    shutil.copytree(Path(start) / "stage_one" / "vae", folder / "mini" / "stage_one" / "vae")
     mini = {
         "loop": LOOP,
         "model": {

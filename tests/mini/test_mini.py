@@ -9,11 +9,11 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
-from swifti2v.mini.network import MotionNetwork
 
 from swifti2v.errors import ConfigurationError
 from swifti2v.geometry import Size
 from swifti2v.media.video_writer import VideoWriter
+from swifti2v.mini.network import MotionNetwork
 from swifti2v.mini.recipes import (
     SourceOptions,
     StageOneRun,

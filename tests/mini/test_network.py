@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pytest
 import torch
-from swifti2v.training.embedded.motion_examples import path_of
 
+from swifti2v.mini.motion_examples import path_of
 from swifti2v.mini.network import (
     FEATURES,
     GLOBALS,

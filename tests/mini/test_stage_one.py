@@ -9,16 +9,16 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
-from swifti2v.mini.stage_one import PathStageOne
-from swifti2v.mini.text import make_text_encoder, train_tokenizer
-from swifti2v.settings import GenerationSettings
-from swifti2v.wan.checkpoints import resolve
 
 from swifti2v.errors import InvalidInputError
 from swifti2v.geometry import Size
 from swifti2v.mini.motion_examples import path_of
 from swifti2v.mini.network import MotionNetwork
 from swifti2v.mini.render import render_path
+from swifti2v.mini.stage_one import PathStageOne
+from swifti2v.mini.text import make_text_encoder, train_tokenizer
+from swifti2v.settings import GenerationSettings
+from swifti2v.wan.checkpoints import resolve
 
 if TYPE_CHECKING:
     from pathlib import Path

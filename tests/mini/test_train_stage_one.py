@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING
 import cv2
 import numpy as np
 import pytest
-from swifti2v.mini.recipes import StageOneRun, train_stage_one
-from swifti2v.mini.train_stage_one import Phase, StageOneRecipe
 
 from swifti2v.mini.motion_examples import UNASKED_SPEED, draw_prompt
 from swifti2v.mini.prompt_notes import motions_of
+from swifti2v.mini.recipes import StageOneRun, train_stage_one
+from swifti2v.mini.train_stage_one import Phase, StageOneRecipe
 from swifti2v.training.engine.loop import LoopOptions
 
 if TYPE_CHECKING:

@@ -7,7 +7,6 @@ import json
 import math
 import shutil
 from dataclasses import replace
-from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +22,6 @@ from swifti2v.runner.two_stage import TwoStagePipeline
 from swifti2v.schedulers import FixedSigmaScheduler
 from swifti2v.wan.checkpoint_files import write_checksums
 from swifti2v.wan.checkpoint_index import WAN_NEGATIVE_PROMPT
-from swifti2v.wan.checkpoints import resolve
 
 if TYPE_CHECKING:
     from collections.abc import Callable

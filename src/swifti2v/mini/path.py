@@ -119,7 +119,8 @@ def cell_centers(rows: int, columns: int, aspect: float) -> tuple[FloatArray, Fl
     """Return x and y of the cells of a grid [h,w] over a picture of `aspect` = height / width."""
     x = (np.arange(columns, dtype=np.float32) + 0.5) / columns - 0.5
     y = ((np.arange(rows, dtype=np.float32) + 0.5) / rows - 0.5) * aspect
-    return np.meshgrid(x, y)  # type: ignore[return-value]
+    along, down = np.meshgrid(x, y)
+    return along, down
 
 
 def _sampled(values: FloatArray, points: FloatArray, aspect: float) -> FloatArray:

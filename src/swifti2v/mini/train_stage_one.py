@@ -6,7 +6,7 @@ An interrupted run continues at its last checkpoint with the same losses: a batc
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 import torch
@@ -119,7 +119,9 @@ class StageOneObjective:
         camera = judged((made.rates - clean.rates)[:, :4], clean.rates[:, :4]).mean()
         cycles = ((made.rates - clean.rates)[:, 4:].square() * waves).sum() / waves.sum().clamp(min=1)
         slots = torch.from_numpy(_SLOTS)
-        error, truth = (part.unflatten(-1, (-1, MAP_CHANNELS)) for part in (made.places - clean.places, clean.places))
+        error, truth = (
+            torch.unflatten(part, -1, (-1, MAP_CHANNELS)) for part in (made.places - clean.places, clean.places)
+        )
         maps = [judged(error[..., slots == slot], truth[..., slots == slot]).mean() for slot in range(3)]
         # Waves are seldom and small, and learned last of all.
         places = maps[0] + 2.5 * (maps[1] + maps[2])
@@ -172,7 +174,7 @@ def refit_readouts(
     slots = torch.from_numpy(_SLOTS)
     energy = torch.stack(
         [
-            places.unflatten(-1, (-1, MAP_CHANNELS))[..., slots == slot].square().mean(dim=(1, 2, 3))
+            torch.unflatten(places, -1, (-1, MAP_CHANNELS))[..., slots == slot].square().mean(dim=(1, 2, 3))
             for slot in range(3)
         ],
         dim=1,
@@ -192,7 +194,7 @@ def refit_readouts(
     ):
         network.to_rates.weight[rows] = solved.float()
         network.to_rates.bias[rows] = offset.float()
-    last, direct = network.to_places[2], network.to_places_directly
+    last, direct = cast("nn.Linear", network.to_places[2]), network.to_places_directly
     gate = torch.sigmoid(4 * (token @ gates[0].T + gates[1]))
     joined = torch.cat([hidden, features], dim=-1)
     of_slot = slots.repeat(PATCH**2)
@@ -205,8 +207,8 @@ def refit_readouts(
         solved, offset = _least_squares(
             joined.flatten(0, 1), places[..., columns].flatten(0, 1), old, offset, scale, opened=opened
         )
-        last.weight[columns], direct.weight[columns] = solved.float().split(
-            [hidden.shape[-1], features.shape[-1]], dim=1
+        last.weight[columns], direct.weight[columns] = torch.split(
+            solved.float(), [hidden.shape[-1], features.shape[-1]], dim=1
         )
         last.bias[columns], direct.bias[columns] = offset.float(), 0.0
 
@@ -240,5 +242,5 @@ def _logistic(values: Tensor, labels: Tensor, weight: Tensor, bias: Tensor) -> t
             loss.backward()  # type: ignore[no-untyped-call]
             return loss
 
-        solver.step(closure)
+        solver.step(closure)  # type: ignore[no-untyped-call]
     return solved.detach(), offset.detach()

@@ -191,7 +191,7 @@ def speed_of(name: str, rng: np.random.Generator) -> float:
 def phrase_of(name: MotionName, speed: float, rng: np.random.Generator) -> str:
     """Draw a phrase for a motion at a speed of `SPEED_WORDS`."""
     undirected = UNDIRECTED.get(name, ())
-    choices = undirected if undirected and rng.random() < 0.12 else TEMPLATES[name]  # type: ignore[call-overload]
+    choices = list(undirected if undirected and rng.random() < 0.12 else TEMPLATES[name])
     _speed, adverbs, adjectives = min(SPEED_WORDS, key=lambda entry: abs(math.log(entry[0] / speed)))
     if adverbs:
         choices = [choice for choice in choices if "*" in choice or "&" in choice] or choices

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from swifti2v.errors import InvalidInputError
 from swifti2v.geometry import Size
 from swifti2v.memory.costs import Clip, Encoding, Forward, Weights
 from swifti2v.memory.devices import device_rates

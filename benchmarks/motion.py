@@ -3,7 +3,7 @@
 Command: ``python -m benchmarks.motion --model mini --image PHOTO --size 1280x704 --frames 81 [--pictures DIR]``.
 
 Motion: for each procedural prompt Stage I alone is run, and the optical flow (DIS) between neighbouring frames of the
-motion reference is compared with the motion that the prompt's words stand for (`swifti2v.mini.procedural`, default
+motion reference is compared with the motion that the prompt's words stand for (`swifti2v.data.procedural`, default
 speed), in pixels per frame of the motion reference. Ratio: of the mean lengths of the vectors. Agreement: cosine
 between both fields over all pixels and frames.
 
@@ -39,11 +39,11 @@ from benchmarks.results import (
     settings_of,
     write_results,
 )
+from swifti2v.data.procedural import PHRASES, MotionName, find_horizon
 from swifti2v.evaluation.metrics import detail_retention, mean_flow, warping_error
 from swifti2v.evaluation.motion import FramePair, consecutive_pairs
 from swifti2v.evaluation.seams import frame_change, seam_ratio_of_changes
 from swifti2v.geometry import Size
-from swifti2v.mini.procedural import PHRASES, MotionName, find_horizon
 from swifti2v.runner.two_stage import TwoStagePipeline
 
 if TYPE_CHECKING:

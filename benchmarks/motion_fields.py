@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from swifti2v.data.procedural import Motion, MotionName, displacement
 from swifti2v.evaluation.motion import consecutive_pairs
-from swifti2v.mini.procedural import Motion, MotionName, displacement
 
 if TYPE_CHECKING:
     from collections.abc import Iterable

@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING
 
 import PIL.Image
 
+from swifti2v.light import refine as light
+from swifti2v.light.weights import load_network
 from swifti2v.media.images import image_to_tensor
 from swifti2v.pixels import to_uint8
 from swifti2v.reference.hybrid import hybrid_reference
@@ -23,7 +25,7 @@ from swifti2v.runs import Progress
 from swifti2v.stage_one import PromptEmbeds
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator
 
     import torch
     from torch import Tensor
@@ -95,10 +97,13 @@ class SwiftI2V:
         report: OnProgress,
     ) -> Iterator[Tensor]:
         """Bring a motion reference to the size of the output with the detail of the image; yield as `stream` does."""
-        settings = request.settings
+        settings, image = request.settings, image_to_tensor(request.image).to(self.device)
+        if settings.refiner == "light":
+            yield from refine_by_light(motion, image, work, segment_size=settings.segment_size)
+            return
         reference = hybrid_reference(
             motion,
-            image_to_tensor(request.image),
+            image,
             options=ReferenceOptions(mode=settings.reference, flow_scale=settings.flow_scale),
             device=self.device,
             temporal_factor=self.stage_two.geometry.temporal,
@@ -121,3 +126,25 @@ class SwiftI2V:
             on_step=on_step,
         )
         yield from self.decoder.decode_stream(work.keep_segments(latents))
+
+
+def refine_by_light(
+    motion: Iterable[Tensor], image: Tensor, work: WorkDirectory, *, segment_size: int = 3
+) -> Iterator[Tensor]:
+    """Refine any motion reference by `light`, segment by segment, without a checkpoint; yield as `SwiftI2V.stream`.
+
+    Args:
+        motion: uint8 pieces [n,h,w,3], 4k+1 frames in all.
+        image: [3,H,W] in [-1,1], on the device where the work is to be done.
+        work: what is finished.
+        segment_size: latent frames that a segment makes (M of the paper).
+    """
+    frames = light.refine(
+        motion,
+        image,
+        load_network(image.device),
+        latent_frames_per_segment=segment_size,
+        finished=work.frames_of_segment,
+        on_segment=work.keep_frames_of_segment,
+    )
+    yield from map(to_uint8, frames)

@@ -20,7 +20,7 @@ from swifti2v.errors import InvalidInputError
 from swifti2v.geometry import CodecGeometry, Size
 from swifti2v.segments import PositionMode  # noqa: TC001 - annotations that pydantic reads while it runs
 
-Refiner = Literal["concat", "training-free", "none"]
+Refiner = Literal["concat", "training-free", "light", "none"]
 ReferenceMode = Literal["replace", "transport"]
 SolverName = Literal["euler", "renoise"]
 Panel = Literal["Main", "Stage I", "Stage II", "Speed and memory"]
@@ -52,14 +52,7 @@ class Option:
 
 
 def _size(value: object) -> Size:
-    match value:
-        case str():
-            size = Size.parse(value)
-        case [int() as width, int() as height] if not isinstance(width, bool) and not isinstance(height, bool):
-            size = Size(width, height)
-        case _:
-            msg = f"size is {reprlib.repr(value)}; give width and height, for instance 1280x704 or (1280, 704)"
-            raise InvalidInputError(msg)
+    size = Size.of(value)
     CodecGeometry().check_size(size)
     if max(size) > MAX_SIDE:
         msg = f"size is {size}; a side has at most {MAX_SIDE} pixels"
@@ -100,7 +93,8 @@ class GenerationSettings:
         Refiner,
         Field(
             description="How Stage II works: a network trained with the reference as channels (concat, the paper's), a "
-            "public image-to-video network started from the noised reference (training-free), or not at all (none)."
+            "public image-to-video network started from the noised reference (training-free), a small trained network "
+            "in pixel space (light), or not at all (none)."
         ),
         Option("--refiner", "Stage II", "stage two"),
     ] = "concat"

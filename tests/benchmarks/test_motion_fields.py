@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from benchmarks.motion_fields import agreement, asked_field, made_field, summarise
+from swifti2v.data.procedural import Motion, displacement, render
 from swifti2v.geometry import Size
-from swifti2v.mini.procedural import Motion, displacement, render
 
 SIZE = Size(192, 112)
 NUM_FRAMES = 5

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import torch
 
+from swifti2v.data.procedural import Motion, displacement, render
 from swifti2v.errors import ConfigurationError, InvalidInputError
 from swifti2v.geometry import Size
 from swifti2v.mini.motion_codec import MOTION_CHANNELS, MotionCodec, warp
-from swifti2v.mini.procedural import Motion, displacement, render
 from swifti2v.mini.train_stage_one import fit_motion_codec
 
 SIZE = Size(96, 64)

@@ -15,9 +15,9 @@ import PIL.Image
 import pytest
 import torch
 
+from swifti2v.data.procedural import MOTION_WORDS, PHRASES
 from swifti2v.errors import CheckpointError, InvalidInputError
 from swifti2v.geometry import Size
-from swifti2v.mini.procedural import MOTION_WORDS, PHRASES
 from swifti2v.runner import loading
 from swifti2v.runner.loading import load_parts, open_device, settings_of
 from swifti2v.runner.two_stage import TwoStagePipeline

@@ -18,11 +18,11 @@ import torch
 from diffusers import WanImageToVideoPipeline
 from transformers import PreTrainedTokenizerFast, UMT5EncoderModel
 
+from swifti2v.data.procedural import MOTION_WORDS, PHRASES, SPEED_WORDS
 from swifti2v.data.sources import read_index
 from swifti2v.errors import ConfigurationError
 from swifti2v.mini.motion_codec import MotionCodec
 from swifti2v.mini.motion_transformer import MotionTransformer
-from swifti2v.mini.procedural import MOTION_WORDS, PHRASES, SPEED_WORDS
 from swifti2v.mini.reference_pairs import PairOptions, ReferencePair, clip_pairs, read_clip
 from swifti2v.mini.text import make_text_encoder, train_tokenizer
 from swifti2v.mini.train_stage_one import (

@@ -15,11 +15,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from swifti2v.data.procedural import REFERENCE_FRAMES, describe, displacement, find_horizon, render, sample_motions
 from swifti2v.geometry import Size
 from swifti2v.mini.fitting import BandStatistics
 from swifti2v.mini.motion_codec import MOTION_CHANNELS, MotionCodec
 from swifti2v.mini.motion_transformer import MASK_CHANNELS, POSITION_CHANNELS, MotionTransformer
-from swifti2v.mini.procedural import REFERENCE_FRAMES, describe, displacement, find_horizon, render, sample_motions
 from swifti2v.mini.text import encode_prompts
 from swifti2v.mini.transform_codec import BLOCK, TEMPORAL
 from swifti2v.pixels import from_uint8

@@ -4,7 +4,7 @@ Command: ``make ablation CLIPS=DIR``, or ``python -m benchmarks.ablation --clips
 Of a Stage II of your own, on its device and at its size: ``make ablation CLIPS=DIR MODEL=RUN/checkpoint SIZE=2560x1408
 DEVICE=cuda DOCUMENT=my.md``; a document that does not exist is begun, and the plot is written beside it.
 Clips, motion references and measures are those of `benchmarks.baselines`. A row changes one thing of the checkpoint's
-own way (M targets, one finished neighbour before them, the anchor); one network serves all rows but those of
+own way (M targets, one finished neighbor before them, the anchor); one network serves all rows but those of
 ``--network``, whose folders hold a transformer that was trained in another way (`swifti2v.training`). Memory is given
 as the largest window in latent frames, which is what it grows with.
 
@@ -14,20 +14,26 @@ The table is written between the marks of the document, a plot beside it; words 
 from __future__ import annotations
 
 import argparse
-import io
-import re
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import PIL.Image
 import torch
 
 from benchmarks import pictures
 from benchmarks.baselines import Baseline, judged, made_frames, means
 from benchmarks.fidelity import add_clip_arguments, embedded_caption, known_clips
-from benchmarks.results import add_result_arguments, markdown_table, number, say, settings_of, write_results
+from benchmarks.results import (
+    add_result_arguments,
+    markdown_table,
+    number,
+    png_of,
+    say,
+    settings_of,
+    write_between,
+    write_results,
+)
 from swifti2v.runner.two_stage import TwoStagePipeline
 from swifti2v.stage_two import StageTwo
 from swifti2v.wan.transformer import StageTwoTransformer
@@ -71,10 +77,10 @@ FULL = Variant("full", "**full CSG**")
 VARIANTS = (
     FULL,
     Variant("no_anchor", "no anchor", {"anchor": False}),
-    Variant("no_neighbors", "no neighbours", {"neighbors_before": 0}),
-    Variant("neither", "neither anchor nor neighbours", {"anchor": False, "neighbors_before": 0}),
-    Variant("both_sides", "neighbours on both sides", {"neighbors_after": 1}),
-    Variant("two_before", "two neighbours before", {"neighbors_before": 2}),
+    Variant("no_neighbors", "no neighbors", {"neighbors_before": 0}),
+    Variant("neither", "neither anchor nor neighbors", {"anchor": False, "neighbors_before": 0}),
+    Variant("both_sides", "neighbors on both sides", {"neighbors_after": 1}),
+    Variant("two_before", "two neighbors before", {"neighbors_before": 2}),
     Variant("compact", "compact positions", {"positions": "compact"}),
     *(Variant(f"m{size}", f"M = {size}", {"segment_size": size}) for size in (1, 2, 4, 5, 6)),
     Variant("whole", "full sequence", {"segment_size": WHOLE}),
@@ -162,9 +168,6 @@ def differences_of(results: Mapping[str, Mapping[str, Numbers]], variant: Varian
 
 def plot(results: Mapping[str, Mapping[str, Numbers]], variants: Sequence[Variant]) -> Array:
     """Return the differences to the full way as a picture uint8 [H, W, 3]: PSNR with its spread, and seams."""
-    import matplotlib as mpl
-
-    mpl.use("Agg")
     from matplotlib.figure import Figure
 
     averages = means(results)
@@ -183,27 +186,16 @@ def plot(results: Mapping[str, Mapping[str, Numbers]], variants: Sequence[Varian
     right.set_xlabel("seam ratio of detail (line: full CSG)")
     for axes in (left, right):
         axes.grid(axis="x", alpha=0.3)
-    with io.BytesIO() as file:
-        figure.savefig(file, format="png", dpi=100)
-        return np.asarray(PIL.Image.open(file).convert("RGB"))
-
-
-def documented(document: str, content: str, *, begin: str = BEGIN, end: str = END) -> str:
-    """Return a document with `content` between its marks."""
-    if begin not in document or end not in document:
-        msg = f"the document has no marks {begin} and {end}; put them where the table is to stand"
-        raise ValueError(msg)
-    pattern = f"{re.escape(begin)}.*?{re.escape(end)}"
-    return re.sub(pattern, lambda _match: f"{begin}\n\n{content}\n\n{end}", document, flags=re.DOTALL)
+    picture: Array = png_of(figure)
+    return picture
 
 
 def write_document(path: Path, content: str, picture: Array) -> None:
     """Put the table between the marks of a document, which is begun if there is none, and the plot beside it."""
-    if path.exists():
-        text = path.read_text(encoding="utf-8")
-    else:
+    if not path.exists():
         text = f"# Ablation\n\n{BEGIN}\n{END}\n\n![PSNR and seams of each variant]({PICTURE.as_posix()})\n"
-    path.write_text(documented(text, content), encoding="utf-8")
+        path.write_text(text, encoding="utf-8")
+    write_between(path, content, begin=BEGIN, end=END)
     (path.parent / PICTURE).parent.mkdir(exist_ok=True)
     pictures.save(picture, path.parent / PICTURE)
 

@@ -8,7 +8,7 @@ the table are means over the clips. One clip is held in memory: about 1 GB for 3
 
 - bicubic, Lanczos: the motion reference enlarged, without the image;
 - reference: the hybrid reference alone, and encoded and decoded by Stage II's codec;
-- ours: with the checkpoint's settings; without neighbours, so that segments do not know of each other; without the
+- ours: with the checkpoint's settings; without neighbors, so that segments do not know of each other; without the
   anchor, so that the image is seen through the reference only (the checkpoint was not trained for that);
 - still image: the image repeated, which no measure of steadiness can tell from a perfect video;
 - truth: what seams, warping error, drift and flicker of the other rows are to be read beside.

@@ -38,7 +38,7 @@ def held_back_clips(folder: Path, *, min_width: int = MIN_HELD_BACK_WIDTH) -> li
 
 
 def truth_frames(path: Path, size: Size, num_frames: int) -> Array:
-    """Return the first frames of a clip, cropped at the centre: uint8 [F, H, W, 3], F = 4k+1 and at most `num_frames`.
+    """Return the first frames of a clip, cropped at the center: uint8 [F, H, W, 3], F = 4k+1 and at most `num_frames`.
 
     Raises:
         ConfigurationError: the clip is smaller than `size`.

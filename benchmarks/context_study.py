@@ -6,10 +6,11 @@ one that was stopped goes on), then judges them on clips that training never saw
 
 - short, 33 frames: every row changes one thing of the first network's own way;
 - seeds: the first way with both kinds of context, over the seeds: what differs less than they do is not shown;
-- artefacts: trained on references with or without the artefacts of Stage I's codec (stage-transition, as far as `mini`
+- artifacts: trained on references with or without the artifacts of Stage I's codec (stage-transition, as far as `mini`
   can show it), each fed with both, over the seeds;
-- long, 161 frames, and 321 (the same to and fro): errors have time to add up. Decay: PSNR of the first 15% of the
-  frames less that of the last 15%.
+- long, 161 frames, and 321 (the same to and fro), over the seeds: errors have time to add up. Decay: PSNR of the first
+  15% of the frames less that of the last 15%. What was judged is kept in ``RUNS``, so that several processes may share
+  the work, each with its ``--ways``.
 
 Clips: the held-back ones at a quarter of their size. Motion reference: the truth reduced four times more. Reference:
 ``replace``, the paper's: enlarged, its first frame the image. Measures are those of `benchmarks.baselines`.
@@ -18,8 +19,8 @@ Clips: the held-back ones at a quarter of their size. Motion reference: the trut
 from __future__ import annotations
 
 import argparse
-import io
 import itertools
+import json
 import os
 import shutil
 from dataclasses import dataclass, field, replace
@@ -27,17 +28,28 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import PIL.Image
 import torch
 
 from benchmarks import pictures
-from benchmarks.ablation import FULL, VARIANTS, Variant, documented, measured, plot, table, with_network
-from benchmarks.baselines import Baseline, judged, made_frames
+from benchmarks.ablation import FULL, VARIANTS, Variant, measured, plot, table, with_network
+from benchmarks.baselines import Baseline, made_frames
 from benchmarks.clips import held_back_clips, truth_frames
 from benchmarks.fidelity import KnownClip, known_clip
-from benchmarks.results import add_result_arguments, markdown_table, mean, number, say, settings_of, write_results
+from benchmarks.results import (
+    add_result_arguments,
+    markdown_table,
+    mean,
+    png_of,
+    say,
+    settings_of,
+    write_between,
+    write_results,
+)
 from swifti2v.config import load_yaml
-from swifti2v.evaluation.metrics import psnr
+from swifti2v.evaluation.drift import drift, look
+from swifti2v.evaluation.metrics import high_frequency_ratio, psnr
+from swifti2v.evaluation.motion import consecutive_pairs
+from swifti2v.evaluation.seams import frame_change, seam_ratio
 from swifti2v.geometry import Size
 from swifti2v.mini.motion_codec import MotionCodec
 from swifti2v.mini.recipes import StageTwoRun, train_stage_two
@@ -83,13 +95,13 @@ class Network:
 
 BIDIRECTIONAL = Network("bidirectional")
 FROZEN = Network("frozen", model={"context_attention": "frozen"})
-WITH_ARTEFACTS = Network("artefacts", pairs={"coded_share": 1.0})
+WITH_ARTIFACTS = Network("artifacts", pairs={"coded_share": 1.0})
 CLEAN_CONTEXT = Network("clean_context", model={"context_noise": 0.0})
 OWN = {"own_context_share": 0.5, "own_context_segments": 2}
 OWN_CONTEXT = Network("own_context", model=OWN)
 OWN_FROZEN = Network("own_frozen", model={"context_attention": "frozen", **OWN})
-"""The last two are judged by `benchmarks.own_context`."""
-NETWORKS = (BIDIRECTIONAL, FROZEN, WITH_ARTEFACTS, CLEAN_CONTEXT)
+SHORT_NETWORKS = (BIDIRECTIONAL, FROZEN, WITH_ARTIFACTS, CLEAN_CONTEXT)
+NETWORKS = {each.name: each for each in (*SHORT_NETWORKS, OWN_CONTEXT, OWN_FROZEN)}
 
 SHORT = (
     *(row for row in VARIANTS if row.uses_reference),
@@ -104,6 +116,9 @@ LONG = (
     Variant("no_anchor", "no anchor", {"anchor": False}),
     Variant(FROZEN.name, "trained with frozen context", network=FROZEN.name),
     Variant(CLEAN_CONTEXT.name, "trained without noise on the context", network=CLEAN_CONTEXT.name),
+    Variant("own", "trained on its own output", network=OWN_CONTEXT.name),
+    Variant("own_independent", "the same, independent segments", {"neighbors_before": 0}, network=OWN_CONTEXT.name),
+    Variant("own_frozen", "trained on its own output, frozen", network=OWN_FROZEN.name),
 )
 LONG_COLUMNS = {
     "psnr": ("PSNR (dB)", 2),
@@ -112,8 +127,8 @@ LONG_COLUMNS = {
     "seam_luma": ("seam, luma", 3),
     "seam_detail": ("seam, detail", 3),
     "drift_sharpness": ("drift, sharpness (%)", 2),
-    "drift_saturation": ("drift, saturation (%)", 2),
 }
+LENGTHS = (LONG_FRAMES, 2 * LONG_FRAMES - 1)
 
 
 def trained(network: Network, seed: int, *, clips: Path, runs: Path) -> Path:
@@ -155,7 +170,7 @@ def to_and_fro(frames: Array) -> Array:
     return np.concatenate([frames, frames[-2::-1]])
 
 
-def with_artefacts(clip: KnownClip, codec: MotionCodec) -> KnownClip:
+def with_artifacts(clip: KnownClip, codec: MotionCodec) -> KnownClip:
     """Return the clip with a reference whose motion has passed through Stage I's codec."""
     motion = through_codec(clip.motion, codec)
     image = from_uint8(clip.truth[:1])[0, :, 0]
@@ -183,30 +198,46 @@ def judge_short(networks: Mapping[str, Parts], clips: Path) -> dict[str, dict[st
 
 
 def judge_long(
-    networks: Mapping[str, Parts], clips: Path, *, is_doubled: bool, max_clips: int | None = None
+    row: Variant, seed: int, num_frames: int, *, parts: Parts, clips: Path, runs: Path, max_clips: int | None = None
 ) -> dict[str, dict[str, Any]]:
-    """Return ``{clip: {row: numbers}}`` of `LONG`; `curve` is PSNR by frame."""
-    results: dict[str, dict[str, Any]] = {}
+    """Return ``{clip: measures}`` of a network of a row of `LONG`; judged now, unless ``RUNS`` holds it."""
+    network = NETWORKS[row.network or BIDIRECTIONAL.name]
+    kept = runs / f"{network.name}_{seed}" / f"{row.name}_{num_frames}.json"
+    if kept.exists():
+        found: dict[str, dict[str, Any]] = json.loads(kept.read_text(encoding="utf-8"))
+        return found
+    own = with_network(parts, trained(network, seed, clips=clips, runs=runs))
+    settings = settings_for(own, num_frames)
+    found = {}
     for name, frames in itertools.islice(small_clips(clips, LONG_FRAMES), max_clips):
-        truth = to_and_fro(frames) if is_doubled else frames
-        settings = settings_for(networks[BIDIRECTIONAL.name], len(truth))
+        truth = frames if num_frames == LONG_FRAMES else to_and_fro(frames)
         clip = known_clip(truth, settings)
-        results[name] = {
-            row.name: long_numbers(row, clip, networks[row.network or BIDIRECTIONAL.name], settings)
-            for row in LONG
-            if (row.network or BIDIRECTIONAL.name) in networks
-        }
-        say(f"{len(truth)} frames, {name}: {results[name]['full']['psnr']:.2f} dB")
-    return results
+        with torch.no_grad():
+            made, _ = made_frames(Baseline(row.name, row.label, "stage_two", row.settings), clip, own, settings, None)
+        found[name] = long_numbers(made, truth, segment_size=settings.segment_size)
+        say(f"{row.name} {seed}, {num_frames} frames, {name}: {found[name]['psnr']:.2f} dB")
+    kept.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+    return found
 
 
-def long_numbers(row: Variant, clip: KnownClip, parts: Parts, settings: GenerationSettings) -> dict[str, Any]:
-    """Return the measures of a row on a long clip, with PSNR by frame as `curve` and its `decay`."""
-    made, _ = made_frames(Baseline(row.name, row.label, "stage_two", row.settings), clip, parts, settings, None)
-    curve = [psnr(frame, truth) for frame, truth in zip(made[1:], clip.truth[1:], strict=True)]
+def long_numbers(frames: Sequence[Array], truth: Array, *, segment_size: int) -> dict[str, Any]:
+    """Return the measures of `LONG_COLUMNS`, and PSNR by frame as ``curve``.
+
+    Frames are uint8 [H, W, 3], the first one given, and their truth is [F, H, W, 3].
+    """
+    made = list(zip(frames[1:], truth[1:], strict=True))
+    curve = [psnr(frame, true) for frame, true in made]
     count = round(END_SHARE * len(curve))
-    numbers = judged(row.name, made, clip, fps=settings.fps, segment_size=settings.segment_size, vmaf=False)
-    return {**numbers, "decay": mean(curve[:count]) - mean(curve[-count:]), "curve": curve}
+    seams = seam_ratio(map(frame_change, consecutive_pairs(frames)), segment_size=segment_size)
+    return {
+        "psnr": mean(curve),
+        "decay": mean(curve[:count]) - mean(curve[-count:]),
+        "high_frequency_ratio": mean(high_frequency_ratio(frame, true) for frame, true in made),
+        "seam_luma": seams.luma,
+        "seam_detail": seams.detail,
+        "drift_sharpness": drift("sharpness", [look(frame).sharpness for frame in frames]),
+        "curve": curve,
+    }
 
 
 def judge_seeds(parts_of: Mapping[tuple[str, int], Parts], clips: Path) -> dict[str, dict[str, list[float]]]:
@@ -228,7 +259,7 @@ def seeds_table(found: Mapping[str, Mapping[str, Sequence[float]]]) -> str:
     return markdown_table(("context, mean and range over seeds", *SEED_COLUMNS.values()), rows)
 
 
-def judge_artefacts(
+def judge_artifacts(
     parts_of: Mapping[tuple[str, int], Parts], clips: Path, codec: MotionCodec
 ) -> dict[str, dict[str, list[float]]]:
     """Return ``{fed with: {network: PSNR for each seed}}``, means over the clips."""
@@ -236,68 +267,57 @@ def judge_artefacts(
     settings = settings_for(next(iter(parts_of.values())), SHORT_FRAMES)
     for name, truth in small_clips(clips, SHORT_FRAMES):
         clean = known_clip(truth, settings)
-        for fed, clip in (("clean", clean), ("with artefacts", with_artefacts(clean, codec))):
+        for fed, clip in (("clean", clean), ("with artifacts", with_artifacts(clean, codec))):
             for (network, seed), parts in parts_of.items():
                 made, _ = made_frames(Baseline(network, network, "stage_two"), clip, parts, settings, None)
                 error = mean(psnr(frame, true) for frame, true in zip(made[1:], truth[1:], strict=True))
                 decibels.setdefault((fed, network, seed), []).append(error)
-        say(f"artefacts, {name}")
+        say(f"artifacts, {name}")
     found: dict[str, dict[str, list[float]]] = {}
     for (fed, network, _seed), values in decibels.items():
         found.setdefault(fed, {}).setdefault(network, []).append(mean(values))
     return found
 
 
-def artefacts_table(found: Mapping[str, Mapping[str, Sequence[float]]]) -> str:
-    """Return the Markdown table of `judge_artefacts`: mean over the seeds and their range."""
+def artifacts_table(found: Mapping[str, Mapping[str, Sequence[float]]]) -> str:
+    """Return the Markdown table of `judge_artifacts`: mean over the seeds and their range."""
     rows = []
     for network, label in (
         (BIDIRECTIONAL.name, "clean references"),
-        (WITH_ARTEFACTS.name, "references with artefacts"),
+        (WITH_ARTIFACTS.name, "references with artifacts"),
     ):
         rows.append((f"trained on {label}", *(_mean_and_range(values[network]) for values in found.values())))
     return markdown_table(("PSNR (dB), mean and range over seeds", *(f"fed {fed}" for fed in found)), rows)
 
 
-def long_table(results: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> str:
-    """Return the Markdown table of `judge_long`, means over the clips."""
-    clips = list(results.values())
-    rows = [
-        (
-            row.label,
-            *(
-                number(mean(clip[row.name].get(key) for clip in clips), digits)
-                for key, (_, digits) in LONG_COLUMNS.items()
-            ),
-        )
-        for row in LONG
-        if row.name in clips[0]
-    ]
-    return markdown_table((f"mean of {len(clips)} clips", *(heading for heading, _ in LONG_COLUMNS.values())), rows)
+def long_table(results: Mapping[str, Sequence[Mapping[str, Mapping[str, Any]]]]) -> str:
+    """Return the Markdown table of ``{row: [{clip: measures} for each seed]}``: mean over the seeds and range."""
+    rows = []
+    for row in LONG:
+        if seeds := results.get(row.name, ()):
+            values = {key: [mean(clip[key] for clip in clips.values()) for clips in seeds] for key in LONG_COLUMNS}
+            cells = [_mean_and_range(values[key], digits) for key, (_, digits) in LONG_COLUMNS.items()]
+            rows.append((row.label, str(len(seeds)), *cells))
+    return markdown_table(("long clips", "networks", *(heading for heading, _ in LONG_COLUMNS.values())), rows)
 
 
-def curves(results: Mapping[int, Mapping[str, Mapping[str, Any]]]) -> Array:
-    """Return PSNR by frame, the mean over the clips, as a picture uint8 [H, W, 3]: one panel a length."""
-    import matplotlib as mpl
-
-    mpl.use("Agg")
+def curves(results: Mapping[int, Mapping[str, Sequence[Mapping[str, Mapping[str, Any]]]]]) -> Array:
+    """Return PSNR by frame, the mean over clips and seeds, as a picture uint8 [H, W, 3]: one panel a length."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(10, 3.6), layout="constrained")
-    for axes, (length, clips) in zip(
-        np.atleast_1d(figure.subplots(1, len(results), sharey=True)), results.items(), strict=True
-    ):
+    panels = np.atleast_1d(figure.subplots(1, len(results), sharey=True))
+    for axes, (length, rows) in zip(panels, results.items(), strict=True):
         for row in LONG:
-            if all(row.name in clip for clip in clips.values()):
-                by_frame = np.mean([clip[row.name]["curve"] for clip in clips.values()], axis=0)
+            if seeds := rows.get(row.name, ()):
+                by_frame = np.mean([clip["curve"] for clips in seeds for clip in clips.values()], axis=0)
                 axes.plot(np.arange(1, len(by_frame) + 1), by_frame, label=row.label.strip("*"), linewidth=1.2)
         axes.set(title=f"{length} frames", xlabel="frame")
         axes.grid(alpha=0.3)
     figure.axes[0].set_ylabel("PSNR, dB")
     figure.axes[0].legend(fontsize=8)
-    with io.BytesIO() as file:
-        figure.savefig(file, format="png", dpi=100)
-        return np.asarray(PIL.Image.open(file).convert("RGB"))
+    picture: Array = png_of(figure)
+    return picture
 
 
 def main() -> None:
@@ -305,40 +325,44 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--clips", type=Path, required=True, help="folder with INDEX.csv: to train on and held back")
     parser.add_argument("--runs", type=Path, required=True, help="where the networks are, or will be")
-    parser.add_argument("--seeds", type=int, default=3, help="networks of each of the ways that `artefacts` compares")
+    parser.add_argument("--seeds", type=int, default=3, help="networks of each of the ways that `artifacts` compares")
+    parser.add_argument("--ways", nargs="+", choices=[row.name for row in LONG], help="only these of the long rows")
     parser.add_argument("--max-long-clips", type=int, help="only the first of the long clips; they take longest")
     parser.add_argument("--document", type=Path, help="Markdown file whose part between the marks is replaced")
     add_result_arguments(parser, pictures=False)
     arguments = parser.parse_args()
     parts = TwoStagePipeline.from_pretrained("mini").parts
     place = {"clips": arguments.clips, "runs": arguments.runs}
-    first = {each.name: with_network(parts, trained(each, 0, **place)) for each in NETWORKS}
+    chosen = [row for row in LONG if arguments.ways is None or row.name in arguments.ways]
+    long = {
+        length: {
+            row.name: [
+                judge_long(row, seed, length, parts=parts, max_clips=arguments.max_long_clips, **place)
+                for seed in range(arguments.seeds)
+            ]
+            for row in chosen
+        }
+        for length in LENGTHS
+    }
+    first = {each.name: with_network(parts, trained(each, 0, **place)) for each in SHORT_NETWORKS}
     every = {
         (each.name, seed): with_network(parts, trained(each, seed, **place))
-        for each in (BIDIRECTIONAL, FROZEN, WITH_ARTEFACTS)
+        for each in (BIDIRECTIONAL, FROZEN, WITH_ARTIFACTS)
         for seed in range(arguments.seeds)
     }
     codec = MotionCodec.from_pretrained(_codec_folder("stage_one"))
     with torch.no_grad():
         short = judge_short(first, arguments.clips)
-        seeds = judge_seeds(_without(every, WITH_ARTEFACTS), arguments.clips)
-        artefacts = judge_artefacts(_without(every, FROZEN), arguments.clips, codec)
-        long = {
-            LONG_FRAMES: judge_long(first, arguments.clips, is_doubled=False, max_clips=arguments.max_long_clips),
-            2 * LONG_FRAMES - 1: judge_long(
-                first, arguments.clips, is_doubled=True, max_clips=arguments.max_long_clips
-            ),
-        }
-    sections = [table(short, SHORT), seeds_table(seeds), artefacts_table(artefacts)]
+        seeds = judge_seeds(_without(every, WITH_ARTIFACTS), arguments.clips)
+        artifacts = judge_artifacts(_without(every, FROZEN), arguments.clips, codec)
+    sections = [table(short, SHORT), seeds_table(seeds), artifacts_table(artifacts)]
     sections += [f"{length} frames:\n\n{long_table(results)}" for length, results in long.items()]
     print("\n\n".join(sections))
     if arguments.document is not None:
-        text = arguments.document.read_text(encoding="utf-8")
-        written = documented(text, "\n\n".join(sections), begin=BEGIN, end=END)
-        arguments.document.write_text(written, encoding="utf-8")
+        write_between(arguments.document, "\n\n".join(sections), begin=BEGIN, end=END)
         pictures.save(plot(short, SHORT), IMAGES / "ablation_context.png")
         pictures.save(curves(long), IMAGES / "ablation_long.png")
-    content = {"settings": settings_of(arguments), "short": short, "seeds": seeds, "artefacts": artefacts, "long": long}
+    content = {"settings": settings_of(arguments), "short": short, "seeds": seeds, "artifacts": artifacts, "long": long}
     say(f"written to {write_results('context_study', content, arguments.output)}")
 
 
@@ -346,8 +370,8 @@ def _without(parts_of: Mapping[tuple[str, int], Parts], network: Network) -> dic
     return {key: parts for key, parts in parts_of.items() if key[0] != network.name}
 
 
-def _mean_and_range(values: Sequence[float]) -> str:
-    return f"{np.mean(values):.3f} ({min(values):.3f} .. {max(values):.3f})"
+def _mean_and_range(values: Sequence[float], digits: int = 3) -> str:
+    return f"{np.mean(values):.{digits}f} ({min(values):.{digits}f} .. {max(values):.{digits}f})"
 
 
 def _codec_folder(stage: str) -> Path:

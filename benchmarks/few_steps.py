@@ -20,11 +20,20 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from benchmarks.ablation import documented, with_network
+from benchmarks.ablation import with_network
 from benchmarks.baselines import Baseline, judged, made_frames
 from benchmarks.context_study import BIDIRECTIONAL, SHORT_FRAMES, settings_for, small_clips, trained
 from benchmarks.fidelity import known_clip
-from benchmarks.results import add_result_arguments, markdown_table, mean, number, say, settings_of, write_results
+from benchmarks.results import (
+    add_result_arguments,
+    markdown_table,
+    mean,
+    number,
+    say,
+    settings_of,
+    write_between,
+    write_results,
+)
 from swifti2v.evaluation.metrics import psnr
 from swifti2v.mini.reference_pairs import ReferencePair
 from swifti2v.runner.two_stage import TwoStagePipeline
@@ -112,7 +121,7 @@ class Student:
 
     @property
     def name(self) -> str:
-        """Of its folder."""
+        """Name of its folder."""
         return f"{self.objective}_{self.num_steps}_{self.num_training_steps}_{self.crop}"
 
 
@@ -215,8 +224,7 @@ def main() -> None:
         results = judge(rows, arguments.clips, judged_at, max_clips=arguments.max_clips)
     print(table(results))
     if arguments.document is not None:
-        text = arguments.document.read_text(encoding="utf-8")
-        arguments.document.write_text(documented(text, table(results), begin=BEGIN, end=END), encoding="utf-8")
+        write_between(arguments.document, table(results), begin=BEGIN, end=END)
     content = {"settings": settings_of(arguments), "results": results}
     say(f"written to {write_results('few_steps', content, arguments.output)}")
 

@@ -23,8 +23,8 @@ from functools import wraps
 from typing import TYPE_CHECKING, Any
 
 from benchmarks import full_size_networks as networks
-from benchmarks.full_size_account import Row, account_checks, accounts
-from benchmarks.results import Check, add_result_arguments, checks_table, markdown_table, number, say, settings_of
+from benchmarks.full_size_account import Row, accounts
+from benchmarks.results import add_result_arguments, markdown_table, number, say, settings_of
 from benchmarks.results import write_results as write
 from swifti2v.memory.amounts import GIB
 
@@ -93,8 +93,8 @@ def measured(arguments: argparse.Namespace, size: Size) -> tuple[list[Row], dict
     from swifti2v.runner.acceleration import Acceleration, accelerated
     from swifti2v.runner.fitting import MemoryLimits
     from swifti2v.runner.two_stage import TwoStagePipeline
-    from swifti2v.wan.light_decoder import LightDecoder
-    from swifti2v.wan.vae import WanStreamingCodec
+    from swifti2v.wan.streaming import WanStreamingCodec
+    from swifti2v.wan.taehv import LightDecoder
 
     limits = MemoryLimits.parse(arguments.cap) if arguments.cap else None
     ways = Acceleration("native", compile_blocks=arguments.compile, quantization=arguments.quantization)
@@ -184,7 +184,7 @@ def measured_baseline(size: Size, device: str) -> list[Row]:
         clip = torch.randn(1, 48, 3, size.height // 16, size.width // 16, **random)
         decode_tflop = WAN22_VAE.decode_tflop(size, 9)
         rows.append(timed("diffusers: decode, 3 latent frames", lambda: codec.decode(clip), decode_tflop))
-        from swifti2v.wan.vae import WanStreamingCodec
+        from swifti2v.wan.streaming import WanStreamingCodec
 
         streaming = WanStreamingCodec(codec)
         rows.append(timed("decode, 3 latent frames", lambda: list(streaming.decode_pixel_stream([clip])), decode_tflop))
@@ -235,18 +235,15 @@ def main() -> None:
     size = Size.parse(arguments.size)
     arguments.device = arguments.device or ("cuda" if torch.cuda.is_available() else "meta")
     whole: dict[str, Any] = {}
-    checks: list[Check] = []
     if arguments.device == "meta":
         rows = accounts(size, baseline=arguments.baseline, quantization=arguments.quantization)
-        checks = account_checks(rows) if arguments.size == "2560x1408" else []
     else:
         rows, whole = measured(arguments, size)
         torch.cuda.empty_cache()
         rows += measured_baseline(size, arguments.device) if arguments.baseline else []
         whole["device"] = torch.cuda.get_device_name()
-    print(table(rows), checks_table(checks), whole or "", sep="\n\n")
+    print(table(rows), whole or "", sep="\n\n")
     content = {"settings": settings_of(arguments), "rows": [asdict(row) for row in rows], "whole": whole}
-    content["checks"] = [vars(check) for check in checks]
     theme = "full_size_account" if arguments.device == "meta" else "full_size"
     say(f"written to {write(theme, content, arguments.output)}")
 

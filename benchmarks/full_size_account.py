@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from benchmarks import full_size_networks as networks
-from benchmarks.results import Check
 from swifti2v.memory.amounts import GIB
 
 if TYPE_CHECKING:
@@ -16,7 +15,7 @@ if TYPE_CHECKING:
     from diffusers import AutoencoderKLWan
 
     from swifti2v.geometry import Size
-    from swifti2v.wan.vae import CodecSettings
+    from swifti2v.wan.streaming import CodecSettings
 
 
 @dataclass(frozen=True)
@@ -78,9 +77,9 @@ def _stage_two_row(size: Size, frames: int, *, quantization: str = "none") -> Ro
 
 
 def _quantized(network: Any, *, quantization: Any) -> Any:
-    from swifti2v.wan.quantized_products import use_quantized_products
+    from swifti2v.wan.quantized_linear import use_quantized_matmul
 
-    use_quantized_products([network], quantization, device=network.device)
+    use_quantized_matmul([network], quantization, device=network.device)
     return network
 
 
@@ -107,7 +106,7 @@ def _codec_rows(codec: AutoencoderKLWan, size: Size, tiles: tuple[int, int] | No
     """Encode and decode a few chunks; what a chunk costs does not depend on how many went before."""
     import torch
 
-    from swifti2v.wan.vae import WanStreamingCodec
+    from swifti2v.wan.streaming import WanStreamingCodec
 
     settings = _codec_settings(size, tiles)
     words = "untiled" if tiles is None else f"{tiles[0]}x{tiles[1]} tiles, parked"
@@ -144,12 +143,12 @@ def _light_row(size: Size, *, wide: bool, num_chunks: int) -> Row:
 
 def _codec_settings(size: Size, tiles: tuple[int, int] | None) -> CodecSettings:
     from swifti2v.memory.ways import tile_size
+    from swifti2v.wan.streaming import CodecSettings
     from swifti2v.wan.tiling import Tiling
-    from swifti2v.wan.vae import CodecSettings
 
     if tiles is None:
         return CodecSettings()
-    return CodecSettings(Tiling(tile_size(size, *tiles, multiple=16)), park_features=True)
+    return CodecSettings(Tiling(tile_size(size, *tiles, multiple=16)), offload_features=True)
 
 
 def _diffusers_codec_rows(codec: AutoencoderKLWan, size: Size) -> list[Row]:
@@ -160,20 +159,4 @@ def _diffusers_codec_rows(codec: AutoencoderKLWan, size: Size) -> list[Row]:
     return [
         _counted("diffusers: encode, 3 latent frames", lambda: codec.encode(clip)),
         _counted("diffusers: decode, 3 latent frames", lambda: codec.decode(latents)),
-    ]
-
-
-def account_checks(rows: list[Row]) -> list[Check]:
-    """Compare with what is required at 2560x1408."""
-    limits = (
-        ("Stage II, one forward of 5 frames", 1.4),
-        ("decode, 3 latent frames, untiled", 18.0),
-        ("decode, 3 latent frames, 2x2 tiles, parked", 6.0),
-        ("encode, 3 latent frames, untiled", 10.2),
-        ("encode, 3 latent frames, 2x2 tiles, parked", 3.3),
-    )
-    peaks = {row.name: row.peak_gib for row in rows}
-    return [
-        Check(f"{name}: <= {limit} GiB beyond weights", f"{peaks[name]:.2f} GiB", peaks[name] <= limit)
-        for name, limit in limits
     ]

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from swifti2v.runner.fitting import MemoryLimits
     from swifti2v.runner.parts import Parts
-    from swifti2v.wan.light_decoder import LightDecoder
+    from swifti2v.wan.taehv import LightDecoder
     from swifti2v.wan.transformer import StageTwoTransformer
 
 EXPERT = {
@@ -95,7 +95,7 @@ def codec(settings: dict[str, Any], device: str) -> AutoencoderKLWan:
 
 def light_decoder(device: str, *, wide: bool = False) -> LightDecoder:
     """TAEHV's decoder of Wan2.2's latents: ``taew2_2``, or ``taew2_2_super``."""
-    from swifti2v.wan.light_decoder import LightDecoder, LightDecoderNetwork, LightLayout
+    from swifti2v.wan.taehv import LightDecoder, LightDecoderNetwork, LightLayout
 
     widths = (512, 256, 128, 64) if wide else (256, 128, 64, 64)
     with built_on(device):
@@ -109,7 +109,7 @@ def parts(device: str, memory: MemoryLimits | None, *, light: bool = False) -> P
     from swifti2v.settings import GenerationSettings
     from swifti2v.stage_one import StageOne
     from swifti2v.stage_two import StageTwo
-    from swifti2v.wan.vae import open_codec
+    from swifti2v.wan.streaming import open_codec
 
     home = device if memory is None else "cpu"
     return Parts(

@@ -58,7 +58,7 @@ class PhaseRow:
 
 
 def growth_row(num_frames: int, rates: DeviceRates) -> GrowthRow:
-    """Count one length. The whole sequence is one segment without neighbours."""
+    """Count one length. The whole sequence is one segment without neighbors."""
     settings = RunSettings(SIZE, num_frames)
     whole = RunSettings(SIZE, num_frames, segment_size=num_frames, neighbors_before=0)
     network = WAN22.stage_two

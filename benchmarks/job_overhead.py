@@ -36,7 +36,7 @@ from swifti2v.jobs.queue import JobQueue
 from swifti2v.jobs.runner import PipelineRunner
 from swifti2v.jobs.state import JobRequest
 from swifti2v.jobs.store import JobStore
-from swifti2v.jobs.worker import Outcome, Worker, _Claim
+from swifti2v.jobs.worker import Outcome, Task, Worker
 from swifti2v.media.video_writer import VideoWriter
 from swifti2v.runner.loading import settings_of as settings_of_model
 from swifti2v.runner.two_stage import TwoStagePipeline
@@ -61,7 +61,7 @@ PARTS: tuple[tuple[Any, str, str], ...] = (
     (JobFiles, "begin_attempt", "files"),
     (JobFiles, "keep_only", "files"),
     (JobStore, "complete", "complete"),
-    (_Claim, "report", "progress"),
+    (Task, "report", "progress"),
     (runner_module, "save_thumbnail", "pictures"),
     (Spritesheet, "add", "pictures"),
     (Spritesheet, "save", "pictures"),
@@ -128,7 +128,7 @@ class Account:
 
 def one_job(queue: JobQueue, pipeline: TwoStagePipeline, options: dict[str, Any]) -> dict[str, float]:
     """Submit and do one job; return its processor seconds by part, and of the whole process as ``process``."""
-    image = PIL.Image.effect_noise((options.size or Size(64, 32)), 64).convert("RGB")
+    image = PIL.Image.effect_noise(options.get("size", Size(64, 32)), 64).convert("RGB")
     with ExitStack() as stack:
         account = Account()
         for owner, name, part in PARTS:

@@ -18,25 +18,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from benchmarks.results import (
-    Check,
-    add_result_arguments,
-    checks_table,
-    judged,
-    markdown_table,
-    number,
-    say,
-    settings_of,
-    write_results,
-)
+from benchmarks.results import add_result_arguments, markdown_table, number, say, settings_of, write_results
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
 GIBIBYTE = 2**30
 POLL_SECONDS = 0.02
-MAX_PEAK_GIB = 3.0
-MAX_GROWTH = 1.05
 
 
 @dataclass(frozen=True)
@@ -128,18 +116,6 @@ def table(rows: Sequence[MemoryRow]) -> str:
     )
 
 
-def checks(rows: Sequence[MemoryRow]) -> list[Check]:
-    """Compare with what is required of `mini` at 2560x1408."""
-    peak = max(row.peak_bytes for row in rows) / GIBIBYTE
-    found = [Check(f"peak < {MAX_PEAK_GIB:g} GiB", f"{peak:.2f} GiB", peak < MAX_PEAK_GIB)]
-    shortest, longest = (choose(rows, key=lambda row: row.num_frames) for choose in (min, max))
-    if longest.num_frames > shortest.num_frames:
-        growth = longest.peak_bytes / shortest.peak_bytes
-        name = f"peak at {longest.num_frames} frames <= {MAX_GROWTH:g} times that at {shortest.num_frames}"
-        found.append(Check(name, f"{growth:.3f}", judged(growth, at_most=MAX_GROWTH)))
-    return found
-
-
 def main() -> None:
     """Read the command line, measure, print, write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -156,10 +132,8 @@ def main() -> None:
         say(f"{arguments.size}x{num_frames} ...")
         rows.append(measure(arguments, num_frames))
         say(f"  {rows[-1].peak_bytes / GIBIBYTE:.2f} GiB, {rows[-1].seconds:.0f} s")
-    judgements = checks(rows)
-    print(table(rows), checks_table(judgements), sep="\n\n")
+    print(table(rows))
     content = {"settings": settings_of(arguments), "rows": [asdict(row) for row in rows]}
-    content["checks"] = [vars(check) for check in judgements]
     say(f"written to {write_results('memory', content, arguments.output)}")
 
 

@@ -11,7 +11,6 @@ import math
 import os
 import platform
 import sys
-from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,15 +21,6 @@ if TYPE_CHECKING:
 
 RESULTS = Path(__file__).parent / "results"
 PACKAGES = ("torch", "diffusers", "opencv-python-headless", "numpy", "av", "vmaf-torch")
-
-
-@dataclass(frozen=True)
-class Check:
-    """A requirement and what was measured; `holds` is None where it could not be judged."""
-
-    requirement: str
-    measured: str
-    holds: bool | None
 
 
 def say(message: str) -> None:
@@ -49,14 +39,6 @@ def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def checks_table(checks: Sequence[Check]) -> str:
-    """Return a Markdown table of requirements."""
-    words = {True: "yes", False: "**no**", None: "-"}
-    return markdown_table(
-        ("requirement", "measured", "holds"), [(c.requirement, c.measured, words[c.holds]) for c in checks]
-    )
-
-
 def number(value: float | None, digits: int = 2) -> str:
     """Return a number as a cell of a table; ``-`` for None and NaN."""
     return "-" if value is None or math.isnan(value) else f"{value:.{digits}f}"
@@ -68,16 +50,40 @@ def mean(values: Iterable[float | None]) -> float:
     return math.fsum(present) / len(present) if present else math.nan
 
 
-def judged(value: float, *, at_least: float = -math.inf, at_most: float = math.inf) -> bool | None:
-    """Return whether a value lies in a range, ends included; None for NaN."""
-    return None if math.isnan(value) else at_least <= value <= at_most
-
-
 def add_result_arguments(parser: argparse.ArgumentParser, *, pictures: bool = True) -> None:
     """Add ``--output`` and ``--pictures``."""
     parser.add_argument("--output", type=Path, help="JSON file; default: benchmarks/results/<theme>_<hardware>_<date>")
     if pictures:
         parser.add_argument("--pictures", type=Path, help="folder for pictures; default: none are made")
+
+
+def write_between(document: Path, content: str, *, begin: str, end: str) -> None:
+    """Put `content` between the marks of a document.
+
+    Raises:
+        ValueError: the document lacks the marks.
+    """
+    text = document.read_text(encoding="utf-8")
+    if begin not in text or end not in text:
+        msg = f"{document} has no marks {begin} and {end}; put them where the table is to stand"
+        raise ValueError(msg)
+    document.write_text(
+        f"{text.partition(begin)[0]}{begin}\n\n{content}\n\n{end}{text.partition(end)[2]}", encoding="utf-8"
+    )
+
+
+def png_of(figure: Any) -> Any:
+    """Return a matplotlib figure as a picture, uint8 [H, W, 3]."""
+    import io
+
+    import numpy as np
+    import PIL.Image
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    FigureCanvasAgg(figure)
+    with io.BytesIO() as file:
+        figure.savefig(file, format="png", dpi=100)
+        return np.asarray(PIL.Image.open(file).convert("RGB"))
 
 
 def settings_of(arguments: argparse.Namespace) -> dict[str, Any]:

@@ -12,27 +12,71 @@ import resource
 import subprocess
 import sys
 import time
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 from unittest import mock
 
-from benchmarks.ratios import COLUMNS, ROWS, TINY, TOKENS_PER_FRAME, Ratio, best_seconds, least_seconds, num_graphs
-from benchmarks.results import (
-    Check,
-    add_result_arguments,
-    checks_table,
-    judged,
-    markdown_table,
-    number,
-    say,
-    settings_of,
-    write_results,
-)
+from benchmarks.results import add_result_arguments, markdown_table, number, say, settings_of, write_results
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     import torch
+
+
+TINY: dict[str, Any] = {
+    "num_attention_heads": 2,
+    "attention_head_dim": 64,
+    "ffn_dim": 600,  # 4.67 times the width, as in the 5B
+    "num_layers": 4,
+    "text_dim": 64,
+    "freq_dim": 256,
+}
+"""With 132 tokens a frame attention and linear layers share the work of a window as in the 5B at 2560x1408."""
+ROWS, COLUMNS = 11 * 2, 12 * 2
+TOKENS_PER_FRAME = (ROWS // 2) * (COLUMNS // 2)
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """Seconds of the way that is compared with, and of ours; `graphs` counts what was compiled for ours."""
+
+    name: str
+    other_seconds: float
+    seconds: float
+    graphs: int | None = None
+
+    @property
+    def ratio(self) -> float:
+        """How many times faster ours is."""
+        return self.other_seconds / self.seconds
+
+
+def best_seconds(run: Callable[[], object], *, repeats: int) -> float:
+    """Return the least processor time of a few runs."""
+    return least_seconds({"": run}, rounds=repeats)[""]
+
+
+def least_seconds(ways: Mapping[str, Callable[[], object]], *, rounds: int) -> dict[str, float]:
+    """Return the least processor time of each way.
+
+    They run in turn, so that a machine that slows down slows all of them, and every other round backwards, so that none
+    always follows the same one.
+    """
+    found: dict[str, list[float]] = {name: [] for name in ways}
+    for turn in range(rounds):
+        for name in list(ways) if turn % 2 == 0 else reversed(list(ways)):
+            started = time.thread_time()
+            ways[name]()
+            found[name].append(time.thread_time() - started)
+    return {name: min(seconds) for name, seconds in found.items()}
+
+
+def num_graphs() -> int:
+    """Return how many graphs this process has compiled so far."""
+    from torch._dynamo.utils import counters
+
+    return int(counters["stats"]["unique_graphs"])
 
 
 def stage_two_forward(repeats: int, *, targets_only: bool) -> Ratio:
@@ -63,7 +107,7 @@ def stage_two_forward(repeats: int, *, targets_only: bool) -> Ratio:
         ways = {"theirs": lambda: stock(latents, per_token, text), "ours": forward}
         seconds = least_seconds(ways, rounds=4 * repeats)
     name = f"Stage II forward, 5 frames{', 3 of them targets' * targets_only}, against diffusers per token"
-    return Ratio(name, seconds["theirs"], seconds["ours"], goal=1.3)
+    return Ratio(name, seconds["theirs"], seconds["ours"])
 
 
 def compiled_forwards(repeats: int) -> list[Ratio]:
@@ -100,8 +144,8 @@ def compiled_forwards(repeats: int) -> list[Ratio]:
         seconds = least_seconds(ways, rounds=4 * repeats)
     name = "Stage II forward, 5 frames, blocks compiled, against diffusers per token"
     return [
-        Ratio(name, seconds["theirs"], seconds["ours"], goal=1.3, graphs=graphs),
-        Ratio(f"{name}, compiled", seconds["theirs compiled"], seconds["ours"], goal=1.0, graphs=graphs),
+        Ratio(name, seconds["theirs"], seconds["ours"], graphs=graphs),
+        Ratio(f"{name}, compiled", seconds["theirs compiled"], seconds["ours"], graphs=graphs),
     ]
 
 
@@ -133,12 +177,10 @@ def kept_text(repeats: int) -> Ratio:
                 raise AssertionError(msg)
             seconds = least_seconds({"reading": reading, "knowing": forward}, rounds=repeats)
     name = "Stage II forward with its text kept, 512 tokens, against reading it"
-    return Ratio(name, seconds["reading"], seconds["knowing"], goal=1.0)
+    return Ratio(name, seconds["reading"], seconds["knowing"])
 
 
-def segments_against_full_sequence(
-    num_latent_frames: int, goal: float, *, repeats: int, is_compiled: bool = False
-) -> Ratio:
+def segments_against_full_sequence(num_latent_frames: int, *, repeats: int, is_compiled: bool = False) -> Ratio:
     """Compare one step over all segments, as the sampler runs them, with one step over the whole clip.
 
     One tiny transformer, its blocks compiled for both or for neither; a segment asks for its targets, and the text is
@@ -176,33 +218,33 @@ def segments_against_full_sequence(
             whole()
         seconds = least_seconds({"ours": by_segment, "whole": whole}, rounds=repeats)
     name = f"segments against the full sequence, {num_latent_frames} latent frames{', blocks compiled' * is_compiled}"
-    return Ratio(name, seconds["whole"], seconds["ours"], goal, graphs)
+    return Ratio(name, seconds["whole"], seconds["ours"], graphs)
 
 
-def kept_context(num_latent_frames: int, goal: float, *, repeats: int) -> Ratio:
+def kept_context(num_latent_frames: int, *, repeats: int) -> Ratio:
     """Compare four steps by segments whose context runs in the first of them with four over the whole clip."""
     import torch
 
     from swifti2v.segments import Segment, plan_segments
-    from swifti2v.wan.context_attention import ContextMemory
+    from swifti2v.wan.context_attention import KVCache
     from swifti2v.wan.transformer import StageTwoTransformer
 
     torch.manual_seed(0)
     network = StageTwoTransformer(in_channels=96, reference_channels=48, out_channels=48, **TINY).eval()
     clip, text = torch.randn(1, 96, num_latent_frames, ROWS, COLUMNS), torch.randn(1, 16, 64)
 
-    def forward(frames: Sequence[int], kinds: Sequence[int], targets: slice, memory: ContextMemory | None) -> None:
+    def forward(frames: Sequence[int], kinds: Sequence[int], targets: slice, memory: KVCache | None) -> None:
         network(
             clip[:, :, list(frames)],
             torch.full((1, len(frames)), 500.0),
             text,
             frame_kinds=torch.tensor(kinds),
-            context_memory=memory,
+            kv_cache=memory,
             output_frames=targets,
         )
 
     def steps(segment: Segment) -> None:
-        memory = ContextMemory(len(network.blocks))
+        memory = KVCache(len(network.blocks))
         forward(segment.window, segment.kinds, segment.target_slice, memory)
         for _ in range(3):
             forward(segment.targets, segment.kinds[segment.target_slice], slice(0, len(segment.targets)), memory)
@@ -218,7 +260,7 @@ def kept_context(num_latent_frames: int, goal: float, *, repeats: int) -> Ratio:
         steps(plan_segments(5)[0])
         seconds = least_seconds({"ours": by_segment, "whole": whole}, rounds=repeats)
     name = f"segments with context kept over 4 steps against the full sequence, {num_latent_frames} latent frames"
-    return Ratio(name, 4 * seconds["whole"], seconds["ours"], goal)
+    return Ratio(name, 4 * seconds["whole"], seconds["ours"])
 
 
 def streaming_decode(repeats: int) -> Ratio:
@@ -227,7 +269,7 @@ def streaming_decode(repeats: int) -> Ratio:
     from diffusers import AutoencoderKLWan
 
     from benchmarks.full_size_networks import VAE22
-    from swifti2v.wan.vae import WanStreamingCodec
+    from swifti2v.wan.streaming import WanStreamingCodec
 
     torch.manual_seed(0)
     vae = AutoencoderKLWan(**(VAE22 | {"base_dim": 20, "decoder_base_dim": 32})).eval()
@@ -238,7 +280,7 @@ def streaming_decode(repeats: int) -> Ratio:
         torch.testing.assert_close(ours, vae.decode(latents).sample, rtol=1e-3, atol=1e-4)
         ways = {"ours": lambda: list(codec.decode_pixel_stream([latents])), "theirs": lambda: vae.decode(latents)}
         seconds = least_seconds(ways, rounds=repeats)
-    return Ratio("streaming decode against vae.decode", seconds["theirs"], seconds["ours"], goal=1.0)
+    return Ratio("streaming decode against vae.decode", seconds["theirs"], seconds["ours"])
 
 
 def sampler_overhead() -> float:
@@ -308,14 +350,6 @@ def help_seconds(repeats: int) -> float:
     return min(found)
 
 
-def checks(ratios: list[Ratio], overhead: float, help_time: float) -> list[Check]:
-    """Compare with what is required."""
-    found = [Check(f"{r.name} >= {r.goal:g}x", f"{r.ratio:.2f}x", judged(r.ratio, at_least=r.goal)) for r in ratios]
-    found.append(Check("sampler overhead < 2%", f"{overhead:.2%}", judged(overhead, at_most=0.02)))
-    found.append(Check("swifti2v --help < 0.5 s", f"{help_time:.2f} s", judged(help_time, at_most=0.5)))
-    return found
-
-
 def main() -> None:
     """Read the command line, measure, print, write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -331,25 +365,24 @@ def main() -> None:
         lambda: stage_two_forward(arguments.repeats, targets_only=True),
         lambda: stage_two_forward(arguments.repeats, targets_only=False),
         lambda: kept_text(arguments.repeats),
-        lambda: segments_against_full_sequence(41, 2.0, repeats=max(2, arguments.repeats // 2)),
-        lambda: segments_against_full_sequence(arguments.longest, 6.0, repeats=2),
-        lambda: kept_context(41, 2.0, repeats=max(2, arguments.repeats // 2)),
-        lambda: kept_context(arguments.longest, 6.0, repeats=2),
+        lambda: segments_against_full_sequence(41, repeats=max(2, arguments.repeats // 2)),
+        lambda: segments_against_full_sequence(arguments.longest, repeats=2),
+        lambda: kept_context(41, repeats=max(2, arguments.repeats // 2)),
+        lambda: kept_context(arguments.longest, repeats=2),
         lambda: streaming_decode(arguments.repeats),
         lambda: compiled_forwards(arguments.repeats),
-        lambda: segments_against_full_sequence(41, 2.0, repeats=max(2, arguments.repeats // 2), is_compiled=True),
-        lambda: segments_against_full_sequence(arguments.longest, 6.0, repeats=2, is_compiled=True),
+        lambda: segments_against_full_sequence(41, repeats=max(2, arguments.repeats // 2), is_compiled=True),
+        lambda: segments_against_full_sequence(arguments.longest, repeats=2, is_compiled=True),
     ):
         measured = measure()
         for ratio in measured if isinstance(measured, list) else [measured]:
             ratios.append(ratio)
             say(f"{ratio.name}: {ratio.ratio:.2f}x")
-    judgements = checks(ratios, sampler_overhead(), help_seconds(arguments.repeats))
+    overheads = {"sampler_share": sampler_overhead(), "help_seconds": help_seconds(arguments.repeats)}
     rows = [(r.name, number(r.other_seconds, 3), number(r.seconds, 3), f"{r.ratio:.2f}") for r in ratios]
-    print(markdown_table(("what", "other s", "ours s", "ratio"), rows), checks_table(judgements), sep="\n\n")
+    print(markdown_table(("what", "other s", "ours s", "ratio"), rows), overheads, sep="\n\n")
     content = {"settings": settings_of(arguments), "ratios": [asdict(r) | {"ratio": r.ratio} for r in ratios]}
-    content["checks"] = [vars(check) for check in judgements]
-    say(f"written to {write_results('speed', content, arguments.output)}")
+    say(f"written to {write_results('speed', content | overheads, arguments.output)}")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Do synthetic references look like what Stage I really makes? Spectra of motion references, and pictures.
 
 Command: ``python -m benchmarks.transition --model mini --clips DIR --frames 33 [--pictures DIR]``.
-Clips: the held-back ones of ``DIR/INDEX.csv``, cropped at the centre. For each clip, at Stage I's size:
+Clips: the held-back ones of ``DIR/INDEX.csv``, cropped at the center. For each clip, at Stage I's size:
 
 - reduced: the clip itself, what a Stage II without stage-transition is trained on;
 - transition SIGMA: the clip noised to SIGMA and denoised again by Stage I (`swifti2v.training.refiner.transition`);
@@ -9,13 +9,12 @@ Clips: the held-back ones of ``DIR/INDEX.csv``, cropped at the centre. For each 
 
 Spectrum: power of luma over rings of equal spatial frequency (Hann window), in decibels, mean over the frames 1.. and
 the clips. Distance: root mean square difference of two spectra in decibels over the rings above a quarter of the
-Nyquist frequency, where artefacts live. Follows: PSNR against the clip, frames 1..; it falls as the motion is lost.
+Nyquist frequency, where artifacts live. Follows: PSNR against the clip, frames 1..; it falls as the motion is lost.
 """
 
 from __future__ import annotations
 
 import argparse
-import io
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,7 +25,16 @@ import torch
 
 from benchmarks import pictures
 from benchmarks.clips import held_back_clips, truth_frames
-from benchmarks.results import add_result_arguments, markdown_table, mean, number, say, settings_of, write_results
+from benchmarks.results import (
+    add_result_arguments,
+    markdown_table,
+    mean,
+    number,
+    png_of,
+    say,
+    settings_of,
+    write_results,
+)
 from swifti2v.evaluation.metrics import psnr
 from swifti2v.geometry import Size
 from swifti2v.runner.two_stage import TwoStagePipeline
@@ -103,6 +111,7 @@ def motion_references(parts: Parts, clip: Array, caption: str, sigmas: list[floa
         PIL.Image.fromarray(clip[0]),
         embeds,
         GenerationSettings(num_frames=len(clip)),
+        size=Size(clip.shape[2], clip.shape[1]),
     )
     made[REAL] = torch.cat(list(pieces)).numpy()
     return made
@@ -143,9 +152,6 @@ def table(kinds: Mapping[str, Kind]) -> str:
 
 def plot(kinds: Mapping[str, Kind]) -> Array:
     """Return the spectra as a picture uint8 [H, W, 3]."""
-    import matplotlib as mpl
-
-    mpl.use("Agg")
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7.5, 4.5), layout="constrained")
@@ -156,9 +162,8 @@ def plot(kinds: Mapping[str, Kind]) -> Array:
     axes.set(xlabel="spatial frequency / Nyquist", ylabel="power of luma, dB")
     axes.grid(alpha=0.3)
     axes.legend()
-    with io.BytesIO() as file:
-        figure.savefig(file, format="png", dpi=110)
-        return np.asarray(PIL.Image.open(file).convert("RGB"))
+    picture: Array = png_of(figure)
+    return picture
 
 
 def main() -> None:
@@ -186,7 +191,7 @@ def main() -> None:
 
 
 def _row(made: Mapping[str, Array]) -> Array:
-    """Return the last frame of every kind, the centre enlarged."""
+    """Return the last frame of every kind, the center enlarged."""
     panels = []
     for name, frames in made.items():
         height, width = frames.shape[1:3]

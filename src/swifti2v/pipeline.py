@@ -13,8 +13,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-import PIL.Image
-
 from swifti2v.light import refine as light
 from swifti2v.light.weights import load_network
 from swifti2v.media.images import image_to_tensor
@@ -34,7 +32,7 @@ if TYPE_CHECKING:
     from swifti2v.segments import Segment
     from swifti2v.stage_one import StageOne
     from swifti2v.stage_two import StageTwo
-    from swifti2v.wan.vae import VideoDecoder
+    from swifti2v.wan.streaming import VideoDecoder
     from swifti2v.work_directory import WorkDirectory
 
 
@@ -76,13 +74,14 @@ class SwiftI2V:
     def motion_reference(
         self, request: GenerationRequest, prompt: PromptEmbeds, work: WorkDirectory, report: OnProgress
     ) -> Iterator[Tensor]:
-        """Run Stage I on the reduced image; yield its frames, uint8 [n,h,w,3], when all of them are on disk."""
+        """Run Stage I; yield its frames, uint8 [n,h,w,3], when all of them are on disk."""
 
         def make() -> Iterator[Tensor]:
             return self.stage_one.generate(
-                request.image.resize(request.motion_size, PIL.Image.Resampling.LANCZOS),
+                request.image,
                 prompt,
                 request.settings,
+                size=request.motion_size,
                 on_step=lambda step, total: report(Progress("stage_one", step + 1, total)),
             )
 

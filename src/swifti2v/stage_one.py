@@ -124,17 +124,18 @@ class StageOne:
         prompt: str | PromptEmbeds,
         settings: GenerationSettings,
         *,
+        size: Size,
         on_step: OnStageOneStep | None = None,
     ) -> Iterator[Tensor]:
         """Make the motion reference.
 
         Args:
-            image: RGB, of the size of the motion reference (`swifti2v.media.images.fit_image`): multiples of the
-                codec's factor times the patch (16 for Wan2.2-A14B).
+            image: RGB, of the aspect of `size`; it is reduced to that.
             prompt: text, or what `encode_prompt` made of it.
             settings: frames, seed, steps and guidance. Few steps are those of the distillation's fixed schedule if
                 there are as many, and follow the same curve otherwise. The first window is exactly the pipeline's own
                 result for a CPU generator of the seed.
+            size: of the motion reference, in multiples of the codec's factor times the patch (16 for Wan2.2-A14B).
             on_step: progress over all windows; to cancel, raise in it.
 
         Returns:
@@ -144,7 +145,7 @@ class StageOne:
             InvalidInputError: at the call, for an argument that cannot be used.
             AdapterError: while iterating, if adapters are merged so that the few-step ones cannot be turned on or off.
         """
-        self.geometry.check_size(Size(*image.size))
+        self.geometry.check_size(size)
         if image.mode != "RGB":
             msg = f"the image is {image.mode}, not RGB; convert it with fit_image"
             raise InvalidInputError(msg, param="image", value=image.mode)
@@ -153,6 +154,8 @@ class StageOne:
         if isinstance(prompt, PromptEmbeds) and _uses_guidance(settings) and prompt.negative is None:
             msg = "guidance needs negative embeddings; call encode_prompt with a negative_prompt (it may be empty)"
             raise InvalidInputError(msg, param="prompt")
+        if image.size != tuple(size):
+            image = image.resize(size, PIL.Image.Resampling.LANCZOS)
         return self._windows(image, prompt, settings, windows, on_step)
 
     def _windows(
@@ -223,6 +226,11 @@ class StageOne:
                 callback_on_step_end=after_step,
             )
         return video[0].to("cpu", torch.float32).permute(0, 2, 3, 1)
+
+    def notes_of(self, prompt: str, negative_prompt: str | None = None) -> tuple[str, ...]:
+        """Say what of the texts will have no effect: what is cut at the encoder's limit."""
+        named = (("prompt", prompt), ("negative prompt", negative_prompt or ""))
+        return tuple(note for name, text in named if (note := self.cut_note(name, text)))
 
     def cut_note(self, name: str, text: str) -> str | None:
         """Say that a text, called `name`, is longer than the encoder reads; None if it is not."""

@@ -21,7 +21,7 @@ from swifti2v.sampling.segmented import nothing_finished, sample_segments
 from swifti2v.sampling.solvers import euler, renoise
 from swifti2v.segments import plan_segments
 from swifti2v.wan.condition import predict_targets
-from swifti2v.wan.context_attention import ContextMemory
+from swifti2v.wan.context_attention import KVCache
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
@@ -31,8 +31,8 @@ if TYPE_CHECKING:
     from swifti2v.sampling.segmented import OnSegmentStep, Window
     from swifti2v.segments import Segment
     from swifti2v.settings import GenerationSettings
+    from swifti2v.wan.streaming import StreamingCodec
     from swifti2v.wan.transformer import StageTwoTransformer
-    from swifti2v.wan.vae import StreamingCodec
 
 SOLVERS = {"euler": euler, "renoise": renoise}
 
@@ -45,26 +45,26 @@ class FinishedLatents:
     latents: Tensor
 
 
-class _ContextMemories:
-    """What is kept of the window at hand, one memory for each text; a new window begins anew."""
+class _KVCaches:
+    """KV caches of the current window, one for each text; a new window starts with empty ones."""
 
     def __init__(self, transformer: StageTwoTransformer) -> None:
         self._num_blocks = len(transformer.blocks)
         self._window: Window | None = None
-        self._memories: list[tuple[Tensor, ContextMemory]] = []
+        self._caches: list[tuple[Tensor, KVCache]] = []
 
-    def of(self, window: Window, text: Tensor) -> ContextMemory:
+    def of(self, window: Window, text: Tensor) -> KVCache:
         if window is not self._window:
-            self._window, self._memories = window, []
-        for known, memory in self._memories:
+            self._window, self._caches = window, []
+        for known, cache in self._caches:
             if known is text:
-                return memory
-        memory = ContextMemory(self._num_blocks)
-        self._memories.append((text, memory))
-        return memory
+                return cache
+        cache = KVCache(self._num_blocks)
+        self._caches.append((text, cache))
+        return cache
 
     def clear(self) -> None:
-        self._window, self._memories = None, []
+        self._window, self._caches = None, []
 
 
 class StageTwo:
@@ -137,7 +137,7 @@ class StageTwo:
         anchor = next(latents)
         yield FinishedLatents(None, anchor)
 
-        memories = _ContextMemories(self.transformer) if self.keeps_context(settings) else None
+        caches = _KVCaches(self.transformer) if self.keeps_context(settings) else None
 
         def predict(window: Window, targets: Tensor, sigma: float, embeds: Tensor) -> Tensor:
             return predict_targets(
@@ -148,7 +148,7 @@ class StageTwo:
                 sigma=sigma,
                 prompt_embeds=embeds,
                 position_mode=settings.positions,
-                context_memory=memories.of(window, embeds) if memories else None,
+                kv_cache=caches.of(window, embeds) if caches else None,
             )
 
         def denoise(window: Window, targets: Tensor, sigma: float) -> Tensor:
@@ -172,8 +172,8 @@ class StageTwo:
         )
         with self.transformer.text_kept():
             for segment, targets in sampled:
-                if memories is not None:
-                    memories.clear()  # gigabytes, and whoever reads this may decode on the same device
+                if caches is not None:
+                    caches.clear()  # gigabytes, and whoever reads this may decode on the same device
                 yield FinishedLatents(segment, targets)
                 del targets
 

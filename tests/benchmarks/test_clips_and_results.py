@@ -6,12 +6,14 @@ import argparse
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
+from benchmarks import ablation, context_study, few_steps
 from benchmarks.clips import held_back_clips, truth_frames
-from benchmarks.results import judged, markdown_table, mean, number, settings_of, write_results
+from benchmarks.results import markdown_table, mean, number, settings_of, write_between, write_results
 from swifti2v.errors import ConfigurationError
 from swifti2v.geometry import Size
 from swifti2v.media.video_writer import VideoWriter
@@ -38,7 +40,7 @@ def test_only_wide_clips_are_held_back(tmp_path: Path) -> None:
         held_back_clips(tmp_path, min_width=2000)
 
 
-def test_the_truth_is_the_centre_of_4k_plus_1_frames(clip: Path) -> None:
+def test_the_truth_is_the_center_of_4k_plus_1_frames(clip: Path) -> None:
     truth = truth_frames(clip, Size(64, 32), 9)
     assert truth.shape == (5, 32, 64, 3)
     assert truth[:, 4:-4, 4:-4].min() > 180
@@ -61,4 +63,16 @@ def test_cells() -> None:
     assert (number(math.nan), number(None), number(1.005, 1)) == ("-", "-", "1.0")
     assert mean([1, None, math.nan, 3]) == 2
     assert math.isnan(mean([]))
-    assert (judged(1, at_least=1), judged(2, at_most=1), judged(math.nan)) == (True, False, None)
+
+
+@pytest.mark.parametrize("study", [ablation, context_study, few_steps])
+def test_a_table_goes_between_its_marks_of_which_the_document_has_one_pair(study: Any, tmp_path: Path) -> None:
+    copy = tmp_path / "document.md"
+    copy.write_text(f"before\n{study.BEGIN}\nold\n{study.END}\nafter\n", encoding="utf-8")
+    for _ in range(2):
+        write_between(copy, "| new |", begin=study.BEGIN, end=study.END)
+        assert copy.read_text() == f"before\n{study.BEGIN}\n\n| new |\n\n{study.END}\nafter\n"
+    with pytest.raises(ValueError, match="no marks"):
+        write_between(copy, "| new |", begin="<!-- other -->", end=study.END)
+    text = ablation.DOCUMENT.read_text(encoding="utf-8")
+    assert text.count(study.BEGIN) == text.count(study.END) == 1

@@ -9,8 +9,7 @@ import pytest
 import torch
 
 from benchmarks import few_steps
-from benchmarks.ablation import DOCUMENT
-from benchmarks.few_steps import BATCH_SIZE, BEGIN, CROP, END, LABELS, PairCrops, Student, distilled, judge, table
+from benchmarks.few_steps import BATCH_SIZE, CROP, LABELS, PairCrops, Student, distilled, judge, table
 from swifti2v.mini.reference_pairs import ReferencePair
 from swifti2v.runner.loading import load_parts
 from swifti2v.wan.transformer import StageTwoTransformer
@@ -81,8 +80,3 @@ def test_rows_are_compared_with_the_first(parts: Parts, tmp_path: Path, monkeypa
     assert found["again"]["to_teacher"] > 90 > found["one"]["to_teacher"]
     text = table({"noise": found})
     assert text.splitlines()[2].startswith("| teacher | ")
-
-
-def test_the_document_has_the_place_of_the_table() -> None:
-    text = DOCUMENT.read_text(encoding="utf-8")
-    assert text.count(BEGIN) == text.count(END) == 1

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from benchmarks import memory
-from benchmarks.memory import GIBIBYTE, MemoryRow, checks, run_child, table
+from benchmarks.memory import run_child
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -26,10 +26,6 @@ def allocating(mebibytes: int, seen: Path) -> list[str]:
         "print('done')"
     )
     return [sys.executable, "-S", "-c", program]
-
-
-def row(num_frames: int, gibibytes: float) -> MemoryRow:
-    return MemoryRow("2560x1408", num_frames, int(gibibytes * GIBIBYTE), 1.0, 2.0, 3.0)
 
 
 def test_the_peak_is_that_of_each_child_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -58,10 +54,3 @@ def test_the_peak_is_that_of_each_child_alone(tmp_path: Path, monkeypatch: pytes
 def test_a_failing_child_is_an_error_with_its_words() -> None:
     with pytest.raises(RuntimeError, match=r"ended with 3: no such image"):
         run_child([sys.executable, "-S", "-c", "import sys; sys.stderr.write('no such image'); sys.exit(3)"])
-
-
-def test_growth_is_judged_from_the_shortest_to_the_longest() -> None:
-    assert [check.holds for check in checks([row(321, 2.0), row(81, 1.95)])] == [True, True]
-    assert [check.holds for check in checks([row(81, 2.0), row(321, 2.2)])] == [True, False]
-    assert [check.holds for check in checks([row(81, 3.1)])] == [False]
-    assert "| 2560x1408 | 81 | 3.10 | 1.0 | 2.0 | 3.0 |" in table([row(81, 3.1)])

@@ -14,7 +14,6 @@ from typer.testing import CliRunner
 
 from swifti2v.cli import evaluate as command
 from swifti2v.cli.main import EXIT_ERROR, ReportingGroup
-from swifti2v.evaluation.results import read_evaluation
 from swifti2v.geometry import Size
 from swifti2v.media.video_writer import VideoWriter
 
@@ -92,9 +91,9 @@ def test_output_holds_numbers_a_table_and_the_report(folder: Path, tmp_path: Pat
     output = tmp_path / "new" / "results"
     result = run(folder / "clip.mp4", "--image", folder / "image.png", "-o", output)
     assert result.exit_code == 0, result.output
-    evaluation = read_evaluation(output / "results.json")
-    assert [video.label for video in evaluation.videos] == ["clip", "still image"]
-    assert evaluation.image == str(folder / "image.png")
+    evaluation = json.loads((output / "results.json").read_text())
+    assert [video["label"] for video in evaluation["videos"]] == ["clip", "still image"]
+    assert evaluation["image"] == str(folder / "image.png")
     assert "frame 0 PSNR" in (output / "results.md").read_text(encoding="utf-8")
     written = sorted(path.name for path in output.iterdir())
     assert written == ["report.html", "results.json", "results.md"]
@@ -123,7 +122,7 @@ def test_a_still_video_is_flagged_and_a_name_is_no_markup(folder: Path) -> None:
         (("clip.mp4", "--segment-size", "three"), "use a number from 2 on, or auto"),
         (("clip.mp4", "--cvvdp", "python"), "give --truth"),
         (("clip.mp4", "--truth", "clip.mp4", "--cvvdp", "no.python"), "name the Python of ColorVideoVDP's environment"),
-        (("clip.mp4", "-o", "clip.mp4"), "give a folder that can be written"),
+        (("clip.mp4", "-o", "clip.mp4"), "choose one that is writable"),
     ],
 )
 def test_refusals_are_one_line(folder: Path, arguments: tuple[str, ...], words: str) -> None:

@@ -150,7 +150,7 @@ def test_workers_are_told_how_to_work(
         ("cpu", None, Acceleration(), (JobStage.TWO,), False),
     ]
     assert [settings.models[0].defaults.few_step for settings, _command in services] == [True, False]
-    assert [command.count("--model") for _settings, command in services] == [2, 1]
+    assert [command.count("--model=mini") for _settings, command in services] == [2, 1]
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ from swifti2v.data.latent_cache import CacheOptions, CacheProgress, LatentCache
 from swifti2v.errors import InvalidInputError, LatentCacheError
 from swifti2v.geometry import Size
 from swifti2v.pixels import from_uint8
-from swifti2v.wan.vae import open_codec
+from swifti2v.wan.streaming import open_codec
 from tests.data.cache_building import FINGERPRINT, Counting, build, contents, encode, shards
 
 if TYPE_CHECKING:

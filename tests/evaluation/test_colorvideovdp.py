@@ -174,11 +174,6 @@ def test_evaluate_has_it_beside_the_truth_and_says_under_which_conditions(python
     assert "colorvideovdp" not in plain.settings
 
 
-def test_it_needs_a_truth(tmp_path: Path) -> None:
-    with pytest.raises(InvalidInputError, match="give --truth"):
-        EvaluationRequest((tmp_path / "clip.mp4",), cvvdp="python")
-
-
 def test_an_interpreter_without_the_package(tmp_path: Path) -> None:
     python = make_environment(tmp_path, metric="import a_module_that_nobody_has")
     with pytest.raises(InvalidInputError) as caught:

@@ -14,9 +14,9 @@ def flat(*rgb: float) -> np.ndarray:
     return np.full((24, 32, 3), rgb, np.float32)
 
 
-def test_look_of_a_flat_colour() -> None:
+def test_look_of_a_flat_color() -> None:
     seen = look(flat(0.8, 0.5, 0.2))
-    assert seen == pytest.approx(Look(0, 0, 0.6, 0.8, 0.5, 0.2, 0.299 * 0.8 + 0.587 * 0.5 + 0.114 * 0.2), abs=1e-5)
+    assert seen == pytest.approx(Look(0, 0, 0.6, 0.8, 0.5, 0.2, 0.299 * 0.8 + 0.587 * 0.5 + 0.114 * 0.2, 0), abs=1e-5)
     eight_bits = look(np.full((24, 32, 3), (204, 127.5, 51), np.float32).round().astype(np.uint8))
     assert eight_bits == pytest.approx(seen, abs=0.003)
 
@@ -33,8 +33,8 @@ def test_look_of_stripes() -> None:
 
 def test_contrast_and_saturation_scale_with_the_picture() -> None:
     frame = np.random.default_rng(0).uniform(0.3, 0.7, (24, 32, 3)).astype(np.float32)
-    grey = np.asarray(frame @ np.array([0.299, 0.587, 0.114], np.float32))[..., None]
-    plain, vivid = look(frame), look(grey + 1.05 * (frame - grey))
+    gray = np.asarray(frame @ np.array([0.299, 0.587, 0.114], np.float32))[..., None]
+    plain, vivid = look(frame), look(gray + 1.05 * (frame - gray))
     assert vivid.saturation / plain.saturation == pytest.approx(1.05, abs=1e-4)
     assert vivid.contrast == pytest.approx(plain.contrast, rel=1e-4)
     assert look(0.5 + 1.1 * (frame - 0.5)).contrast / plain.contrast == pytest.approx(1.1, abs=1e-4)
@@ -69,7 +69,7 @@ def test_a_change_in_the_middle_is_no_drift() -> None:
     assert drift("red", [0.5] * 10 + [0.9] * 20 + [0.5] * 10) == pytest.approx(0, abs=1e-9)
 
 
-def test_colour_that_appears_in_a_grey_video_is_a_large_finite_drift() -> None:
+def test_color_that_appears_in_a_grey_video_is_a_large_finite_drift() -> None:
     assert drift("saturation", [0.0] * 10 + [0.1] * 10) == pytest.approx(1000)
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
@@ -12,9 +14,9 @@ from PIL import Image
 
 from swifti2v.errors import ImageInputError, InvalidInputError, VideoInputError
 from swifti2v.evaluation.evaluate import STILL_LABEL, EvaluationRequest, evaluate_videos, unique_labels
-from swifti2v.evaluation.markdown import markdown
 from swifti2v.evaluation.registry import metrics_of
-from swifti2v.evaluation.results import Evaluation, VideoResult, read_evaluation
+from swifti2v.evaluation.results import Evaluation, VideoResult
+from swifti2v.evaluation.tables import markdown
 from swifti2v.geometry import Size
 from swifti2v.media.video_writer import VideoWriter
 
@@ -72,6 +74,7 @@ def test_the_still_control_is_in_every_table(full: Evaluation, folder: Path) -> 
     assert still.num_frames == clip.num_frames == 7
     assert still.values["flow_magnitude"] == 0
     assert still.values["first_psnr"] == 100
+    assert math.isnan(still.values["judder"])
     assert any("the image repeated" in note for note in still.notes)
 
 
@@ -84,14 +87,18 @@ def test_what_is_better_scores_better(full: Evaluation) -> None:
     assert clip["flow_magnitude"] == pytest.approx(2, abs=0.1)
 
 
-def test_results_survive_their_file(full: Evaluation, tmp_path: Path) -> None:
-    full.write_json(tmp_path / "results.json")
-    again = read_evaluation(tmp_path / "results.json")
-    assert [video.label for video in again.videos] == [video.label for video in full.videos]
-    assert again.videos[0].values == pytest.approx(full.videos[0].values, nan_ok=True)
-    assert again.settings["segment_size"] == "auto"
-    assert again.settings["versions"].keys() - {"vmaf-torch"} == {"swifti2v", "av", "numpy", "opencv-python-headless"}
-    assert "OpenCV DIS" in again.settings["optical_flow"]
+def test_the_json_holds_every_number(full: Evaluation) -> None:
+    again = json.loads(full.to_json())
+    assert [video["label"] for video in again["videos"]] == [video.label for video in full.videos]
+    numbers = {name: math.nan if value is None else value for name, value in again["videos"][0]["values"].items()}
+    assert numbers == pytest.approx(full.videos[0].values, nan_ok=True)
+    assert again["settings"]["segment_size"] == "auto"
+    assert again["settings"]["versions"].keys() - {"vmaf-torch"} == {
+        "swifti2v",
+        "av",
+        "numpy",
+        "opencv-python-headless",
+    }
 
 
 def test_without_image_and_truth_the_control_is_frame_zero(folder: Path) -> None:
@@ -132,11 +139,18 @@ def test_a_missing_image_is_told(folder: Path) -> None:
         evaluate_videos(EvaluationRequest((folder / "clip.mp4",), image=folder / "none.png"))
 
 
-def test_requests_that_cannot_be_judged() -> None:
-    with pytest.raises(InvalidInputError, match="at least one"):
-        EvaluationRequest(())
-    with pytest.raises(InvalidInputError, match="at least 2, or auto"):
-        EvaluationRequest((Path("a.mp4"),), segment_size=1)
+@pytest.mark.parametrize(
+    ("given", "param"),
+    [
+        ({"videos": ()}, "videos"),
+        ({"videos": (Path("a.mp4"),), "segment_size": 1}, "segment_size"),
+        ({"videos": (Path("a.mp4"),), "cvvdp": "python"}, "truth"),
+    ],
+)
+def test_requests_that_cannot_be_judged(given: dict[str, Any], param: str) -> None:
+    with pytest.raises(InvalidInputError) as caught:
+        EvaluationRequest(**given)
+    assert caught.value.param == param
 
 
 @pytest.mark.parametrize(
@@ -160,7 +174,7 @@ def test_markdown_has_a_row_for_each_metric(full: Evaluation) -> None:
     for metric in full.metrics:
         assert sum(metric.label in row for row in rows) >= 1
         assert f"- **{metric.label}**: " in page
-    (psnr_row,) = [row for row in rows if row.startswith("| PSNR")]
+    (psnr_row,) = [row for row in rows if row.startswith("| PSNR (dB)")]
     assert "**100.0**" in psnr_row
     assert psnr_row.count("**") == 2
     assert "OpenCV DIS" in page

@@ -169,7 +169,7 @@ def report(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
                 writer.write(frame)
         curve = Curve("m", tuple(range(FRAMES)), tuple(index + math.sin(t) for t in range(FRAMES)))
         videos.append(VideoResult(label, str(path), 160, 96, FRAMES, FPS, {"m": float(index)}, (curve,), ("A note.",)))
-    metric = Metric("m", "A number", "higher", ">= 0", "a sum / " * 20, "a paper")
+    metric = Metric("m", "A number", "higher", "a sum / " * 20)
     evaluation = Evaluation(tuple(videos), (metric,), str(folder / "image.png"), settings={"prompt": "x" * 300})
     written = write_report(evaluation, root / "made", embed_limit_bytes=request.param)
     shutil.rmtree(folder)
@@ -225,7 +225,7 @@ def test_one_control_moves_all_videos(seen: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("scheme", [0, 1])
 def test_the_page_is_drawn_in_both_schemes_without_complaints(report: Path, tmp_path: Path, scheme: int) -> None:
-    """Dark (0) and light (1): the ground has the scheme's colour, and much stands on it."""
+    """Dark (0) and light (1): the ground has the scheme's color, and much stands on it."""
     shot = tmp_path / "shot.png"
     options = (
         f"--screenshot={shot}",

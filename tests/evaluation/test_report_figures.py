@@ -1,25 +1,38 @@
+"""The pictures of a report: curves as files that a browser draws, crops where and when videos differ."""
+
 from __future__ import annotations
 
-import itertools
+import base64
 import math
-import re
-import sys
+import weakref
 import xml.etree.ElementTree as ET
+from typing import TYPE_CHECKING
 
+import cv2
+import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
-from swifti2v.errors import OutputError
-from swifti2v.evaluation.report_figures import NUM_COLOURS, Plot, make_plots, series_number, spread_labels
-from swifti2v.evaluation.results import Better, Curve, Evaluation, Metric, VideoResult
+from swifti2v.evaluation.report_figures import (
+    IMAGE_LABEL,
+    Picture,
+    encode_picture,
+    largest_difference,
+    make_crops,
+    make_plots,
+)
+from swifti2v.evaluation.results import Curve, Evaluation, Metric, VideoResult
+from swifti2v.evaluation.sources import FrameSource
+from swifti2v.geometry import Size
+
+if TYPE_CHECKING:
+    from collections.abc import Generator
 
 NAN = math.nan
-NAMESPACE = 'xmlns:xlink="x"'
+HEIGHT, WIDTH, FRAMES = 96, 160, 13
 
 
-def metric(name: str, better: Better = "higher") -> Metric:
-    return Metric(name, f"Label of {name}", better, "0 .. 1", "a formula", "a paper")
+def metric(name: str) -> Metric:
+    return Metric(name, f"Label of {name}", "one", "a formula")
 
 
 def video(label: str, **curves: list[float]) -> VideoResult:
@@ -27,125 +40,129 @@ def video(label: str, **curves: list[float]) -> VideoResult:
     return VideoResult(label, None, 64, 64, 9, 8.0, {}, drawn)
 
 
-def plot(*videos: VideoResult, better: Better = "higher") -> Plot:
-    (only,) = make_plots(Evaluation(videos, (metric("m", better),)))
-    return only
+def content(picture: Picture) -> bytes:
+    return base64.b64decode(picture.uri.partition(",")[2])
 
 
-def elements(svg: str) -> ET.Element:
-    return ET.fromstring(svg.replace("<svg", f"<svg {NAMESPACE}", 1))  # noqa: S314 - of our own text
+def pixels(picture: Picture) -> np.ndarray:
+    return cv2.cvtColor(cv2.imdecode(np.frombuffer(content(picture), np.uint8), cv2.IMREAD_COLOR), cv2.COLOR_BGR2RGB)
 
 
-def texts(svg: str) -> list[str]:
-    return [each.text or "" for each in elements(svg).iter("text")]
+def gray(level: float, *, height: int = HEIGHT, width: int = WIDTH) -> np.ndarray:
+    return np.full((height, width, 3), round(level), np.uint8)
 
 
-def line(svg: str, series: int) -> list[tuple[float, float]]:
-    """Points of the line in the colour of a series, in points from the upper left corner."""
-    (path,) = [
-        each for each in elements(svg).iter("path") if f"stroke: var(--series-{series})" in each.get("style", "")
-    ]
-    return [(float(x), float(y)) for x, y in re.findall(r"[ML] ([-\d.]+) ([-\d.]+)", path.get("d", ""))]
+def ramp(frames: int = FRAMES) -> list[np.ndarray]:
+    """Frame t is flat gray of level 40 + 10 t."""
+    return [gray(40 + 10 * t) for t in range(frames)]
+
+
+def source(label: str, frames: list[np.ndarray]) -> FrameSource:
+    def generate() -> Generator[np.ndarray]:
+        yield from frames
+
+    size = Size(frames[0].shape[1], frames[0].shape[0])
+    return FrameSource(label, size, 8.0, generate, path=f"{label}.mp4", num_frames=len(frames))
 
 
 def test_one_plot_per_metric_in_the_order_of_metrics() -> None:
-    videos = (video("a", second=[1.0], first=[1.0, 2.0]), video("b", unknown=[3.0, 4.0]))
-    plots = make_plots(Evaluation(videos, (metric("first"), metric("absent"), metric("second"))))
-    assert [each.metric for each in plots] == ["first", "second", "unknown"]
+    videos = (video("a", second=[1.0], first=[1.0, 3.0], empty=[NAN]), video("<$x^2$", first=[0.5, NAN, 0.5, math.inf]))
+    plots = make_plots(Evaluation(videos, tuple(map(metric, ("first", "absent", "empty", "second")))))
+    assert [plot.label for plot in plots] == ["Label of first", "Label of second"]
+    assert plots[0].alt == "Label of first over time. a: mean 2, from 1 to 3; <$x^2$: mean 0.5, from 0.5 to 0.5"
+    for plot in plots:
+        assert plot.uri.startswith("data:image/svg+xml;base64,")
+        assert ET.fromstring(content(plot)).tag.endswith("svg")  # noqa: S314 - of our own text
+    again = make_plots(Evaluation(videos, (metric("first"),)))
+    assert again[0] == plots[0], "the same numbers give the same file"
 
 
-def test_lines_follow_the_numbers() -> None:
-    drawn = plot(video("a", m=[0.0, 1.0, 3.0, 2.0]))
-    points = line(drawn.svg, 1)
-    steps = [before[0] - after[0] for before, after in itertools.pairwise(points)]
-    assert steps == pytest.approx([steps[0]] * 3)
-    heights = [points[0][1] - y for _, y in points]
-    assert [height / heights[1] for height in heights] == pytest.approx([0, 1, 3, 2], abs=1e-3)
+def test_crops_stand_where_and_when_the_first_two_videos_differ() -> None:
+    first, second = ramp(), [frame.copy() for frame in ramp()]
+    planted = {0: (8, 8), 3: (100, 50), 6: (40, 20), 11: (120, 4)}  # frame: left, top
+    for frame, (left, top) in planted.items():
+        second[frame][top : top + 24, left : left + 24] = 255
+    rows = make_crops([source("a", first), source("b", second)], None)
+    assert [row.frame for row in rows] == list(planted)
+    for row, (left, top) in zip(rows, planted.values(), strict=True):
+        assert row.compared == ("a", "b")
+        assert left + 22 - row.side <= row.left <= left + 2
+        assert top + 22 - row.side <= row.top <= top + 2
+        a, b = map(pixels, row.pictures)
+        assert a.shape == b.shape == (row.side, row.side, 3)
+        assert b.max() == 255 > a.max()
+        assert row.difference == pytest.approx(np.abs(a.astype(float) - b).mean(), rel=0.1)
 
 
-def test_each_video_has_its_colour_and_its_label_at_the_end_of_its_line() -> None:
-    drawn = plot(video("alpha", m=[0.0, 1.0]), video("beta", m=[1.0, 0.0]))
-    labels = {each.text: each for each in elements(drawn.svg).iter("text") if each.text in ("alpha", "beta")}
-    for series, label in enumerate(labels, start=1):
-        end = line(drawn.svg, series)[-1]
-        assert f"fill: var(--series-{series})" in labels[label].get("style", "")
-        assert float(labels[label].get("x", "0")) > end[0]
-        assert float(labels[label].get("y", "0")) == pytest.approx(end[1], abs=8)
+def test_crops_do_not_all_show_one_defect() -> None:
+    """A strong defect that stays, and weaker ones elsewhere: the strong one is shown once."""
+    second = [frame.copy() for frame in ramp()]
+    for frame in second:
+        frame[4:28, 4:28] = 255
+        frame[60:84, 60:84] += 30
+        frame[4:28, 120:144] += 40
+    rows = make_crops([source("a", ramp()), source("b", second)], None)
+    assert len(rows) == 4
+    assert [row.left < 28 and row.top < 28 for row in rows[:3]] == [True, False, False]
+    assert rows[1].left > 90 > rows[2].left > 30
 
 
-def test_a_number_that_is_not_defined_breaks_the_line_and_a_lone_one_is_a_dot() -> None:
-    drawn = plot(video("a", m=[1.0, 2.0, NAN, 3.0, NAN, math.inf]))
-    path = next(each for each in elements(drawn.svg).iter("path") if "stroke: var(--series-1)" in each.get("style", ""))
-    assert path.get("d", "").count("M") == 2
-    assert len(list(elements(drawn.svg).iter("use"))) == 1
-    assert "mean 2, from 1 to 3" in drawn.alt
+def test_videos_of_other_length_and_size_stand_side_by_side_and_frame_zero_shows_the_image() -> None:
+    """The rival is larger; the truth, which is shorter, is compared with one video alone."""
+    large = [gray(40 + 10 * t, height=2 * HEIGHT, width=2 * WIDTH) for t in range(FRAMES)]
+    large[9][100:180, 100:180] = 255
+    rows = make_crops([source("a", ramp()), source("b", large), source("truth", ramp(5))], gray(200))
+    assert [each.label for each in rows[0].pictures] == ["a", "b", "truth", IMAGE_LABEL]
+    assert pixels(rows[0].pictures[-1]).mean() == 200
+    assert 9 in [row.frame for row in rows]
+    assert [each.label for each in rows[-1].pictures] == ["a", "b"]
+    assert len({pixels(each).shape for row in rows for each in row.pictures}) == 1
 
 
-def test_the_first_number_and_the_last_are_no_neighbours() -> None:
-    drawn = plot(video("a", m=[1.0, NAN, 2.0, 3.0]), video("b", m=[1.0, 2.0, NAN, 3.0]), video("c", m=[5.0]))
-    assert len(list(elements(drawn.svg).iter("use"))) == 3
+def test_one_video_alone_is_compared_with_its_image_only() -> None:
+    (row,) = make_crops([source("a", ramp())], gray(0))
+    assert (row.frame, row.compared) == (0, ("a", IMAGE_LABEL))
+    assert make_crops([source("a", ramp())], None) == make_crops([], None) == ()
 
 
-def test_curves_without_a_number_make_no_plot() -> None:
-    assert make_plots(Evaluation((video("a", m=[NAN, NAN]), video("b")), (metric("m"),))) == ()
+def test_few_frames_are_held() -> None:
+    alive: list[int] = []
+
+    def generate() -> Generator[np.ndarray]:
+        frames = []
+        for shown in map(gray, range(48)):
+            frames.append(weakref.ref(shown))
+            alive.append(sum(reference() is not None for reference in frames))
+            yield shown
+
+    each = FrameSource("a", Size(WIDTH, HEIGHT), 8.0, generate, num_frames=48)
+    make_crops([each, source("b", [gray(0)] * 48)], None)
+    assert max(alive) < 8
 
 
-def test_alternative_text_tells_every_line() -> None:
-    drawn = plot(video("a", m=[1.0, 3.0]), video("b", m=[0.5, 0.5]))
-    assert drawn.alt == "Label of m over time. a: mean 2, from 1 to 3; b: mean 0.5, from 0.5 to 0.5"
+@pytest.mark.parametrize(("left", "top"), [(0, 0), (1000, 0), (517, 301), (1200, 640)])
+def test_the_largest_difference_is_found_also_on_a_reduced_map(left: int, top: int) -> None:
+    first = gray(100, height=704, width=1280)
+    second = first.copy()
+    second[top : top + 64, left : left + 64] = 160
+    difference, found_left, found_top = largest_difference(first, second, side=64)
+    assert (found_left, found_top) == (pytest.approx(left, abs=8), pytest.approx(top, abs=8))
+    assert difference == pytest.approx(60, rel=0.15)
+    assert 0 <= found_left <= 1280 - 64
+    assert 0 <= found_top <= 704 - 64
 
 
-def test_labels_are_text_and_neither_markup_nor_formulas() -> None:
-    label = "<b>&$x^2$"
-    assert label in texts(plot(video(label, m=[0.0, 1.0])).svg)
+def test_places_that_were_shown_are_left_to_others() -> None:
+    first = gray(100)
+    second = first.copy()
+    second[10:42, 10:42] = 200
+    second[50:82, 100:132] = 150
+    assert largest_difference(first, second, side=32)[1:] == (10, 10)
+    assert largest_difference(first, second, side=32, taken=[(10, 10)])[1:] == (100, 50)
+    whole = largest_difference(first, second, side=HEIGHT, taken=[(0, 0), (WIDTH - HEIGHT, 0), (32, 0)])
+    assert whole[0] > 0, "where nothing else remains, a place may be shown twice"
 
 
-def test_pictures_of_the_page_only_no_addresses_and_no_name_twice() -> None:
-    videos = (video("a", m=[1.0, NAN, 2.0], n=[1.0, NAN, 2.0]), video("b", m=[2.0, 3.0, 4.0], n=[2.0, 3.0, 4.0]))
-    plots = make_plots(Evaluation(videos, (metric("m"), metric("n"))))
-    together = "".join(each.svg for each in plots)
-    assert "http" not in together
-    assert "<style" not in together
-    assert not re.search(r"#[0-9a-f]{6}\b", re.sub(r"url\(#\w+\)|href=\"#\w+\"", "", together)), "fixed colours"
-    names = re.findall(r'\bid="([^"]*)"', together)
-    assert len(names) == len(set(names)) > 0
-    assert {*re.findall(r"url\(#(\w+)\)", together), *re.findall(r'href="#(\w+)"', together)} <= set(names)
-
-
-@pytest.mark.parametrize(("better", "values", "expected"), [
-    ("one", [0.9, 1.2], 1),
-    ("one", [4.0, 5.0], 0),
-    ("zero", [-1.0, 1.0], 1),
-    ("higher", [0.9, 1.2], 0),
-])  # fmt: skip
-def test_the_best_number_is_drawn_where_it_is_near(better: Better, values: list[float], expected: int) -> None:
-    styles = [each.get("style", "") for each in elements(plot(video("a", m=values), better=better).svg).iter("path")]
-    assert sum("stroke: var(--ink)" in style for style in styles) == expected
-
-
-def test_the_same_numbers_give_the_same_text() -> None:
-    videos = (video("a", m=[1.0, 2.0]), video("b", m=[2.0, 3.0]))
-    assert plot(*videos) == plot(*videos)
-
-
-def test_without_matplotlib_the_error_names_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    with pytest.raises(OutputError, match=r"pip install 'swifti2v\[evaluate\]'"):
-        plot(video("a", m=[1.0, 2.0]))
-
-
-@given(st.lists(st.floats(0, 100), min_size=1, max_size=6))
-def test_labels_are_apart_inside_and_in_order(heights: list[float]) -> None:
-    placed = spread_labels(heights, 16, 0, 100)
-    in_order = sorted(placed)
-    assert all(-1e-9 <= height <= 100 + 1e-9 for height in placed)
-    assert all(b - a >= 16 - 1e-6 for a, b in itertools.pairwise(in_order))
-    assert [placed[i] for i in sorted(range(len(heights)), key=lambda i: heights[i])] == in_order
-
-
-def test_labels_that_are_apart_stay_where_they_are() -> None:
-    assert spread_labels([70.0, 10.0, 40.0], 16, 0, 100) == [70.0, 10.0, 40.0]
-
-
-def test_colours_repeat_only_after_all_were_used() -> None:
-    assert [series_number(index) for index in range(NUM_COLOURS + 1)] == [*range(1, NUM_COLOURS + 1), 1]
+def test_pictures_keep_every_level() -> None:
+    frame = np.random.default_rng(0).integers(0, 256, (20, 30, 3)).astype(np.uint8)
+    assert np.array_equal(pixels(encode_picture(frame, "a", "noise")), frame)

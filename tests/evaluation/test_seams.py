@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from swifti2v.errors import InvalidInputError
-from swifti2v.evaluation.motion import FramePair
-from swifti2v.evaluation.seams import frame_change, seam_ratio
+from swifti2v.evaluation.motion import FramePair, consecutive_pairs
+from swifti2v.evaluation.seams import FrameChange, SeamRatio, frame_change, seam_ratio
 
 HEIGHT, WIDTH, FRAMES = 64, 96, 49
 
@@ -36,39 +36,33 @@ def with_steps(frames: list[np.ndarray], first: int, every: int) -> list[np.ndar
     return [frame * (1.02 if t >= first and (t - first) // every % 2 == 0 else 1.0) for t, frame in enumerate(frames)]
 
 
-def test_a_clean_pan_has_no_seams() -> None:
-    ratio = seam_ratio(eight_bits(panning()), segment_size=3)
-    assert 0.95 < ratio.luma < 1.05
-    assert 0.95 < ratio.detail < 1.05
-
-
-def test_steps_of_two_percent_brightness_at_segment_borders_are_seen() -> None:
-    ratio = seam_ratio(eight_bits(with_steps(panning(), 13, 12)), segment_size=3)
-    assert ratio.luma > 1.2
-    assert ratio.worst == max(ratio)
+def ratio_of(frames: list[np.ndarray], segment_size: int = 3) -> SeamRatio:
+    return seam_ratio(map(frame_change, consecutive_pairs(eight_bits(frames))), segment_size=segment_size)
 
 
 def test_steps_at_all_latent_frame_borders_are_not_seams() -> None:
-    ratio = seam_ratio(eight_bits(with_steps(panning(), 5, 4)), segment_size=3)
-    assert ratio.luma == pytest.approx(1, abs=0.1)
+    assert ratio_of(with_steps(panning(), 5, 4)).luma == pytest.approx(1, abs=0.1)
 
 
 def test_borders_are_those_of_the_segment_size() -> None:
-    frames = eight_bits(with_steps(panning(), 9, 8))
-    assert seam_ratio(frames, segment_size=2).luma > 1.2
-    # Of the steps at 9, 17, 25, 33, 41 only that at 25 is a border of segments of three.
-    assert seam_ratio(frames, segment_size=3).luma < 1.1
+    """Steps of 2% at 9, 17, 25, 33, 41, of which only that at 25 is a border of segments of three."""
+    changes = [frame_change(pair) for pair in consecutive_pairs(eight_bits(with_steps(panning(), 9, 8)))]
+    two, three = (seam_ratio(changes, segment_size=size) for size in (2, 3))
+    assert two.luma > 1.2
+    assert two.worst == max(two)
+    assert three.luma < 1.1
 
 
 def test_segments_that_alternate_in_sharpness_are_seen_in_the_detail() -> None:
     frames = [cv2.GaussianBlur(frame, (0, 0), 0.8) if (t - 1) // 12 % 2 else frame for t, frame in enumerate(panning())]
-    assert seam_ratio(eight_bits(frames), segment_size=3).detail > 1.2
+    assert ratio_of(frames).detail > 1.2
 
 
 def test_a_still_video_has_ratio_one_and_a_short_one_none() -> None:
-    still = eight_bits(panning()[:1]) * 29
-    assert seam_ratio(still, segment_size=3).luma == pytest.approx(1, abs=1e-3)
-    assert math.isnan(seam_ratio(still[:9], segment_size=3).luma)
+    nothing = [FrameChange(0.0, 0.0)] * 28
+    assert seam_ratio(nothing, segment_size=3) == (1, 1)
+    assert math.isnan(seam_ratio(nothing[:8], segment_size=3).luma)
+    assert math.isnan(seam_ratio([], segment_size=3).luma)
 
 
 def test_change_of_a_still_pair_under_a_flash_is_the_flash() -> None:
@@ -78,5 +72,5 @@ def test_change_of_a_still_pair_under_a_flash_is_the_flash() -> None:
 
 @pytest.mark.parametrize(("segment_size", "temporal_factor"), [(1, 4), (3, 1), (0, 4)])
 def test_sizes_without_two_kinds_of_border_are_refused(segment_size: int, temporal_factor: int) -> None:
-    with pytest.raises(InvalidInputError, match="at least 2"):
+    with pytest.raises(InvalidInputError):
         seam_ratio([], segment_size=segment_size, temporal_factor=temporal_factor)

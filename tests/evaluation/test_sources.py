@@ -29,7 +29,7 @@ def write(
     times: Sequence[int] | None = None,
     transfer: int | None = None,
 ) -> Path:
-    """Frames of one grey level each, 40 more every frame, at 10 frames per second or at `times` (1/10 s)."""
+    """Frames of one gray level each, 40 more every frame, at 10 frames per second or at `times` (1/10 s)."""
     with av.open(str(path), "w") as out:
         stream = out.add_stream("libx264", rate=10, options={"crf": "4", "preset": "ultrafast"})
         stream.width, stream.height, stream.pix_fmt = *size, pixels

@@ -6,7 +6,7 @@ import json
 import sys
 from dataclasses import asdict, replace
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -146,8 +146,6 @@ def test_the_control_repeats_the_picture(suite: Suite, run: VideoRun) -> None:
     assert np.abs(np.diff(frames, axis=0)).mean() < 0.5
     assert (record.video, record.seed, record.size) == (clip.file_name, clip.seed, "96x96")
     assert record.seconds > 0
-    assert record.peak_process_bytes > 10_000_000
-    assert (record.gpu_seconds, record.peak_gpu_bytes, record.device) == (None, None, "cpu")
 
 
 def test_only_videos_lie_among_the_videos(suite: Suite, run: VideoRun) -> None:
@@ -238,33 +236,14 @@ def _closable(frames: Callable[[Clip], Any]) -> Callable[[Clip], Any]:
 
 def test_a_folder_that_cannot_be_made(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(OutputError, match="choose another"):
+    with pytest.raises(OutputError):
         VideoRun(tmp_path / "file" / "run", {})
 
 
 def test_a_record_that_cannot_be_written(tmp_path: Path) -> None:
-    record = ClipRecord("v", "p", 0, 1, 3, "96x96", 8.0, 1.0, None, None, 1, 0, "cpu")
+    record = ClipRecord("v", "p", 0, 1, 3, "96x96", 8.0, 1.0, 0)
     with pytest.raises(OutputError, match="run again"):
         append_record(tmp_path / "missing" / "clips.jsonl", record)
-
-
-def test_memory_and_seconds_of_a_card(suite: Suite, run: VideoRun, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A stand-in for `torch.cuda` with two cards in use of three: a peak is reset before a clip and read after it."""
-    calls: list[tuple[str, int]] = []
-    cuda = SimpleNamespace(
-        device_count=lambda: 3,
-        memory_reserved=lambda card: 1000 * card,
-        synchronize=lambda card: calls.append(("synchronize", card)),
-        reset_peak_memory_stats=lambda card: calls.append(("reset", card)),
-        max_memory_allocated=lambda card: 100 * card,
-        get_device_name=lambda card: f"card {card}",
-    )
-    with monkeypatch.context() as patched:
-        patched.setattr("swifti2v.evaluation.vbench.generation._cuda_in_use", lambda: cuda)
-        record = run.make(clips_of(suite)[0], StillMaker(SHAPE))
-    before = [("synchronize", 1), ("reset", 1), ("synchronize", 2), ("reset", 2)]
-    assert calls == [*before, ("synchronize", 1), ("synchronize", 2)]
-    assert (record.peak_gpu_bytes, record.device, record.gpu_seconds) == (200, "card 2", record.seconds)
 
 
 @pytest.mark.slow

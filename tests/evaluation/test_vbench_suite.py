@@ -12,7 +12,6 @@ import pytest
 from swifti2v.errors import ImageInputError, InvalidInputError, OutputError
 from swifti2v.evaluation.vbench.suite import (
     PROMPTS_PATH,
-    Suite,
     checkout_commit,
     load_suite,
     nearest_crop,
@@ -21,7 +20,7 @@ from swifti2v.evaluation.vbench.suite import (
     read_prompts,
 )
 from swifti2v.geometry import Size
-from tests.evaluation.vbench_checkout import BOXES, ORIGIN, coordinates, make_checkout, write_json
+from tests.evaluation.vbench_checkout import BOXES, ORIGIN, coordinates, make_checkout
 
 SIZE = Size(160, 88)  # 20:11, as 2560x1408
 
@@ -40,7 +39,7 @@ def corners(path: Path) -> tuple[float, float, float, float]:
     """Left, top, right and bottom edge of what a picture shows, in pixels of its original."""
     with PIL.Image.open(path) as image:
         pixels = np.asarray(image.convert("RGB"), dtype=np.float64)
-    x = pixels[..., 0].mean(axis=0) / 255 * (ORIGIN[0] - 1) + 0.5  # centres of pixels
+    x = pixels[..., 0].mean(axis=0) / 255 * (ORIGIN[0] - 1) + 0.5  # centers of pixels
     y = pixels[..., 1].mean(axis=1) / 255 * (ORIGIN[1] - 1) + 0.5
     half_x, half_y = (x[-2] - x[1]) / (len(x) - 3) / 2, (y[-2] - y[1]) / (len(y) - 3) / 2
     return x[1] - 3 * half_x, y[1] - 3 * half_y, x[-2] + 3 * half_x, y[-2] + 3 * half_y
@@ -171,27 +170,27 @@ ENTRY = {"prompt_en": "p", "image_name": "p.jpg", "image_type": "animal", "dimen
 
 
 @pytest.mark.parametrize(
-    ("content", "words"),
+    "content",
     [
-        ([], "not a list of prompts"),
-        ({"a": 1}, "not a list of prompts"),
-        ([{"prompt_en": "p"}], "entry 0 .* lacks 'image_name'"),
-        ([ENTRY, ENTRY], "'p' twice"),
-        ([ENTRY | {"prompt_en": "../p"}], "no plain picture"),
-        ([ENTRY | {"image_name": "../p.jpg"}], "no plain picture"),
-        ([ENTRY | {"image_name": "p.py"}], "no plain picture"),
+        "[{",
+        *map(
+            json.dumps,
+            (
+                [],
+                {"a": 1},
+                [{"prompt_en": "p"}],
+                [ENTRY, ENTRY],
+                [ENTRY | {"prompt_en": "../p"}],
+                [ENTRY | {"image_name": "../p.jpg"}],
+                [ENTRY | {"image_name": "p.py"}],
+            ),
+        ),
     ],
 )
-def test_lists_of_another_form(tmp_path: Path, content: object, words: str) -> None:
-    write_json(tmp_path / PROMPTS_PATH, content)
-    with pytest.raises(InvalidInputError, match=words):
-        read_prompts(tmp_path)
-
-
-def test_a_damaged_list(tmp_path: Path) -> None:
-    write_json(tmp_path / PROMPTS_PATH, [])
-    (tmp_path / PROMPTS_PATH).write_text("[{")
-    with pytest.raises(InvalidInputError, match="cannot be read as JSON"):
+def test_lists_of_another_form(tmp_path: Path, content: str) -> None:
+    (tmp_path / PROMPTS_PATH).parent.mkdir(parents=True)
+    (tmp_path / PROMPTS_PATH).write_text(content)
+    with pytest.raises(InvalidInputError):
         read_prompts(tmp_path)
 
 
@@ -205,7 +204,7 @@ def test_a_folder_that_is_no_suite(tmp_path: Path) -> None:
 
 def test_a_suite_that_cannot_be_written(checkout: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(OutputError, match="cannot be written"):
+    with pytest.raises(OutputError):
         prepare_suite(checkout, tmp_path / "file" / "suite", size=SIZE)
 
 
@@ -217,9 +216,3 @@ def test_the_commit_of_a_checkout() -> None:
         assert commit is not None
         assert len(commit) == 40
     assert checkout_commit(Path(__file__).parent) is None
-
-
-def test_a_suite_is_a_value() -> None:
-    suite = Suite(Path("a"), SIZE, "16-9", ())
-    assert suite == Suite(Path("a"), SIZE, "16-9", ())
-    assert suite.ratio == "20-11"

@@ -99,7 +99,7 @@ def test_scores_of_known_features_are_those_of_netflix() -> None:
 
 @needs_vmaf
 def test_frame_by_frame_is_the_package_on_the_whole_clip() -> None:
-    """Motion looks one frame ahead, so a clip that starts, stops and ends needs the right neighbours."""
+    """Motion looks one frame ahead, so a clip that starts, stops and ends needs the right neighbors."""
     slides = panning(6)
     truth = slides[[0, 1, 1, 2, 3, 5]]
     soft = blurred(truth, 0.9)

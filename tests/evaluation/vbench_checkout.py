@@ -98,7 +98,6 @@ def make_checkout(
     *,
     scores: Mapping[str, float] = MAGI_ONE,
     crash: str = "",
-    broken: Mapping[str, str] | None = None,
     pictures: bool = True,
 ) -> Path:
     """Write a checkout.
@@ -107,7 +106,6 @@ def make_checkout(
         folder: made by this.
         scores: that its evaluator finds.
         crash: what its evaluator fails with, if not empty.
-        broken: statements to stand in the modules of dimensions.
         pictures: with the originals and their boxes.
     """
     entries = [
@@ -121,9 +119,6 @@ def make_checkout(
     for part in ("vbench", "torch"):
         (folder / part).mkdir()
         (folder / part / "__init__.py").write_text(TORCH if part == "torch" else "")
-    for name in MAGI_ONE:
-        place = package if name in ("i2v_subject", "i2v_background", "camera_motion") else folder / "vbench"
-        (place / f"{name}.py").write_text((broken or {}).get(name, ""))
     if pictures:
         write_pictures(package / "data", {entry["image_name"] for entry in entries})
     return folder

@@ -13,22 +13,22 @@ import pytest
 import torch
 
 from swifti2v.geometry import Size
-from swifti2v.memory.placement import PlacedNetworks, stored_narrow
+from swifti2v.memory.placement import PlacedNetworks
 from swifti2v.runner.acceleration import Acceleration, compile_blocks, transformers_of
 from swifti2v.runner.fitting import MemoryLimits, place, plan_for
 from swifti2v.runner.loading import load_parts
 from swifti2v.runner.two_stage import TwoStagePipeline
 from swifti2v.stage_two import StageTwo
-from swifti2v.wan.quantized_products import LAYERS, quantization_of
+from swifti2v.wan.quantized_linear import LAYERS, quantization_of, stored_narrow
+from swifti2v.wan.streaming import CodecSettings, WanStreamingCodec
 from swifti2v.wan.tiling import Tiling
-from swifti2v.wan.vae import CodecSettings, WanStreamingCodec
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from swifti2v.memory.ways import Placement
     from swifti2v.runner.parts import Parts
-    from swifti2v.wan.quantized_products import Quantization
+    from swifti2v.wan.quantized_linear import Quantization
 
 pytestmark = pytest.mark.gpu
 
@@ -135,7 +135,7 @@ def test_compiled_blocks_make_the_same_video_in_the_thread_of_stage_two(
 @pytest.mark.parametrize("quantization", ["float8", "int8"])
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
 def test_products_in_eight_bits(device: torch.device, quantization: Quantization, compiled: bool) -> None:
-    """In `mini`, whose sides float8 takes; of one layer: `tests/wan/test_quantized_products.py`."""
+    """In `mini`, whose sides float8 takes; of one layer: `tests/wan/test_quantized_linear.py`."""
     if torch.cuda.get_device_capability(device) < LAYERS[quantization].least_capability:
         pytest.skip(f"no card with {quantization} products")
     torch._dynamo.reset()

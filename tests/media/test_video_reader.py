@@ -21,7 +21,7 @@ LUMA = {"bt601": (0.299, 0.587, 0.114), "bt709": (0.2126, 0.7152, 0.0722)}
 
 
 def grey_levels(count: int) -> list[int]:
-    """One grey level per frame, well apart, so that a frame tells its index."""
+    """One gray level per frame, well apart, so that a frame tells its index."""
     return [16 + 5 * i for i in range(count)]
 
 
@@ -111,15 +111,15 @@ class TestResampling:
         assert read_indices(VideoReader(path, fps=12, max_frames=4)) == [0, 2, 4, 6]
 
 
-class TestColours:
+class TestColors:
     @pytest.mark.parametrize(
         ("tag", "height", "matrix"), [(1, 64, "bt709"), (6, 64, "bt601"), (2, 64, "bt601"), (2, 720, "bt709")]
     )
     def test_matrix_by_tag_or_by_size(self, tmp_path: Path, tag: int, height: int, matrix: str) -> None:
-        colour = np.array([200, 60, 30]) / 255
+        color = np.array([200, 60, 30]) / 255
         red, green, blue = LUMA[matrix]
-        luma = float(colour @ (red, green, blue))
-        cb, cr = (colour[2] - luma) / (2 * (1 - blue)), (colour[0] - luma) / (2 * (1 - red))
+        luma = float(color @ (red, green, blue))
+        cb, cr = (color[2] - luma) / (2 * (1 - blue)), (color[0] - luma) / (2 * (1 - red))
         planes = np.full((height * 3 // 2, 64), round(16 + 219 * luma), np.uint8)
         planes[height : height * 5 // 4] = round(128 + 224 * cb)
         planes[height * 5 // 4 :] = round(128 + 224 * cr)
@@ -130,7 +130,7 @@ class TestColours:
             out.mux(stream.encode(av.VideoFrame.from_ndarray(planes, format="yuv420p")))
             out.mux(stream.encode(None))
         (chunk,) = VideoReader(tmp_path / "a.mp4")
-        assert np.abs(chunk[0].astype(int) - np.round(colour * 255)).max() <= 3
+        assert np.abs(chunk[0].astype(int) - np.round(color * 255)).max() <= 3
 
 
 # The matrix of a track header for displays that turn the picture: a, b, c, d in 16.16 fixed point.
@@ -170,46 +170,39 @@ def test_pixels_that_are_not_square(tmp_path: Path) -> None:
     assert next(iter(reader)).shape == (1, 32, 64, 3)
 
 
-def check_refused(path: Path, *words: str) -> None:
+def check_refused(path: Path) -> None:
     with pytest.raises(VideoInputError) as caught:
         VideoReader(path)
-    check_message(caught.value, path, *words)
+    check_message(caught.value, path)
 
 
-def check_message(error: BaseException, path: Path, *words: str) -> None:
-    message = str(error)
-    assert "\n" not in message
-    assert str(path) in message
-    for word in (*words, ";"):
-        assert word in message
+def check_message(error: BaseException, path: Path) -> None:
+    """One line that names the file and ends with what to do."""
+    assert "\n" not in str(error)
+    assert str(path) in str(error).rpartition(";")[0]
 
 
 class TestRefused:
-    def test_missing(self, tmp_path: Path) -> None:
-        check_refused(tmp_path / "none.mp4", "does not exist")
-
-    def test_folder(self, tmp_path: Path) -> None:
-        check_refused(tmp_path, "is a folder")
-
-    def test_empty(self, tmp_path: Path) -> None:
-        (tmp_path / "a.mp4").touch()
-        check_refused(tmp_path / "a.mp4", "empty")
+    def test_no_file(self, tmp_path: Path) -> None:
+        check_refused(tmp_path / "none.mp4")
+        check_refused(tmp_path)
 
     @pytest.mark.parametrize("name", ["a.mp4", "a.txt"])  # FFmpeg would play a .txt as text on a terminal
-    def test_text(self, tmp_path: Path, name: str) -> None:
-        (tmp_path / name).write_text("not a video at all\n" * 50)
-        check_refused(tmp_path / name, "not a readable video")
+    @pytest.mark.parametrize("content", ["", "not a video at all\n" * 50])
+    def test_no_video(self, tmp_path: Path, name: str, content: str) -> None:
+        (tmp_path / name).write_text(content)
+        check_refused(tmp_path / name)
 
     def test_picture(self, tmp_path: Path) -> None:
         Image.new("RGB", (64, 64), "red").save(tmp_path / "a.png")
-        check_refused(tmp_path / "a.png", "not a readable video")
+        check_refused(tmp_path / "a.png")
 
     def test_playlist_cannot_name_other_files(self, tmp_path: Path) -> None:
         write_levels(tmp_path / "a.mp4", 3)
         (tmp_path / "a.m3u8").write_text("#EXTM3U\n#EXT-X-TARGETDURATION:1\n#EXTINF:1,\na.mp4\n#EXT-X-ENDLIST\n")
-        check_refused(tmp_path / "a.m3u8", "not a readable video")
+        check_refused(tmp_path / "a.m3u8")
         (tmp_path / "a.ffconcat").write_text("ffconcat version 1.0\nfile a.mp4\n")
-        check_refused(tmp_path / "a.ffconcat", "not a readable video")
+        check_refused(tmp_path / "a.ffconcat")
 
     def test_sound_only(self, tmp_path: Path) -> None:
         with av.open(str(tmp_path / "a.mp4"), "w") as out:
@@ -218,7 +211,7 @@ class TestRefused:
             sound.sample_rate = 8000
             out.mux(stream.encode(sound))
             out.mux(stream.encode(None))
-        check_refused(tmp_path / "a.mp4", "no video stream")
+        check_refused(tmp_path / "a.mp4")
 
     def test_wave_file(self, tmp_path: Path) -> None:
         with wave.open(str(tmp_path / "a.wav"), "wb") as sound:
@@ -226,7 +219,7 @@ class TestRefused:
             sound.setsampwidth(2)
             sound.setframerate(8000)
             sound.writeframes(bytes(8000))
-        check_refused(tmp_path / "a.wav", "not a readable video")
+        check_refused(tmp_path / "a.wav")
 
     @pytest.mark.parametrize("value", [0, -1, float("nan")])
     def test_arguments(self, tmp_path: Path, value: float) -> None:
@@ -248,14 +241,14 @@ class TestDamaged:
         good: list[np.ndarray] = []
         with pytest.raises(VideoInputError) as caught:
             good.extend(VideoReader(path).frames())
-        check_message(caught.value, path, "again")
+        check_message(caught.value, path)
         assert 60 * kept * 0.4 < len(good) < 60
 
     def test_index_at_the_end_cut_off(self, tmp_path: Path) -> None:
         path = write_video(tmp_path / "a.mp4", noise(20))
         data = path.read_bytes()
         path.write_bytes(data[: data.index(b"moov") + 40])
-        check_refused(path, "truncated")
+        check_refused(path)
 
     def test_a_limit_before_the_damage_is_fine(self, tmp_path: Path) -> None:
         path = write_video(tmp_path / "a.mp4", noise(60))

@@ -10,6 +10,7 @@ import subprocess
 from collections.abc import Iterator
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import av
 import numpy as np
@@ -116,26 +117,26 @@ def test_every_container(tmp_path: Path, extension: str) -> None:
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_colours_survive(tmp_path: Path) -> None:
-    colours = np.array([[255, 0, 0], [0, 255, 0], [0, 0, 255], [255, 255, 255], [0, 0, 0], [200, 150, 120]], np.uint8)
-    frame = np.repeat(np.repeat(colours[None], 64, 0), 16, 1)[None]
-    path = tmp_path / "colours.mp4"
+def test_colors_survive(tmp_path: Path) -> None:
+    colors = np.array([[255, 0, 0], [0, 255, 0], [0, 0, 255], [255, 255, 255], [0, 0, 0], [200, 150, 120]], np.uint8)
+    frame = np.repeat(np.repeat(colors[None], 64, 0), 16, 1)[None]
+    path = tmp_path / "colors.mp4"
     with VideoWriter(path, size=SIZE, fps=24, crf=4) as writer:
         writer.write(np.repeat(frame, 3, 0))
     with av.open(str(path)) as container:
         decoded = next(container.decode(video=0))
         planes = decoded.to_ndarray(format="yuv420p")
-    centres = 8 + 16 * np.arange(6)
-    luma = planes[32, centres].astype(float)
-    chroma = planes[64:].reshape(2, 32, 48)[:, 16, centres // 2].astype(float)
+    centers = 8 + 16 * np.arange(6)
+    luma = planes[32, centers].astype(float)
+    chroma = planes[64:].reshape(2, 32, 48)[:, 16, centers // 2].astype(float)
     # Back to RGB by the definition of BT.709 in limited range, not by FFmpeg.
     y, cb, cr = (luma - 16) / 219, (chroma[0] - 128) / 224, (chroma[1] - 128) / 224
     red, blue = y + 1.5748 * cr, y + 1.8556 * cb
     green = (y - 0.2126 * red - 0.0722 * blue) / 0.7152
-    assert np.abs(np.stack([red, green, blue], -1) * 255 - colours).max() < 6
+    assert np.abs(np.stack([red, green, blue], -1) * 255 - colors).max() < 6
     # And by whatever a player does that trusts the tags.
-    played = decoded.to_ndarray(format="rgb24")[32, centres]
-    assert np.abs(played.astype(int) - colours).max() < 8
+    played = decoded.to_ndarray(format="rgb24")[32, centers]
+    assert np.abs(played.astype(int) - colors).max() < 8
 
 
 def test_quality_of_a_textured_frame(tmp_path: Path) -> None:
@@ -287,22 +288,14 @@ class TestFullDisk:
 
 
 class TestPaths:
-    @pytest.mark.parametrize("name", ["clip", "clip.avi", "clip.mp4.txt"])
-    def test_extension(self, tmp_path: Path, name: str) -> None:
-        with pytest.raises(OutputError, match=r"use \.mp4, \.mov, \.mkv"):
-            check_output_path(tmp_path / name)
-
-    def test_folder_of_that_name(self, tmp_path: Path) -> None:
-        (tmp_path / "clip.mp4").mkdir()
-        with pytest.raises(OutputError, match="it is a folder"):
-            check_output_path(tmp_path / "clip.mp4")
-
-    def test_missing_parent(self, tmp_path: Path) -> None:
-        with pytest.raises(OutputError, match="does not exist; create the folder"):
-            check_output_path(tmp_path / "none" / "clip.mp4")
+    @pytest.mark.parametrize(
+        "name", ["clip", "clip.avi", "clip.mp4.txt", "folder.mp4", "none/clip.mp4", "file/clip.mp4", "a" * 251 + ".mp4"]
+    )
+    def test_refused(self, tmp_path: Path, name: str) -> None:
+        (tmp_path / "folder.mp4").mkdir()
         (tmp_path / "file").touch()
-        with pytest.raises(OutputError, match="is not a folder"):
-            check_output_path(tmp_path / "file" / "clip.mp4")
+        with pytest.raises(OutputError):
+            check_output_path(tmp_path / name)
 
     def test_unwritable_parent(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         if os.geteuid() == 0:  # root may write anywhere but into /proc
@@ -310,12 +303,8 @@ class TestPaths:
         else:
             folder = tmp_path / "locked"
             folder.mkdir(mode=0o500)
-        with pytest.raises(OutputError, match="writable or choose another"):
+        with pytest.raises(OutputError):
             check_output_path(folder / "clip.mp4")
-
-    def test_name_too_long(self, tmp_path: Path) -> None:
-        with pytest.raises(OutputError, match="name too long"):
-            check_output_path(tmp_path / ("a" * 251 + ".mp4"))
 
     def test_checking_leaves_nothing_behind(self, tmp_path: Path) -> None:
         assert check_output_path(str(tmp_path / "clip.mp4")) == tmp_path / "clip.mp4"
@@ -326,26 +315,25 @@ class TestPaths:
         folder.mkdir()
         writer = VideoWriter(folder / "a.mp4", size=SIZE, fps=24)
         shutil.rmtree(folder)
-        with pytest.raises(OutputError, match="has gone"), writer:
+        with pytest.raises(OutputError), writer:
             writer.write(moving_frames(3))
 
 
 class TestArguments:
-    @pytest.mark.parametrize("size", [Size(95, 64), Size(96, 63), Size(0, 64)])
-    def test_odd_size(self, tmp_path: Path, size: Size) -> None:
-        with pytest.raises(InvalidInputError, match="even width and height"):
-            VideoWriter(tmp_path / "a.mp4", size=size, fps=24)
-
-    @pytest.mark.parametrize("fps", [0, -1, float("nan"), float("inf"), 10_000])
-    def test_rate(self, tmp_path: Path, fps: float) -> None:
-        with pytest.raises(InvalidInputError, match="frames per second"):
-            VideoWriter(tmp_path / "a.mp4", size=SIZE, fps=fps)
-
-    def test_quality_and_preset(self, tmp_path: Path) -> None:
-        with pytest.raises(InvalidInputError, match="crf"):
-            VideoWriter(tmp_path / "a.mp4", size=SIZE, fps=24, crf=52)
-        with pytest.raises(InvalidInputError, match="preset 'quick'; use one of ultrafast"):
-            VideoWriter(tmp_path / "a.mp4", size=SIZE, fps=24, preset="quick")
+    @pytest.mark.parametrize(
+        "wrong",
+        [
+            *({"size": size} for size in (Size(95, 64), Size(96, 63), Size(0, 64))),
+            *({"fps": fps} for fps in (0, -1, float("nan"), float("inf"), 10_000)),
+            {"crf": 52},
+            {"preset": "quick"},
+        ],
+        ids=str,
+    )
+    def test_refused(self, tmp_path: Path, wrong: dict[str, Any]) -> None:
+        with pytest.raises(InvalidInputError) as caught:
+            VideoWriter(tmp_path / "a.mp4", **{"size": SIZE, "fps": 24} | wrong)
+        assert {caught.value.param: caught.value.value} == wrong
 
     @pytest.mark.parametrize(
         "frames",
@@ -358,14 +346,14 @@ class TestArguments:
     )
     def test_frames_of_another_shape_or_type(self, tmp_path: Path, frames: np.ndarray) -> None:
         with (
-            pytest.raises(InvalidInputError, match=r"takes uint8 \[frames, 64, 96, 3\]"),
+            pytest.raises(InvalidInputError),
             VideoWriter(tmp_path / "a.mp4", size=SIZE, fps=24) as writer,
         ):
             writer.write(frames)
 
     def test_outside_with(self, tmp_path: Path) -> None:
         writer = VideoWriter(tmp_path / "a.mp4", size=SIZE, fps=24)
-        with pytest.raises(InvalidInputError, match="with statement"):
+        with pytest.raises(InvalidInputError):
             writer.write(moving_frames(1))
 
 

@@ -39,7 +39,7 @@ from swifti2v.memory.transformer_cost import (
     TransformerDimensions,
 )
 from swifti2v.segments import plan_segments
-from swifti2v.wan.context_attention import ContextMemory
+from swifti2v.wan.context_attention import KVCache
 from swifti2v.wan.transformer import StageTwoTransformer
 
 if TYPE_CHECKING:
@@ -97,11 +97,11 @@ def test_context_that_is_kept_is_counted_as_pytorch_counts_it() -> None:
         network = StageTwoTransformer(in_channels=96, reference_channels=48).to(torch.bfloat16).eval()
         latents = torch.empty(1, 96, 5, 88, 160, dtype=torch.bfloat16)
         text, timestep = torch.empty(1, 512, 4096, dtype=torch.bfloat16), torch.empty(1, 5)
-    kinds, memory = torch.tensor([1, 2, 0, 0, 0]), ContextMemory(30)
+    kinds, memory = torch.tensor([1, 2, 0, 0, 0]), KVCache(30)
     counted = []
     for frames in (slice(0, 5), slice(2, 5)):
         with FlopCounterMode(display=False) as counter, torch.no_grad():
-            network(latents[:, :, frames], timestep[:, frames], text, frame_kinds=kinds[frames], context_memory=memory)
+            network(latents[:, :, frames], timestep[:, frames], text, frame_kinds=kinds[frames], kv_cache=memory)
         counted.append(counter.get_total_flops() / 1e12)
     first = STAGE_TWO_5B.forward_cost(5 * 3520, num_timesteps=5)
     later = STAGE_TWO_5B.forward_cost(3 * 3520, num_timesteps=3, kept_tokens=2 * 3520)

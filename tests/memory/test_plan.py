@@ -22,7 +22,6 @@ from swifti2v.memory.codec_cost import WAN22_VAE
 from swifti2v.memory.devices import DEVICES, device_rates
 from swifti2v.memory.lean_cost import lean_decode_bytes, lean_encode_bytes
 from swifti2v.memory.live_bytes import accounted
-from swifti2v.memory.placement import store_weights
 from swifti2v.memory.plan import (
     CONTEXT_BYTES,
     STORED_DTYPES,
@@ -32,7 +31,7 @@ from swifti2v.memory.plan import (
 )
 from swifti2v.memory.run_settings import RunSettings
 from swifti2v.memory.ways import GRIDS, phase_ways, stage_two_seconds, tile_size
-from swifti2v.wan.quantized_products import use_quantized_products
+from swifti2v.wan.quantized_linear import store_weights, use_quantized_matmul
 from swifti2v.wan.transformer import StageTwoTransformer
 
 if TYPE_CHECKING:
@@ -255,7 +254,7 @@ def test_bytes_of_networks_in_eight_and_four_bits(
     if dtype == "nf4":
         store_weights(network, dtype, compute_dtype=torch.bfloat16)
     else:
-        use_quantized_products([network], dtype, device=network.device)
+        use_quantized_matmul([network], dtype, device=network.device)
     stored = sum(tensor.nbytes for tensor in chain(network.parameters(), network.buffers()))
     assert stored == pytest.approx(stored_bytes(block, dtype), rel=0.02)
     with torch.no_grad(), accounted() as account:

@@ -8,7 +8,7 @@ import torch
 from swifti2v.errors import InvalidInputError
 from swifti2v.mini.train_stage_two import fit_block_codec
 from swifti2v.mini.transform_codec import BlockTransformCodec, from_bands, temporal_dct, to_bands
-from swifti2v.wan.vae import StreamingCodec, open_codec
+from swifti2v.wan.streaming import StreamingCodec, open_codec
 
 
 def smooth_video(frames: int = 9, height: int = 32, width: int = 48, seed: int = 0) -> torch.Tensor:

@@ -146,8 +146,8 @@ def test_unrelated_content_gets_no_confidence_and_is_left_as_it_is() -> None:
 
 def test_flow_points_to_where_the_content_was() -> None:
     truth = moving_plane(3)
-    grey = [(((frame + 1) / 2).mean(dim=0) * 255).byte().numpy() for frame in truth]
-    flow = dense_flow(grey[2], grey[0])[24:-24, 24:-24]
+    gray = [(((frame + 1) / 2).mean(dim=0) * 255).byte().numpy() for frame in truth]
+    flow = dense_flow(gray[2], gray[0])[24:-24, 24:-24]
     assert np.median(flow[..., 0]) == pytest.approx(6, abs=0.1)
     assert np.median(flow[..., 1]) == pytest.approx(4, abs=0.1)
 

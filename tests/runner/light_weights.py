@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from safetensors.torch import save_file
 
-from swifti2v.wan.light_decoder import LightDecoderNetwork, LightLayout
+from swifti2v.wan.taehv import LightDecoderNetwork, LightLayout
 
 if TYPE_CHECKING:
     from pathlib import Path

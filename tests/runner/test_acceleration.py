@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -64,9 +63,9 @@ def test_runs_that_do_not_divide_are_refused_before_they_begin(tiny_checkpoint: 
     check_shared(parts, parts.defaults.settled(wide), 2)
     with pytest.raises(InvalidInputError, match="3 tokens of a window do not divide among 2 processes"):
         check_shared(parts, parts.defaults, 2)
-    kept = parts.defaults.settled(replace(wide, keep_context=True))
+    kept = parts.defaults.settled(wide | {"keep_context": True})
     check_shared(parts, kept, 1)
-    with pytest.raises(InvalidInputError, match="start one process, or keep no context"):
+    with pytest.raises(InvalidInputError, match="start one process"):
         check_shared(parts, kept, 2)
 
 

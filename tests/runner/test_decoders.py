@@ -16,8 +16,8 @@ from swifti2v.runner.decoders import Undecoded, open_light_decoder
 from swifti2v.runner.fitting import MemoryLimits, dimensions_of, place, plan_for
 from swifti2v.runner.loading import load_parts
 from swifti2v.runner.two_stage import TwoStagePipeline
-from swifti2v.wan.light_decoder import LightDecoder
-from swifti2v.wan.vae import WanStreamingCodec
+from swifti2v.wan.streaming import WanStreamingCodec
+from swifti2v.wan.taehv import LightDecoder
 from tests.runner.light_weights import write_light_weights
 
 if TYPE_CHECKING:

@@ -13,7 +13,7 @@ import torch
 from swifti2v.errors import InvalidInputError, MemoryBudgetError
 from swifti2v.geometry import Size
 from swifti2v.memory import plan as plan_module
-from swifti2v.memory.placement import PlacedNetworks, stored_narrow
+from swifti2v.memory.placement import PlacedNetworks
 from swifti2v.runner import fitting, loading
 from swifti2v.runner.acceleration import Acceleration, transformers_of
 from swifti2v.runner.fitting import MemoryLimits, dimensions_of, place, plan_for
@@ -21,8 +21,9 @@ from swifti2v.runner.loading import load_parts
 from swifti2v.runner.two_stage import TwoStagePipeline
 from swifti2v.stage_one import StageOne
 from swifti2v.stage_two import StageTwo
+from swifti2v.wan.quantized_linear import stored_narrow
+from swifti2v.wan.streaming import WanStreamingCodec
 from swifti2v.wan.tiling import Tiling
-from swifti2v.wan.vae import WanStreamingCodec
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
     from swifti2v.memory.budget import WeightDtype
     from swifti2v.memory.plan import MemoryPlan
     from swifti2v.runner.parts import Parts
-    from swifti2v.wan.quantized_products import Quantization
+    from swifti2v.wan.quantized_linear import Quantization
 
 LIMITLESS = MemoryLimits()
 
@@ -66,7 +67,7 @@ class Exercised:
 def exercised(monkeypatch: pytest.MonkeyPatch) -> Exercised:
     from diffusers.hooks.group_offloading import ModuleGroup
 
-    from swifti2v.wan import parked_features
+    from swifti2v.wan import feature_offload
 
     counts = Exercised()
 
@@ -80,7 +81,7 @@ def exercised(monkeypatch: pytest.MonkeyPatch) -> Exercised:
         monkeypatch.setattr(owner, name, call)
 
     counted(WanStreamingCodec, "_decode_tile", "tiles")
-    counted(parked_features, "_on_host", "parked")
+    counted(feature_offload, "_on_host", "parked")
     counted(ModuleGroup, "onload_", "streamed")
     return counts
 

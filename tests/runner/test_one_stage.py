@@ -15,7 +15,7 @@ from swifti2v.errors import InvalidInputError, WorkDirectoryError
 from swifti2v.runner.acceleration import Acceleration, transformers_of
 from swifti2v.runner.fitting import MemoryLimits, dimensions_of, plan_for
 from swifti2v.runner.two_stage import TwoStagePipeline
-from swifti2v.wan.light_decoder import LightDecoder
+from swifti2v.wan.taehv import LightDecoder
 from tests.runner.light_weights import write_light_weights
 from tests.runner.whole_runs import frames_of
 

@@ -9,12 +9,18 @@ import pytest
 import torch
 
 from swifti2v.geometry import Size
-from swifti2v.memory.placement import PlacedNetworks, store_weights, stored_narrow
+from swifti2v.memory.placement import PlacedNetworks
 from swifti2v.runner.acceleration import Acceleration, transformers_of
 from swifti2v.runner.fitting import MemoryLimits, dimensions_of, place, plan_for
 from swifti2v.runner.loading import load_parts
 from swifti2v.runner.two_stage import TwoStagePipeline
-from swifti2v.wan.quantized_products import Quantization, quantization_of, use_quantized_products
+from swifti2v.wan.quantized_linear import (
+    Quantization,
+    quantization_of,
+    store_weights,
+    stored_narrow,
+    use_quantized_matmul,
+)
 
 PHOTO = Path(__file__).parents[2] / "examples" / "lake-sherburne.jpg"
 OPTIONS = {"size": Size(320, 192), "num_frames": 17, "seed": 1}
@@ -52,7 +58,7 @@ def test_eight_and_four_bits_change_the_video_of_mini_a_little(way: str) -> None
         if way == "nf4":
             store_weights(network, "nf4", compute_dtype=torch.float32)
         else:
-            use_quantized_products([network], "float8" if way == "float8" else "int8", device=CPU)
+            use_quantized_matmul([network], "float8" if way == "float8" else "int8", device=CPU)
         made = frames()
         assert not torch.equal(made, exact)
         assert decibels(made, exact) > least

@@ -20,7 +20,7 @@ from swifti2v.jobs.state import JobStage, JobState
 from swifti2v.jobs.worker import Worker
 from swifti2v.runner.acceleration import Acceleration
 from swifti2v.serving.settings import ClusterSettings, ServedModel, ServiceSettings
-from swifti2v.wan.light_decoder import LightDecoder
+from swifti2v.wan.taehv import LightDecoder
 from tests.jobs.conftest import wait_for
 from tests.jobs.test_chaos import AUDIT
 from tests.runner.light_weights import write_light_weights

@@ -126,6 +126,8 @@ def test_damaged_json(shared: TestClient) -> None:
     for content in (b"", b"{", b"[]", b"null", b"1", b"\xff\xfe", b"[" * 100_000, b'{"a":' * 50_000):
         refused(post(shared, content))
     refused(post(shared, b'{"prompt": "\\ud800"}'), param="prompt")
+    refused(post(shared, b'{"prompt": "", "input_reference": "", "\\ud800": 1}'))
+    refused(post(shared, b'{"prompt": "", "input_reference": "", "query": 1}'), param="query")
 
 
 def test_damaged_references(shared: TestClient) -> None:

@@ -34,9 +34,9 @@ def make(stage_one: StageOne, image: PIL.Image.Image, **changes) -> torch.Tensor
 
 def pieces(stage_one: StageOne, image: PIL.Image.Image, **changes) -> Iterator[torch.Tensor]:
     """Begin a run; `changes` are a prompt, `on_step` and settings."""
-    prompt, on_step = changes.pop("prompt", "pan left"), changes.pop("on_step", None)
+    prompt, on_step, size = changes.pop("prompt", "pan left"), changes.pop("on_step", None), changes.pop("size", SIZE)
     settings = GenerationSettings(**{"num_frames": 1, "seed": 3} | changes)
-    return stage_one.generate(image, prompt, settings, on_step=on_step)
+    return stage_one.generate(image, prompt, settings, size=size, on_step=on_step)
 
 
 def many_steps(num_steps: int, **changes) -> dict[str, object]:

@@ -6,12 +6,14 @@ import inspect
 import warnings
 
 import numpy as np
+import PIL.Image
 import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler, WanImageToVideoPipeline
 from peft import LoraConfig
 
 from swifti2v.errors import GenerationCancelled, InvalidInputError
+from swifti2v.geometry import Size
 from swifti2v.schedulers import FixedSigmaScheduler
 from swifti2v.stage_one import PromptEmbeds, StageOne
 from swifti2v.wan.checkpoint_index import WAN_NEGATIVE_PROMPT
@@ -288,10 +290,13 @@ def test_bad_arguments_are_errors_at_the_call(stage_one, image, changes, fix):
         pieces(stage_one, image, **({"num_frames": 9} | changes))
 
 
-def test_an_image_of_another_form_is_an_error(stage_one, image):
-    for wrong in (image.convert("RGBA"), image.resize((40, 16))):
-        with pytest.raises(InvalidInputError):
-            pieces(stage_one, wrong)
+def test_an_image_of_another_form_is_an_error_and_a_larger_one_is_reduced(stage_one, image):
+    with pytest.raises(InvalidInputError):
+        pieces(stage_one, image.convert("RGBA"))
+    with pytest.raises(InvalidInputError):
+        pieces(stage_one, image, size=Size(40, 16))
+    large = image.resize((64, 32))
+    assert torch.equal(make(stage_one, large), make(stage_one, large.resize(SIZE, PIL.Image.Resampling.LANCZOS)))
 
 
 def test_the_second_guidance_scale_needs_a_second_expert(pipeline, image):

@@ -19,9 +19,9 @@ from swifti2v.sampling.schedules import shifted_sigmas
 from swifti2v.sampling.segmented import frame_noise
 from swifti2v.settings import GenerationSettings
 from swifti2v.stage_two import StageTwo
-from swifti2v.wan.context_attention import ContextMemory
+from swifti2v.wan.context_attention import KVCache
+from swifti2v.wan.streaming import open_codec
 from swifti2v.wan.transformer import StageTwoTransformer
-from swifti2v.wan.vae import open_codec
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -129,14 +129,14 @@ def test_kept_context_is_let_go_before_a_segment_is_handed_out(
     concat: StageTwo, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It is gigabytes at full size, and whoever takes the segment decodes it on the same device."""
-    made: list[weakref.ref[ContextMemory]] = []
+    made: list[weakref.ref[KVCache]] = []
 
-    class Watched(ContextMemory):
+    class Watched(KVCache):
         def __init__(self, num_blocks: int) -> None:
             super().__init__(num_blocks)
             made.append(weakref.ref(self))
 
-    monkeypatch.setattr(stage_two_module, "ContextMemory", Watched)
+    monkeypatch.setattr(stage_two_module, "KVCache", Watched)
     settings = replace(SETTINGS, keep_context=True)
     for item in concat.refine(iter(chunks()), settings, prompt_embeds=text()):
         assert not any(each() for each in made), item.segment

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from diffusers import AutoencoderKLWan
 
-    from swifti2v.wan.vae import StreamingCodec, WanStreamingCodec
+    from swifti2v.wan.streaming import StreamingCodec, WanStreamingCodec
 
 
 def smooth_clip(num_frames: int, height: int, width: int) -> Tensor:

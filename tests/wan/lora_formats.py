@@ -84,6 +84,12 @@ def dots(name: str) -> str:
     return name.replace(".", "_")
 
 
+def wrapped(name: str) -> str:
+    """With the components that FSDP, activation checkpointing and torch.compile put between."""
+    head, _, tail = name.rpartition(".")
+    return f"{head}._checkpoint_wrapped_module._orig_mod.{tail}" if head else f"_orig_mod.{name}"
+
+
 # Formats with `.alpha` keys, by the number in facts/wan-and-few-step.md 1.7.
 WITH_ALPHA: dict[str, Callable[[Known], dict[str, Tensor]]] = {
     "1-native-comfyui": lambda k: each(k, lambda n: down_up(f"diffusion_model.{MODULES[n]}", n, k)),
@@ -92,6 +98,8 @@ WITH_ALPHA: dict[str, Callable[[Known], dict[str, Tensor]]] = {
     "5-kohya": lambda k: each(k, lambda n: down_up(f"lora_unet_{dots(MODULES[n])}", n, k)),
     "5-kohya-double-underscore": lambda k: each(k, lambda n: down_up(f"lora_unet__{dots(MODULES[n])}", n, k)),
     "5-kohya-diffusers-names": lambda k: each(k, lambda n: down_up(f"lora_unet_{dots(n)}", n, k)),
+    "5-kohya-mixed": lambda k: each(k, lambda n: down_up(f"lora_unet_{MODULES[n].replace('.', '_', 2)}", n, k)),
+    "1-native-compiled": lambda k: each(k, lambda n: down_up(f"_orig_mod.{MODULES[n]}", n, k)),
     "6-lycoris": lambda k: each(k, lambda n: down_up(f"lycoris_{dots(MODULES[n])}", n, k)),
 }
 # Formats without: the scale is 1, alpha = rank.
@@ -103,14 +111,12 @@ WITHOUT_ALPHA: dict[str, Callable[[Known], dict[str, Tensor]]] = {
     "3-diffsynth-prefix": lambda k: each(k, lambda n: a_b(f"pipe.dit.{MODULES[n]}", n, k, ".default")),
     "4-diffusers": lambda k: each(k, lambda n: a_b(f"transformer.{n}", n, k)),
     "7-peft-raw": lambda k: each(k, lambda n: a_b(f"base_model.model.{n}", n, k)),
+    "7-peft-raw-sharded": lambda k: each(
+        k, lambda n: a_b(f"base_model.model._fsdp_wrapped_module.{wrapped(n)}", n, k, ".default")
+    ),
     "7-peft-raw-native": lambda k: each(k, lambda n: a_b(f"base_model.model.{MODULES[n]}", n, k)),
 }
 FORMATS = WITH_ALPHA | WITHOUT_ALPHA
-
-
-def expert_like(wrapped: Any) -> Any:
-    """The same network without PEFT layers."""
-    return type(wrapped).from_config(wrapped.config)
 
 
 def forward(model: Any) -> Tensor:

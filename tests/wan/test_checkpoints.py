@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import shutil
+import tomllib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
+from packaging.requirements import Requirement
 from safetensors.torch import load_file, save_file
 
 from swifti2v.errors import AdapterError, CheckpointError
@@ -20,11 +22,12 @@ from swifti2v.wan.checkpoints import (
     load_stage_two_vae,
     resolve,
 )
+from swifti2v.wan.network_reader import NetworkReader
 from swifti2v.wan.transformer import StageTwoTransformer
 from tests.wan.checkpoint_edits import TARGET, WEIGHTS, edit_index, lora, stored
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Collection
 
 # ------------------------------------------------------------------------------------------------ loading
 
@@ -44,20 +47,61 @@ def test_stage_one_is_the_saved_pipeline_with_adapters_fused(tiny_checkpoint: Pa
     assert pipeline.vae.dtype == torch.float32
 
 
-def test_roles_choose_the_adapters(tiny_checkpoint: Path) -> None:
-    resolved = resolve(tiny_checkpoint, parts=["stage_one"])
-    plain = load_stage_one_pipeline(resolved, dtype=torch.float32, roles=())
-    assert torch.equal(
-        plain.transformer.get_submodule(TARGET).weight,
-        stored(tiny_checkpoint / "stage_one" / "transformer")[f"{TARGET}.weight"],
-    )
-    assert checkpoints.apply_adapters(plain, resolved, roles={"low_res"}) == ()
-    down, up = lora(2).values()
-    change = (
-        plain.transformer.get_submodule(TARGET).weight
-        - stored(tiny_checkpoint / "stage_one" / "transformer")[f"{TARGET}.weight"]
-    )
-    assert torch.allclose(change, up @ down, atol=1e-5)
+@pytest.mark.parametrize(("roles", "seeds"), [((), ()), ({"low_res"}, (2,)), ({"few_step"}, (0,))])
+def test_roles_choose_the_adapters(tiny_checkpoint: Path, roles: Collection[str], seeds: tuple[int, ...]) -> None:
+    pipeline = load_stage_one_pipeline(resolve(tiny_checkpoint), dtype=torch.float32, roles=roles)
+    expected = stored(tiny_checkpoint / "stage_one" / "transformer")[f"{TARGET}.weight"]
+    for seed in seeds:
+        down, up = lora(seed).values()
+        expected += (0.5 if seed == 0 else 1.0) * up @ down
+    torch.testing.assert_close(pipeline.transformer.get_parameter(f"{TARGET}.weight").detach(), expected)
+
+
+def test_a_network_is_handed_over_with_its_adapters_before_the_next_is_read(
+    tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    events: list[str] = []
+    queries: dict[str, torch.Tensor] = {}
+    fill = NetworkReader.fill
+
+    def noted(reader: NetworkReader, network: Any, folder: Path, adapters: Any = ()) -> None:
+        events.append(f"read {folder.name}")
+        fill(reader, network, folder, adapters)
+
+    def settle(name: str, network: torch.nn.Module) -> None:
+        events.append(f"settle {name}")
+        if name.startswith("transformer"):
+            queries[name] = network.get_parameter(f"{TARGET}.weight").detach().clone()
+
+    monkeypatch.setattr(NetworkReader, "fill", noted)
+    pipeline = load_stage_one_pipeline(resolve(tiny_checkpoint), dtype=torch.float32, settle=settle)
+    names = ("transformer", "transformer_2", "text_encoder", "vae")
+    assert events == [f"{verb} {name}" for name in names for verb in ("read", "settle")]
+    for name, query in queries.items():
+        assert torch.equal(query, getattr(pipeline, name).get_parameter(f"{TARGET}.weight"))
+        assert not torch.equal(query, stored(tiny_checkpoint / "stage_one" / name)[f"{TARGET}.weight"])
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("name", ["shared.weight", "encoder.embed_tokens.weight"])
+def test_the_token_table_of_the_text_encoder_is_that_of_its_file(checkpoint: Path, name: str, tied: bool) -> None:
+    """Wan's repositories store `shared.weight` alone, beside a configuration that says the tables are not tied."""
+    folder = checkpoint / "stage_one" / "text_encoder"
+    set_json(folder / "config.json", tie_word_embeddings=tied)
+    weights = load_file(folder / "model.safetensors")
+    tables = [weights.pop(key) for key in ("shared.weight", "encoder.embed_tokens.weight") if key in weights]
+    save_file(weights | {name: tables[0]}, folder / "model.safetensors", metadata={"format": "pt"})
+    encoder = load_stage_one_pipeline(resolve(checkpoint), dtype=torch.float32).text_encoder
+    assert encoder.shared.weight is encoder.encoder.embed_tokens.weight
+    assert torch.equal(encoder.encoder.embed_tokens.weight, tables[0])
+
+
+def test_transformers_that_lose_the_token_table_are_not_installed() -> None:
+    """5.0 to 5.2 leave the encoder's table of such a file empty (transformers #43880); 5.3 was tried and does not."""
+    project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
+    requirements = {each.name: each.specifier for each in map(Requirement, project["dependencies"])}
+    assert not any(requirements["transformers"].contains(version) for version in ("5.0.0", "5.1.0", "5.2.0"))
+    assert requirements["transformers"].contains("5.3.0")
 
 
 def test_stage_one_runs(tiny_checkpoint: Path) -> None:
@@ -199,6 +243,7 @@ def load_part_of(root: Path, file: str) -> None:
         ("stage_one/model_index.json", Path.unlink, "model_index.json"),
         ("stage_one/model_index.json", lambda path: path.write_text("{"), "model_index.json is not JSON"),
         ("stage_one/model_index.json", lambda path: set_json(path, _class_name="WanPipeline"), "is of a WanPipeline"),
+        ("stage_one/model_index.json", lambda path: set_json(path, vae=["os", "system"]), "networks of 'os' are not"),
         ("stage_one", shutil.rmtree, r"no folder .*stage_one"),
         ("adapters/low.safetensors", truncate, "low.safetensors"),
         ("adapters/low.safetensors", Path.unlink, "low.safetensors"),
@@ -230,21 +275,20 @@ def test_what_the_device_says_is_not_the_fault_of_the_files(
     def fail(*_arguments: Any, **_options: Any) -> None:
         raise error
 
-    monkeypatch.setattr(StageTwoTransformer, "from_pretrained", fail)
+    monkeypatch.setattr("swifti2v.wan.network_reader.safe_open", fail)
     with pytest.raises(type(error)) as caught:
         load_stage_two_transformer(resolve(tiny_checkpoint), dtype=torch.float32)
     assert caught.value is error
 
 
-def test_half_matching_adapter_leaves_both_experts_as_they_are(checkpoint: Path) -> None:
+def test_a_half_matching_adapter_is_found_before_any_weight_is_read(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     file = checkpoint / "adapters" / "low.safetensors"
     save_file(load_file(file) | {"diffusion_model.blocks.9.ffn.0.lora_down.weight": torch.ones(2, 24)}, file)
-    resolved = resolve(checkpoint)
-    pipeline = load_stage_one_pipeline(resolved, dtype=torch.float32, roles=())
+    monkeypatch.setattr(NetworkReader, "fill", lambda *_: pytest.fail("read"))
     with pytest.raises(AdapterError, match=r"low\.safetensors: 1 of 3 keys"):
-        checkpoints.apply_adapters(pipeline, resolved)
-    kept = stored(checkpoint / "stage_one" / "transformer")
-    assert all(torch.equal(tensor, kept[name]) for name, tensor in pipeline.transformer.state_dict().items())
+        load_stage_one_pipeline(resolve(checkpoint), dtype=torch.float32)
 
 
 def test_parts_that_were_not_asked_for(tiny_checkpoint: Path) -> None:

@@ -1,4 +1,4 @@
-"""Context that is frozen or kept: who sees whom, and what is equal to a whole pass."""
+"""Context that is frozen or cached: which tokens see which, and what equals a whole pass."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from swifti2v.errors import ConfigurationError, InvalidInputError
 from swifti2v.memory.live_bytes import accounted
 from swifti2v.segments import Segment
 from swifti2v.wan.condition import predict_targets
-from swifti2v.wan.context_attention import ContextMemory, WindowAttention
+from swifti2v.wan.context_attention import KVCache, WindowAttention
 from swifti2v.wan.transformer import StageTwoTransformer
 
 if TYPE_CHECKING:
@@ -26,9 +26,9 @@ CHANNELS = 6
 TOKENS_PER_FRAME = 6  # 4x6 latents in patches of 2x2
 TOLERANCE = {"rtol": 0, "atol": 2e-6}
 SEGMENTS = {
-    "anchor and neighbour before": Segment(1, range(4, 7), range(3, 4), range(0)),
-    "neighbours on both sides": Segment(1, range(4, 6), range(2, 4), range(6, 8)),
-    "neighbour behind only": Segment(1, range(4, 5), range(0), range(5, 6), anchor=False),
+    "anchor and neighbor before": Segment(1, range(4, 7), range(3, 4), range(0)),
+    "neighbors on both sides": Segment(1, range(4, 6), range(2, 4), range(6, 8)),
+    "neighbor behind only": Segment(1, range(4, 5), range(0), range(5, 6), anchor=False),
     "no context": Segment(0, range(1, 4), range(0), range(0), anchor=False),
 }
 
@@ -80,10 +80,10 @@ def predicted(network: StageTwoTransformer, segment: Segment, *, sigma: float = 
 
 @pytest.mark.parametrize("segment", SEGMENTS.values(), ids=SEGMENTS)
 @torch.no_grad()
-def test_the_first_pass_with_a_memory_is_the_pass_without(network: StageTwoTransformer, segment: Segment) -> None:
-    memory = ContextMemory(len(network.blocks))
-    torch.testing.assert_close(predicted(network, segment, context_memory=memory), predicted(network, segment))
-    assert memory.is_filled == (len(segment.window) > len(segment.targets))
+def test_the_first_pass_with_a_cache_is_the_pass_without(network: StageTwoTransformer, segment: Segment) -> None:
+    cache = KVCache(len(network.blocks))
+    torch.testing.assert_close(predicted(network, segment, kv_cache=cache), predicted(network, segment))
+    assert cache.is_filled == (len(segment.window) > len(segment.targets))
 
 
 @pytest.mark.parametrize("segment", SEGMENTS.values(), ids=SEGMENTS)
@@ -91,9 +91,9 @@ def test_the_first_pass_with_a_memory_is_the_pass_without(network: StageTwoTrans
 def test_later_passes_are_exact_where_the_context_is_frozen(
     make_network: Callable[[str], StageTwoTransformer], segment: Segment
 ) -> None:
-    network, memory = make_network("frozen"), ContextMemory(3)
+    network, cache = make_network("frozen"), KVCache(3)
     for sigma in (1.0, 0.7, 0.2):
-        kept = predicted(network, segment, sigma=sigma, context_memory=memory)
+        kept = predicted(network, segment, sigma=sigma, kv_cache=cache)
         torch.testing.assert_close(kept, predicted(network, segment, sigma=sigma), **TOLERANCE)
 
 
@@ -101,12 +101,12 @@ def test_later_passes_are_exact_where_the_context_is_frozen(
 def test_later_passes_differ_where_the_context_saw_the_targets(
     make_network: Callable[[str], StageTwoTransformer],
 ) -> None:
-    network, memory = make_network("bidirectional"), ContextMemory(3)
-    segment = SEGMENTS["anchor and neighbour before"]
-    predicted(network, segment, sigma=1.0, context_memory=memory)
-    same = predicted(network, segment, sigma=1.0, context_memory=memory)
+    network, cache = make_network("bidirectional"), KVCache(3)
+    segment = SEGMENTS["anchor and neighbor before"]
+    predicted(network, segment, sigma=1.0, kv_cache=cache)
+    same = predicted(network, segment, sigma=1.0, kv_cache=cache)
     torch.testing.assert_close(same, predicted(network, segment, sigma=1.0), **TOLERANCE)
-    kept = predicted(network, segment, sigma=0.2, context_memory=memory)
+    kept = predicted(network, segment, sigma=0.2, kv_cache=cache)
     difference = (kept - predicted(network, segment, sigma=0.2)).abs().max()
     assert 1e-4 < float(difference) < 0.5
 
@@ -140,7 +140,7 @@ def test_frozen_is_diffusers_attention_under_a_mask(
     make_network: Callable[[str], StageTwoTransformer], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Oracle: the parent's processor over the whole window, a mask forbidding context to look at targets."""
-    network, segment = make_network("frozen"), SEGMENTS["neighbours on both sides"]
+    network, segment = make_network("frozen"), SEGMENTS["neighbors on both sides"]
     made = predicted(network, segment)
 
     is_target = torch.tensor([kind == 0 for kind in segment.kinds]).repeat_interleave(TOKENS_PER_FRAME)
@@ -161,7 +161,7 @@ def test_frozen_is_diffusers_attention_under_a_mask(
 
 
 def test_gradients_are_those_of_the_checkpointed_pass(network: StageTwoTransformer) -> None:
-    segment = SEGMENTS["anchor and neighbour before"]
+    segment = SEGMENTS["anchor and neighbor before"]
     gradients = []
     for is_checkpointed in (False, True):
         network.train().zero_grad()
@@ -174,41 +174,27 @@ def test_gradients_are_those_of_the_checkpointed_pass(network: StageTwoTransform
         torch.testing.assert_close(gradient, gradients[1][name], **TOLERANCE)
 
 
-def test_the_way_is_saved_and_loaded(network: StageTwoTransformer, tmp_path: Any) -> None:
+def test_the_kind_of_attention_is_saved_and_checked(network: StageTwoTransformer, tmp_path: Any) -> None:
     network.save_pretrained(tmp_path)
     loaded = StageTwoTransformer.from_pretrained(tmp_path)
     assert loaded.config.context_attention == network.config.context_attention
-
-
-def test_an_unknown_way_is_refused() -> None:
-    with pytest.raises(ConfigurationError, match="use one of bidirectional, frozen"):
+    with pytest.raises(ConfigurationError):
         StageTwoTransformer(num_layers=1, context_attention="causal")
 
 
 @torch.no_grad()
-def test_context_is_not_given_twice(network: StageTwoTransformer) -> None:
-    memory = ContextMemory(len(network.blocks))
-    latents, kinds = torch.randn(1, 2 * CHANNELS, 2, 4, 6), torch.tensor([1, 0])
+def test_context_is_not_given_twice_and_targets_are_consecutive(network: StageTwoTransformer) -> None:
+    cache = KVCache(len(network.blocks))
 
-    def run() -> None:
-        network(latents, torch.zeros(1, 2), torch.ones(1, 2, 8), frame_kinds=kinds, context_memory=memory)
+    def run(*kinds: int) -> None:
+        latents, times = torch.randn(1, 2 * CHANNELS, len(kinds), 4, 6), torch.zeros(1, len(kinds))
+        network(latents, times, torch.ones(1, 2, 8), frame_kinds=torch.tensor(kinds), kv_cache=cache)
 
-    run()
-    with pytest.raises(InvalidInputError, match="give its targets alone"):
-        run()
-
-
-@torch.no_grad()
-def test_scattered_targets_are_refused(network: StageTwoTransformer) -> None:
-    memory = ContextMemory(len(network.blocks))
-    with pytest.raises(InvalidInputError, match="must follow each other"):
-        network(
-            torch.randn(1, 2 * CHANNELS, 3, 4, 6),
-            torch.zeros(1, 3),
-            torch.ones(1, 2, 8),
-            frame_kinds=torch.tensor([0, 1, 0]),
-            context_memory=memory,
-        )
+    with pytest.raises(InvalidInputError):
+        run(0, 1, 0)
+    run(1, 0)
+    with pytest.raises(InvalidInputError):
+        run(1, 0)
 
 
 def test_no_more_is_alive_than_in_diffusers_own_processor() -> None:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 
-from swifti2v.wan.text_attention import NUM_TEXTS, TextMemory, keeps_text
+from swifti2v.wan.text_attention import NUM_TEXTS, TextCache, keeps_text
 from swifti2v.wan.transformer import StageTwoTransformer
 
 if TYPE_CHECKING:
@@ -81,12 +81,12 @@ def test_gradients_are_those_without(network: StageTwoTransformer) -> None:
 
 
 def test_no_more_texts_are_held_than_guidance_needs() -> None:
-    memory, texts = TextMemory(1), [torch.ones(1), torch.ones(1), torch.ones(1)]
-    places = [memory.of(text) for text in texts]
-    assert len(memory.kept) == NUM_TEXTS
-    assert memory.of(texts[2]) is places[2]
-    assert memory.of(texts[1]) is places[1]
-    assert memory.of(texts[0]) is not places[0]
+    cache, texts = TextCache(1), [torch.ones(1), torch.ones(1), torch.ones(1)]
+    places = [cache.of(text) for text in texts]
+    assert len(cache.kept) == NUM_TEXTS
+    assert cache.of(texts[2]) is places[2]
+    assert cache.of(texts[1]) is places[1]
+    assert cache.of(texts[0]) is not places[0]
 
 
 def test_attention_of_another_form_is_left_alone(network: StageTwoTransformer) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -65,8 +64,7 @@ def evaluate(
         cvvdp=cvvdp,
     )
     if output is not None:
-        _check_installed()
-        _make_folder(output)
+        _check_output(output)
     with progress_bars(quiet=as_json) as on_progress:
         evaluation = evaluate_videos(request, on_progress=on_progress)
     files = [] if output is None else _write(evaluation, output)
@@ -83,8 +81,7 @@ def evaluate(
 
 def evaluation_table(evaluation: Evaluation) -> Table:
     """Return a table with a row per metric and a column per video, the best number of a row in bold."""
-    from swifti2v.evaluation.markdown import heading
-    from swifti2v.evaluation.report import table_row
+    from swifti2v.evaluation.tables import heading, table_row
 
     table = Table(box=SIMPLE_HEAD, padding=(0, 1))
     table.add_column("")
@@ -106,45 +103,37 @@ def _segment_size(text: str) -> int | None:
         raise InvalidInputError(msg) from error
 
 
-def _check_installed() -> None:
-    """Raise `OutputError` unless a report can be made here; called before the long work."""
+def _check_output(folder: Path) -> None:
+    """Raise `OutputError` unless a report can be made and written there; called before the long work."""
     from importlib.util import find_spec
+
+    from swifti2v.media.atomic_files import make_folder, write_atomically
 
     missing = [name for name in OF_REPORTS if find_spec(name) is None]
     if missing:
         msg = f"--output needs {' and '.join(missing)}; install what is missing with: pip install 'swifti2v[evaluate]'"
         raise OutputError(msg)
-
-
-def _make_folder(folder: Path) -> None:
-    """Make the folder of results; called before the long work."""
-    import tempfile
-
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        msg = f"results cannot be written to {str(folder)!r} ({error.strerror}); give a folder that can be written"
-        raise OutputError(msg) from error
+    make_folder(folder)
+    trial = folder / ".trial"
+    write_atomically(trial, b"")
+    trial.unlink()
 
 
 def _write(evaluation: Evaluation, folder: Path) -> list[Path]:
-    from swifti2v.evaluation.markdown import markdown
     from swifti2v.evaluation.report import write_report
+    from swifti2v.evaluation.tables import markdown
+    from swifti2v.media.atomic_files import write_atomically
 
     numbers, page = folder / RESULTS_JSON, folder / RESULTS_MARKDOWN
-    try:
-        evaluation.write_json(numbers)
-        page.write_text(markdown(evaluation), encoding="utf-8")
-    except OSError as error:
-        msg = f"results cannot be written to {str(folder)!r} ({error.strerror}); make room or choose another folder"
-        raise OutputError(msg) from error
+    write_atomically(numbers, evaluation.to_json().encode())
+    write_atomically(page, markdown(evaluation).encode())
     return [numbers, page, write_report(evaluation, folder)]
 
 
 def _summary(evaluation: Evaluation, files: list[Path], *, seconds: float) -> dict[str, Any]:
     """Return what ``--json`` prints: numbers without curves, null where a measure is not defined."""
+    from swifti2v.evaluation.results import without_nan
+
     videos = [
         {
             "label": video.label,
@@ -152,7 +141,7 @@ def _summary(evaluation: Evaluation, files: list[Path], *, seconds: float) -> di
             "size": f"{video.width}x{video.height}",
             "num_frames": video.num_frames,
             "fps": video.fps,
-            "values": {name: value if math.isfinite(value) else None for name, value in video.values.items()},
+            "values": without_nan(dict(video.values)),
             "notes": list(video.notes),
         }
         for video in evaluation.videos

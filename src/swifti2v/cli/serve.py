@@ -33,7 +33,6 @@ from swifti2v.errors import InvalidInputError
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from swifti2v.runner.acceleration import Acceleration
     from swifti2v.serving.settings import ClusterSettings, ServiceSettings
 
 LOGGER = logging.getLogger(__name__)
@@ -217,7 +216,7 @@ def serve(  # noqa: PLR0913 - typer makes an option of each parameter
         _check_worker(device, accelerated_by.decode_device, memory)
     workplace = {"stage": stage, "device": device, "memory": memory, "data": queue.data, "database": queue.database}
     options = {**workplace, "lease": lease, "grace": grace}
-    command = _worker_command(models, options, acceleration, many_step=many_step)
+    command = _worker_command(models, options, accelerated_by, many_step=many_step)
     _run(settings, (http.host, http.port), command=command, num_workers=workers, stop_seconds=grace + 60)
 
 
@@ -282,26 +281,16 @@ def _check_worker(device: str | None, decode_device: str | None, memory: str | N
 
 
 def _worker_command(
-    models: list[str], options: Mapping[str, object], acceleration: Acceleration, *, many_step: bool
+    models: list[str], options: Mapping[str, object], accelerated_by: AccelerationOptions, *, many_step: bool
 ) -> list[str]:
     """Return the command line of a worker; options that are None are left to its defaults."""
     program = "from swifti2v.cli.main import main; main()"
-    given = {
-        **options,
-        "attention": acceleration.attention,
-        "quantization": acceleration.quantization,
-        "decoder": acceleration.decoder,
-        "decoder-weights": acceleration.decoder_weights,
-        "decode-device": acceleration.decode_device,
-    }
-    pairs = [
-        *(("model", name) for name in models),
-        *((name, value) for name, value in given.items() if value is not None),
-    ]
-    arguments = [argument for name, value in pairs for argument in (f"--{name}", str(value))]
-    flags = {"--stop-with-stdin": True, "--compile": acceleration.compile_blocks, "--many-step": many_step}
-    arguments += [name for name, is_given in flags.items() if is_given]
-    return [sys.executable, "-c", program, "jobs", "work", *arguments]
+    flags = {"stop_with_stdin": True, "compile": accelerated_by.compile_blocks, "many_step": many_step}
+    given = {**options, **vars(accelerated_by), "compile_blocks": None}
+    pairs = [*(("model", name) for name in models), *given.items()]
+    command = [sys.executable, "-c", program, "jobs", "work"]
+    command += [f"--{name.replace('_', '-')}={value}" for name, value in pairs if value is not None]
+    return command + [f"--{name.replace('_', '-')}" for name, is_given in flags.items() if is_given]
 
 
 def _run(

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 SuiteArgument = Annotated[Path, typer.Argument(help="Folder that `prepare` made.")]
 CheckoutOption = Annotated[Path, typer.Option("--vbench", help="A git checkout of Vchitect/VBench.")]
 DimensionOption = Annotated[
-    list[str] | None, typer.Option("--dimension", help="Of the nine; several times for several. Default: all.")
+    list[str] | None, typer.Option("--dimension", help="One of the nine dimensions; may be repeated. Default: all.")
 ]
 SamplesOption = Annotated[int, typer.Option(help="Videos for each prompt: 5 for comparable scores.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
@@ -55,17 +55,17 @@ def generate(  # noqa: PLR0913 - typer makes an option of each parameter
     suite: SuiteArgument,
     *,
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the run; a stopped run continues.")],
-    model: Annotated[str, typer.Option(help="As in `swifti2v generate`; or still, the control.")] = "wan2.2",
+    model: Annotated[str, typer.Option(help="As in `swifti2v generate`, or `still` for the control.")] = "wan2.2",
     options: Annotated[Path | None, typer.Option(help="YAML or JSON of generation options.")] = None,
     frames: Annotated[int | None, typer.Option(help="Pixel frames, 4k+1.")] = None,
     fps: Annotated[float | None, typer.Option(help="Frames per second of the files.")] = None,
     many_step: Annotated[bool, typer.Option(help="Stage I without its few-step adapters.")] = False,
     dimension: DimensionOption = None,
     samples: SamplesOption = 5,
-    seed: Annotated[int, typer.Option(help="Decides the seeds of all clips.")] = 0,
-    shard: Annotated[str, typer.Option(help="Make part i of n only: 1/4 to 4/4.")] = "1/1",
-    limit: Annotated[int | None, typer.Option(help="Only the first so many clips, to try things out.")] = None,
-    ray_workers: Annotated[int | None, typer.Option(help="Divide the work by Ray Data, if installed.")] = None,
+    seed: Annotated[int, typer.Option(help="Seed from which the seed of every clip follows.")] = 0,
+    shard: Annotated[str, typer.Option(help="Make only part i of n: 1/4 to 4/4.")] = "1/1",
+    limit: Annotated[int | None, typer.Option(help="Make only the first N clips, to try things out.")] = None,
+    ray_workers: Annotated[int | None, typer.Option(help="Spread the work over N workers of Ray Data.")] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ...")] = None,
 ) -> None:
     """Make the videos under the names that VBench looks for; those that are there are kept."""
@@ -93,7 +93,7 @@ def generate(  # noqa: PLR0913 - typer makes an option of each parameter
 
 @app.command()
 def score(  # noqa: PLR0913 - typer makes an option of each parameter
-    videos: Annotated[Path, typer.Argument(help="Folder of videos and nothing else: RUN/videos.")],
+    videos: Annotated[Path, typer.Argument(help="Folder that holds only the videos: RUN/videos.")],
     *,
     suite: Annotated[Path, typer.Option(help="Folder that `prepare` made.")],
     checkout: CheckoutOption,
@@ -103,7 +103,7 @@ def score(  # noqa: PLR0913 - typer makes an option of each parameter
     samples: SamplesOption = 5,
     allow_missing: Annotated[bool, typer.Option(help="Score an incomplete set of videos.")] = False,
     local_weights: Annotated[bool, typer.Option(help="Look for weights in VBench's cache first.")] = False,
-    device: Annotated[str, typer.Option(help="Of VBench; i2v_background needs a CUDA card.")] = "cuda",
+    device: Annotated[str, typer.Option(help="Device that VBench runs on; i2v_background needs a CUDA card.")] = "cuda",
 ) -> None:
     """Let VBench score the videos, a process for each dimension."""
     from swifti2v.evaluation.vbench.scoring import Judge, score_videos

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import cv2
 import numpy as np
 
 from swifti2v.evaluation.metrics import high_frequency_energy
@@ -21,13 +22,13 @@ Array = np.ndarray[Any, Any]
 END_SHARE = 0.15
 """Share of the frames that count as the start, and as the end."""
 
-# A start below this counts as this much: a grey video that gains colour shows a large drift, not a division by zero.
+# A start below this counts as this much: a gray video that gains color shows a large drift, not a division by zero.
 SMALLEST_START = {"sharpness": 0.001, "contrast": 0.01, "saturation": 0.01}
 
 # A cut: the picture changes by so much (mean of all channels, in [0, 1]), by so many times its change thereabouts, and
 # motion explains less than half of the new picture.
 CUT_CHANGE, CUT_RATIO, CUT_VISIBLE = 0.05, 3.0, 0.5
-CUT_NEIGHBOURS = 2
+CUT_NEIGHBORS = 2
 
 
 class Look(NamedTuple):
@@ -39,6 +40,7 @@ class Look(NamedTuple):
         saturation: mean of the largest less the smallest channel of each pixel.
         red, green, blue: means of the channels.
         brightness: mean of luma.
+        laplacian: variance of the Laplacian of luma, in squared levels of 255: sharpness, for pulses and drops.
     """
 
     sharpness: float
@@ -48,22 +50,24 @@ class Look(NamedTuple):
     green: float
     blue: float
     brightness: float
+    laplacian: float
 
 
 def look(frame: Array) -> Look:
     """Return the look of a frame, RGB [H, W, 3], uint8 or float in [0, 1]."""
     rgb = unit_rgb(frame)
-    grey = luma(rgb)
+    gray = luma(rgb)
     red, green, blue = (rgb[..., channel] for channel in range(3))
     chroma = np.maximum(np.maximum(red, green), blue) - np.minimum(np.minimum(red, green), blue)
     return Look(
         math.sqrt(high_frequency_energy(rgb)),
-        float(grey.std(dtype=np.float64)),
+        float(gray.std(dtype=np.float64)),
         float(chroma.mean(dtype=np.float64)),
         float(red.mean(dtype=np.float64)),
         float(green.mean(dtype=np.float64)),
         float(blue.mean(dtype=np.float64)),
-        float(grey.mean(dtype=np.float64)),
+        float(gray.mean(dtype=np.float64)),
+        float(np.asarray(cv2.Laplacian(gray * np.float32(255), cv2.CV_32F)).var(dtype=np.float64)),
     )
 
 
@@ -95,7 +99,7 @@ def drift(name: str, values: Sequence[float]) -> float:
 
 
 def flicker(brightness: Sequence[float]) -> tuple[float, ...]:
-    """Return ``|y_t - (y_(t-1) + y_(t+1)) / 2|`` of the frames that have two neighbours, in levels of 255.
+    """Return ``|y_t - (y_(t-1) + y_(t+1)) / 2|`` of the frames that have two neighbors, in levels of 255.
 
     y is `Look.brightness`. Steady motion and slow ramps give about 0; brightness that alternates between two levels
     gives their difference. Empty for fewer than three frames.
@@ -116,7 +120,7 @@ def scene_cuts(changes: Sequence[float], visible_shares: Sequence[float]) -> tup
     """
     cuts = []
     for place, (change, share) in enumerate(zip(changes, visible_shares, strict=True)):
-        around = [*changes[max(0, place - CUT_NEIGHBOURS) : place], *changes[place + 1 : place + 1 + CUT_NEIGHBOURS]]
+        around = [*changes[max(0, place - CUT_NEIGHBORS) : place], *changes[place + 1 : place + 1 + CUT_NEIGHBORS]]
         usual = _mean(around) if around else 0.0
         if change >= CUT_CHANGE and change >= CUT_RATIO * usual and share < CUT_VISIBLE:
             cuts.append(place + 1)

@@ -59,13 +59,13 @@ class EvaluationRequest:
     def __post_init__(self) -> None:
         if not self.videos:
             msg = "there is no video to judge; give at least one file"
-            raise InvalidInputError(msg)
+            raise InvalidInputError(msg, param="videos", value=self.videos)
         if self.segment_size is not None and self.segment_size < 2:
             msg = f"segment size {self.segment_size} has borders everywhere; use at least 2, or auto"
-            raise InvalidInputError(msg)
+            raise InvalidInputError(msg, param="segment_size", value=self.segment_size)
         if self.cvvdp is not None and self.truth is None:
             msg = "ColorVideoVDP compares with the true video; give --truth, or leave --cvvdp out"
-            raise InvalidInputError(msg)
+            raise InvalidInputError(msg, param="truth")
 
 
 def evaluate_videos(request: EvaluationRequest, *, on_progress: OnProgress | None = None) -> Evaluation:
@@ -164,7 +164,7 @@ def _settings(request: EvaluationRequest, standard: Standard, first: FrameSource
     settings: dict[str, Any] = {
         "size": str(first.size),
         "segment_size": "auto" if request.segment_size is None else request.segment_size,
-        "optical_flow": f"{FLOW}, long side at most {FLOW_LONG_SIDE} px between neighbouring frames",
+        "optical_flow": f"{FLOW}, long side at most {FLOW_LONG_SIDE} px between neighboring frames",
         "against": [path.name for path in request.against],
         "versions": {"swifti2v": __version__} | dict(_versions()),
     }

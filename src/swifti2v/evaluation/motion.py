@@ -31,15 +31,22 @@ def unit_rgb(frame: Array) -> Array:
     return frame.astype(np.float32, copy=False)
 
 
+def check_same_size(first: Array, second: Array) -> None:
+    """Raise `VideoInputError` unless two frames have the same shape."""
+    if first.shape != second.shape:
+        msg = f"frames of sizes {first.shape[:2]} and {second.shape[:2]} cannot be compared; use one size"
+        raise VideoInputError(msg)
+
+
 def luma(frame: Array) -> Array:
-    """Return the grey of a frame (ITU-R BT.601 weights of its gamma-coded values), [H, W] float32 in [0, 1]."""
+    """Return the gray of a frame (ITU-R BT.601 weights of its gamma-coded values), [H, W] float32 in [0, 1]."""
     return np.asarray(cv2.cvtColor(unit_rgb(frame), cv2.COLOR_RGB2GRAY))
 
 
 def optical_flow(source: Array, target: Array) -> Array:
     """Return the motion of the content of `source`, [H, W, 2] float32 in pixels, x first.
 
-    ``target(x + flow(x))`` resembles ``source(x)``; both are grey [H, W] float in [0, 1]. DIS, preset
+    ``target(x + flow(x))`` resembles ``source(x)``; both are gray [H, W] float in [0, 1]. DIS, preset
     MEDIUM, down to full resolution.
     """
     estimator = cv2.DISOpticalFlow.create(cv2.DISOPTICAL_FLOW_PRESET_MEDIUM)
@@ -53,12 +60,11 @@ def warp_by(frame: Array, flow: Array) -> Array:
     return np.asarray(cv2.remap(frame, x, y, cv2.INTER_CUBIC, borderMode=cv2.BORDER_REPLICATE))
 
 
-def visible(flow: Array, reverse: Array) -> Array:
-    """Return where `flow` may be trusted, [H, W] bool: not in occlusions, at motion boundaries, outside the picture.
+def shown_before(flow: Array, reverse: Array) -> tuple[Array, tuple[Array, Array]]:
+    """Return which pixels the other frame shows too, [H, W] bool, and where (x and y, [H, W] float32).
 
-    Thresholds of Ruder et al. (GCPR 2016), used by Lai et al. (ECCV 2018): with w the flow and w' the reverse flow at
-    its end, occluded where ``|w + w'|^2 > 0.01 (|w|^2 + |w'|^2) + 0.5``, boundary where
-    ``|grad u|^2 + |grad v|^2 > 0.01 |w|^2 + 0.002``.
+    Not those whose place lies outside the picture, nor occluded ones (Ruder et al., GCPR 2016): with w the flow and w'
+    the reverse flow at its end, where ``|w + w'|^2 > 0.01 (|w|^2 + |w'|^2) + 0.5``.
 
     Args:
         flow: [H, W, 2], from the frame whose pixels are asked about to the other.
@@ -68,10 +74,18 @@ def visible(flow: Array, reverse: Array) -> Array:
     height, width = flow.shape[:2]
     inside = (x >= 0) & (x <= width - 1) & (y >= 0) & (y <= height - 1)
     back = np.asarray(cv2.remap(reverse, x, y, cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE))
-    length, back_length = _squared(flow), _squared(back)
-    occluded = _squared(flow + back) > 0.01 * (length + back_length) + 0.5
+    occluded = _squared(flow + back) > 0.01 * (_squared(flow) + _squared(back)) + 0.5
+    return np.asarray(inside & ~occluded), (x, y)
+
+
+def visible(flow: Array, reverse: Array) -> Array:
+    """Return where `flow` may be trusted, [H, W] bool: `shown_before`, and not at boundaries of motion.
+
+    Boundary, as in Lai et al. (ECCV 2018): ``|grad u|^2 + |grad v|^2 > 0.01 |w|^2 + 0.002``. Arguments as there.
+    """
+    shown, _ = shown_before(flow, reverse)
     gradient = _squared(np.gradient(flow, axis=0)) + _squared(np.gradient(flow, axis=1))
-    return np.asarray(inside & ~occluded & (gradient <= 0.01 * length + 0.002))
+    return np.asarray(shown & (gradient <= 0.01 * _squared(flow) + 0.002))
 
 
 class FramePair:
@@ -86,9 +100,7 @@ class FramePair:
     """
 
     def __init__(self, earlier: Array, later: Array) -> None:
-        if earlier.shape != later.shape:
-            msg = f"frames of sizes {earlier.shape[:2]} and {later.shape[:2]} cannot be compared; use one size"
-            raise VideoInputError(msg)
+        check_same_size(earlier, later)
         self.earlier, self.later = unit_rgb(earlier), unit_rgb(later)
 
     @cached_property
@@ -113,7 +125,7 @@ class FramePair:
 
 
 def consecutive_pairs(frames: Iterable[Array]) -> Iterator[FramePair]:
-    """Yield each two neighbouring frames of a video; holds two frames at a time."""
+    """Yield each two neighboring frames of a video; holds two frames at a time."""
     earlier: Array | None = None
     for frame in frames:
         if earlier is not None:
@@ -121,8 +133,8 @@ def consecutive_pairs(frames: Iterable[Array]) -> Iterator[FramePair]:
         earlier = frame
 
 
-def _eight_bits(grey: Array) -> Array:
-    return np.asarray(np.rint(grey.clip(0, 1) * 255), dtype=np.uint8)
+def _eight_bits(gray: Array) -> Array:
+    return np.asarray(np.rint(gray.clip(0, 1) * 255), dtype=np.uint8)
 
 
 def _places(flow: Array) -> tuple[Array, Array]:

@@ -1,41 +1,37 @@
-"""The report page of an evaluation: one HTML file that holds everything it shows and opens without a network."""
+"""The report page of an evaluation: table, videos side by side, curves, crops, definitions, in one HTML file."""
 
 from __future__ import annotations
 
 import base64
-import json
-import math
-from collections.abc import Mapping
-from contextlib import suppress
-from dataclasses import dataclass
+import shutil
+from dataclasses import replace
 from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import quote
+
+import cv2
+import numpy as np
 
 from swifti2v.errors import OutputError
-from swifti2v.evaluation.media_files import place_media
-from swifti2v.evaluation.report_figures import make_plots, series_number
-from swifti2v.evaluation.report_pictures import make_pictures, video_sources
+from swifti2v.evaluation.report_figures import IMAGE_LABEL, SERIES_COLORS, encode_picture, make_crops, make_plots
+from swifti2v.evaluation.sources import open_truth, open_video
+from swifti2v.evaluation.tables import BETTER, DASH, heading, setting_text, table_row
+from swifti2v.geometry import Size
+from swifti2v.media.atomic_files import make_folder, write_atomically
+from swifti2v.media.images import fit_image, load_image
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator
 
-    from swifti2v.evaluation.results import Better, Evaluation, Metric, VideoResult
+    from swifti2v.evaluation.report_figures import Array, Picture
+    from swifti2v.evaluation.results import Evaluation
     from swifti2v.evaluation.sources import FrameSource
 
-FILE_NAME = "report.html"
+FILE_NAME, MEDIA_FOLDER = "report.html", "media"
+THUMBNAIL_WIDTH = 440
 EMBED_LIMIT_BYTES = 60_000_000
 """Videos of this much together go into the page; more would make browsers slow to open it."""
-
-DASH = "\N{EN DASH}"
-BETTER = {
-    "higher": ("\N{UPWARDS ARROW}", "higher is better"),
-    "lower": ("\N{DOWNWARDS ARROW}", "lower is better"),
-    "one": ("\N{RIGHTWARDS ARROW}\N{NO-BREAK SPACE}1", "best is 1"),
-    "zero": ("\N{RIGHTWARDS ARROW}\N{NO-BREAK SPACE}0", "best is 0"),
-    "neither": ("", "neither high nor low is good: read it beside the others"),
-}
-"""Sign and words for each value of `Metric.better`."""
 
 # Matroska is played by some browsers only; MP4's name makes those that can read QuickTime files try.
 _MEDIA_TYPES = {
@@ -45,32 +41,14 @@ _MEDIA_TYPES = {
     ".webm": "video/webm",
     ".mkv": "video/x-matroska",
 }
-_MINUS = "\N{MINUS SIGN}"
-_DIGITS = 4
-
-
-@dataclass(frozen=True)
-class Cell:
-    """A number of the table: as it is shown, and whether none of the ranked videos has a better one."""
-
-    text: str
-    best: bool
-
-
-@dataclass(frozen=True)
-class Player:
-    """A video to be played: `uri` is a data URI, an address in its folder, or None if browsers cannot play it."""
-
-    label: str
-    uri: str | None
 
 
 def write_report(evaluation: Evaluation, folder: Path, *, embed_limit_bytes: int = EMBED_LIMIT_BYTES) -> Path:
     """Write ``report.html`` into `folder` (made if missing) and return its path.
 
-    Every video is read once. Videos of up to `embed_limit_bytes` together are put into the page; larger ones are
-    copied into `folder`/media unless they stand in `folder` already, and the page says so: the folder can be moved. An
-    older report of that name is replaced only when the new one is whole.
+    The page asks the network for nothing. Videos of up to `embed_limit_bytes` together are held in the page; larger
+    ones are copied into ``folder/media``, so that the folder can be moved. An older report is replaced only
+    when the new one is whole.
 
     Raises:
         VideoInputError: a video is missing, truncated or damaged.
@@ -78,93 +56,69 @@ def write_report(evaluation: Evaluation, folder: Path, *, embed_limit_bytes: int
         OutputError: matplotlib or jinja2 is not installed, or a file cannot be written.
     """
     template = _template()
-    sources = video_sources(evaluation)
+    sources = tuple(_sources(evaluation))
+    image = None
+    if evaluation.image is not None and sources:
+        image = np.asarray(fit_image(load_image(evaluation.image).image, sources[0].size))
     embedded = sum(_path(source).stat().st_size for source in sources) <= embed_limit_bytes
-    playable = [_path(source) for source in sources if _media_type(source) is not None]
-    addresses = {} if embedded else place_media(playable, folder)
     page = template.render(
         evaluation=evaluation,
-        series={video.label: series_number(index) for index, video in enumerate(evaluation.videos)},
-        image_name=None if evaluation.image is None else Path(evaluation.image).name,
-        truth_name=None if evaluation.truth is None else Path(evaluation.truth).name,
-        file_names={video.label: Path(video.path).name for video in evaluation.videos if video.path is not None},
-        rows=[(metric, table_row(metric, evaluation.videos)) for metric in evaluation.metrics],
-        better=BETTER,
-        plots=[(_metric(evaluation, plot.metric), plot) for plot in make_plots(evaluation)],
-        pictures=make_pictures(evaluation),
-        players=[_player(source, addresses) for source in sources],
+        series={video.label: index % len(SERIES_COLORS) + 1 for index, video in enumerate(evaluation.videos)},
+        image=None if image is None else _thumbnail(image),
+        file_name=lambda path: Path(path).name,
+        rows=[(metric, heading(metric), table_row(metric, evaluation.videos)) for metric in evaluation.metrics],
+        better={name: words for name, (_sign, words) in BETTER.items()},
+        dash=DASH,
+        plots=make_plots(evaluation),
+        crops=make_crops(sources, image),
+        players=[
+            (source.label, _address(index, source, folder, embedded=embedded)) for index, source in enumerate(sources)
+        ],
         embedded=embedded,
-        first=sources[0] if sources else None,
+        fps=sources[0].fps if sources else 0,
         settings=[(str(name), setting_text(value)) for name, value in evaluation.settings.items()],
     )
-    return _write(page, folder)
+    make_folder(folder)
+    write_atomically(folder / FILE_NAME, page.encode())
+    return folder / FILE_NAME
 
 
-def table_row(metric: Metric, videos: Sequence[VideoResult]) -> list[Cell]:
-    """Return the cells of a metric, one per video.
-
-    The best are marked among videos that have a file (a control in memory, like a still image, wins what it cannot
-    lose) if there are at least two of them with a number; equal ones all.
-    """
-    values = [video.values.get(metric.name, math.nan) for video in videos]
-    texts = number_texts(values)
-    ranked = [
-        index for index, video in enumerate(videos) if video.path is not None and not math.isnan(float(values[index]))
-    ]
-    best: set[str] = set()
-    if len(ranked) > 1 and metric.better != "neither":
-        best = {texts[min(ranked, key=lambda index: _badness(values[index], metric.better))]}
-    return [Cell(text, index in ranked and text in best) for index, text in enumerate(texts)]
+def _sources(evaluation: Evaluation) -> Iterator[FrameSource]:
+    """Yield the videos that have a file, as they were judged, then the truth unless it is one of them."""
+    shown = [video for video in evaluation.videos if video.path is not None]
+    for video in shown:
+        size = Size(video.width, video.height)
+        source = open_video(Path(video.path or ""), label=video.label, size=size, fps=video.fps)
+        yield replace(source, num_frames=video.num_frames)
+    if evaluation.truth is not None and shown and evaluation.truth not in [video.path for video in shown]:
+        first = shown[0]
+        truth = open_truth(Path(evaluation.truth), size=Size(first.width, first.height), fps=first.fps)
+        yield replace(truth, num_frames=first.num_frames)
 
 
-def number_texts(values: Sequence[float]) -> list[str]:
-    """Return numbers of one row with the same decimals: four digits of the largest; a dash for NaN."""
-    finite = [abs(value) for value in values if math.isfinite(value)]
-    largest = max(finite, default=0.0)
-    decimals = 0 if largest == 0 else min(max(_DIGITS - 1 - math.floor(math.log10(largest)), 0), 6)
-
-    def text(value: float) -> str:
-        if math.isnan(value):
-            return DASH
-        if math.isinf(value):
-            return "\N{INFINITY}" if value > 0 else f"{_MINUS}\N{INFINITY}"
-        shown = f"{value:.2e}" if 0 < largest < 10 ** (1 - _DIGITS) else f"{value:.{decimals}f}"
-        return shown.replace("-", _MINUS)
-
-    return [text(float(value)) for value in values]
-
-
-def setting_text(value: Any) -> str:
-    """Return a setting as people read it: nested ones as JSON, without as None and True without capitals."""
-    if isinstance(value, str):
-        return value
-    if isinstance(value, Mapping | list | tuple):
-        return json.dumps(value, default=str, ensure_ascii=False)
-    return {None: "none", True: "yes", False: "no"}[value] if value is None or isinstance(value, bool) else f"{value}"
-
-
-def _badness(value: float, better: Better) -> float:
-    return {"higher": -value, "lower": value, "one": abs(value - 1), "zero": abs(value)}[better]
-
-
-def _metric(evaluation: Evaluation, name: str) -> Metric | None:
-    return next((metric for metric in evaluation.metrics if metric.name == name), None)
+def _thumbnail(image: Array) -> Picture:
+    scale = min(1.0, THUMBNAIL_WIDTH / image.shape[1])
+    small = cv2.resize(image, None, fx=scale, fy=scale, interpolation=cv2.INTER_AREA)
+    return encode_picture(np.asarray(small), IMAGE_LABEL, "The input image")
 
 
 def _path(source: FrameSource) -> Path:
     return Path(source.path or "")
 
 
-def _media_type(source: FrameSource) -> str | None:
-    return _MEDIA_TYPES.get(_path(source).suffix.lower())
-
-
-def _player(source: FrameSource, addresses: Mapping[Path, str]) -> Player:
-    path, media_type = _path(source), _media_type(source)
-    if media_type is None or path in addresses:
-        return Player(source.label, addresses.get(path))
-    data = base64.b64encode(path.read_bytes()).decode()
-    return Player(source.label, f"data:{media_type};base64,{data}")
+def _address(index: int, source: FrameSource, folder: Path, *, embedded: bool) -> str | None:
+    """Return a video as a data URI, or the address of its copy beside the page; None if browsers cannot play it."""
+    path = _path(source)
+    media_type = _MEDIA_TYPES.get(path.suffix.lower())
+    if media_type is None:
+        return None
+    if embedded:
+        return f"data:{media_type};base64,{base64.b64encode(path.read_bytes()).decode()}"
+    make_folder(folder / MEDIA_FOLDER)
+    target = folder / MEDIA_FOLDER / f"{index}_{path.name}"
+    with path.open("rb") as video:
+        write_atomically(target, lambda file: shutil.copyfileobj(video, file))
+    return f"{MEDIA_FOLDER}/{quote(target.name)}"
 
 
 def _template() -> Any:
@@ -178,18 +132,3 @@ def _template() -> Any:
     for name, file in (("style", "report.css"), ("script", "report.js")):
         environment.globals[name] = (assets / file).read_text(encoding="utf-8")
     return environment.from_string((assets / "report.html.jinja").read_text(encoding="utf-8"))
-
-
-def _write(page: str, folder: Path) -> Path:
-    path = folder / FILE_NAME
-    part = folder / f".{FILE_NAME}.part"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        part.write_text(page, encoding="utf-8")
-        part.replace(path)
-    except OSError as error:
-        with suppress(OSError):
-            part.unlink(missing_ok=True)
-        msg = f"report {str(path)!r} cannot be written ({error.strerror}); make the folder writable or choose another"
-        raise OutputError(msg) from error
-    return path

@@ -1,4 +1,4 @@
-"""What an evaluation found: plain values that a table, a report and a JSON file are made of."""
+"""What an evaluation found: plain values that the table, the report and the JSON file are made of."""
 
 from __future__ import annotations
 
@@ -7,16 +7,13 @@ import math
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
-from swifti2v.errors import VideoInputError
-
 if TYPE_CHECKING:
     from collections.abc import Mapping
-    from pathlib import Path
 
 Better = Literal["higher", "lower", "one", "zero", "neither"]
 """Which values are good; `one` and `zero`: the nearer to it; `neither`: to be read beside the others."""
 
-FORMAT = 1
+FORMAT = 2
 
 
 @dataclass(frozen=True)
@@ -25,19 +22,15 @@ class Metric:
 
     Args:
         name: key of `VideoResult.values` and of its curves.
-        label: heading of its column, with the unit.
+        label: heading of its row, with the unit.
         better: which values are good.
-        value_range: for instance ``0 .. 100``.
-        formula: in words or symbols, the optical flow named where one is used.
-        source: paper or package.
+        meaning: the formula in words, the optical flow named where one is used, the range, and the source.
     """
 
     name: str
     label: str
     better: Better
-    value_range: str
-    formula: str
-    source: str
+    meaning: str
 
 
 @dataclass(frozen=True)
@@ -59,7 +52,7 @@ class VideoResult:
         width, height, num_frames, fps: of the video as it was judged.
         values: a number for each metric that could be computed; NaN where it is not defined.
         curves: metrics over time.
-        notes: what was adapted or could not be judged, a sentence each.
+        notes: what was adapted, what could not be judged, and how the video moves, a sentence each.
     """
 
     label: str
@@ -78,8 +71,8 @@ class Evaluation:
     """Videos judged together.
 
     Args:
-        videos: the judged ones, in the order given, controls and rivals after them.
-        metrics: what the numbers mean, in the order of columns.
+        videos: the judged ones in the order given, then rivals, then the control.
+        metrics: what the numbers mean, in the order of the table.
         image: path of the input image, if there was one.
         truth: path of the true video, if there was one.
         settings: what was asked for, and versions of packages.
@@ -91,41 +84,15 @@ class Evaluation:
     truth: str | None = None
     settings: Mapping[str, Any] = field(default_factory=dict)
 
-    def write_json(self, path: Path) -> None:
-        """Write everything as JSON; NaN becomes null."""
-        content = {"format": FORMAT, **_without_nan(asdict(self))}
-        path.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    def to_json(self) -> str:
+        """Return everything as JSON; NaN becomes null."""
+        return json.dumps({"format": FORMAT, **without_nan(asdict(self))}, indent=1, allow_nan=False) + "\n"
 
 
-def read_evaluation(path: Path) -> Evaluation:
-    """Read what `Evaluation.write_json` wrote; raise `VideoInputError` for another file."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        if content.pop("format") != FORMAT:
-            raise KeyError("format")
-        videos = tuple(_video(entry) for entry in content.pop("videos"))
-        metrics = tuple(Metric(**entry) for entry in content.pop("metrics"))
-        return Evaluation(videos, metrics, **content)
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-        msg = f"{path} is not an evaluation of this version ({error}); make it again with swifti2v evaluate"
-        raise VideoInputError(msg) from error
-
-
-def _video(entry: dict[str, Any]) -> VideoResult:
-    curves = tuple(
-        Curve(each["metric"], tuple(each["frames"]), tuple(map(_number, each["values"]))) for each in entry["curves"]
-    )
-    values = {name: _number(value) for name, value in entry["values"].items()}
-    return VideoResult(**{**entry, "values": values, "curves": curves, "notes": tuple(entry["notes"])})
-
-
-def _number(value: float | None) -> float:
-    return math.nan if value is None else float(value)
-
-
-def _without_nan(value: Any) -> Any:
+def without_nan(value: Any) -> Any:
+    """Return a value of dicts, lists and numbers as JSON can hold it: NaN and infinity become None."""
     if isinstance(value, dict):
-        return {name: _without_nan(entry) for name, entry in value.items()}
+        return {name: without_nan(entry) for name, entry in value.items()}
     if isinstance(value, list | tuple):
-        return [_without_nan(entry) for entry in value]
+        return [without_nan(entry) for entry in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -9,19 +9,19 @@ import numpy as np
 
 from swifti2v.errors import InvalidInputError
 from swifti2v.evaluation.metrics import high_pass
-from swifti2v.evaluation.motion import FramePair, consecutive_pairs, luma
+from swifti2v.evaluation.motion import FramePair, luma
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Sequence
 
 Array = np.ndarray[Any, Any]
 
-# In [0, 1] grey: half a level of eight bits. Keeps the ratio of a video in which nothing changes at 1.
+# In [0, 1] gray: half a level of eight bits. Keeps the ratio of a video in which nothing changes at 1.
 CHANGE_FLOOR = 0.5 / 255
 
 
 class FrameChange(NamedTuple):
-    """Motion-compensated change between frames: mean absolute difference on visible pixels, in [0, 1] grey."""
+    """Motion-compensated change between frames: mean absolute difference on visible pixels, in [0, 1] gray."""
 
     luma: float
     detail: float
@@ -54,45 +54,35 @@ def frame_change(pair: FramePair) -> FrameChange:
     return FrameChange(float(whole.mean(dtype=np.float64)), float(detail.mean(dtype=np.float64)))
 
 
-def seam_ratio(frames: Iterable[Array], *, segment_size: int, temporal_factor: int = 4) -> SeamRatio:
+def seam_ratio(changes: Iterable[FrameChange], *, segment_size: int, temporal_factor: int = 4) -> SeamRatio:
     """Return how much more a video changes at segment borders than at the other borders of latent frames.
 
     c_t is the motion-compensated change from frame t-1 to t, r_t = c_t over the mean of c_(t-1) and c_(t+1), which
     takes out how lively the scene is just then. The ratio is the mean r_t at segment borders, ``t = 1 + temporal_factor
     * segment_size * s``, s >= 1, over the mean r_t at the other ``t = 1 + temporal_factor * k``, k >= 1. About 1
-    without seams; NaN if the video is too short to have both kinds of border. Memory: two frames. The published 2K
-    samples score 0.95-1.05 by a like measure (facts, prototypes 5).
+    without seams; NaN if the video is too short to have both kinds of border. The published 2K samples score 0.95-1.05
+    by a like measure.
 
     Args:
-        frames: RGB [H, W, 3], uint8 or float in [0, 1], from frame 0 on.
+        changes: `frame_change` from frame 0 to 1, from 1 to 2, ...
         segment_size: M, latent frames in a segment, >= 2 (with 1 every border is a segment's).
         temporal_factor: pixel frames per latent frame.
 
     Raises:
         InvalidInputError: `segment_size` or `temporal_factor` is below 2.
     """
-    changes = (frame_change(pair) for pair in consecutive_pairs(frames))
-    return seam_ratio_of_changes(changes, segment_size=segment_size, temporal_factor=temporal_factor)
-
-
-def seam_ratio_of_changes(changes: Iterable[FrameChange], *, segment_size: int, temporal_factor: int = 4) -> SeamRatio:
-    """Return `seam_ratio` of a video of which the changes are known, from frame 0 to 1 on; spares a second flow.
-
-    Raises:
-        InvalidInputError: `segment_size` or `temporal_factor` is below 2.
-    """
     if min(segment_size, temporal_factor) < 2:
         msg = f"segment_size is {segment_size}, temporal_factor {temporal_factor}; both must be at least 2"
-        raise InvalidInputError(msg)
-    changes = list(changes)
+        raise InvalidInputError(msg, param="segment_size", value=segment_size)
+    luma_changes, detail_changes = zip(*changes, strict=True) if (changes := list(changes)) else ((), ())
     return SeamRatio(
-        _border_ratio([change.luma for change in changes], segment_size, temporal_factor),
-        _border_ratio([change.detail for change in changes], segment_size, temporal_factor),
+        _border_ratio(luma_changes, segment_size, temporal_factor),
+        _border_ratio(detail_changes, segment_size, temporal_factor),
     )
 
 
-def _border_ratio(changes: list[float], segment_size: int, temporal_factor: int) -> float:
-    """Of ``changes[t - 1]``, the change from frame t-1 to t."""
+def _border_ratio(changes: Sequence[float], segment_size: int, temporal_factor: int) -> float:
+    """Return the ratio for one kind of change; ``changes[t - 1]`` is that from frame t-1 to t."""
     at_segments: list[float] = []
     at_others: list[float] = []
     for t in range(1 + temporal_factor, len(changes), temporal_factor):

@@ -69,7 +69,7 @@ class _Stream:
 def open_video(path: Path, *, label: str, size: Size | None = None, fps: float | None = None) -> FrameSource:
     """Open a video file to be judged.
 
-    Frames of another size than `size` are cut to its aspect about their centre and resampled, as an input image is.
+    Frames of another size than `size` are cut to its aspect about their center and resampled, as an input image is.
     A variable frame rate is read by time at its mean rate.
 
     Args:
@@ -102,7 +102,7 @@ def open_video(path: Path, *, label: str, size: Size | None = None, fps: float |
 
     def frames() -> Generator[Array]:
         for frame in reader.frames():
-            yield frame if target == info.size else fitted(frame, target)
+            yield fitted(frame, target)
 
     return FrameSource(label, target, rate, frames, path=str(path), num_frames=num_frames, notes=tuple(notes))
 
@@ -138,7 +138,9 @@ def first_frame(source: FrameSource) -> Array:
 
 
 def fitted(frame: Array, size: Size) -> Array:
-    """Return a frame, uint8 RGB [H, W, 3], cut to the aspect of `size` about its centre and resampled (Lanczos)."""
+    """Return a frame, uint8 RGB [H, W, 3], cut to the aspect of `size` about its center and resampled (Lanczos)."""
+    if frame.shape[1::-1] == tuple(size):
+        return frame
     return np.asarray(fit_image(Image.fromarray(frame), size))
 
 

@@ -19,19 +19,28 @@ import numpy as np
 
 from swifti2v.errors import VideoInputError
 from swifti2v.evaluation.drift import Look, deviation, drift, flicker, look, scene_cuts
-from swifti2v.evaluation.fidelity import similarity
+from swifti2v.evaluation.evenness import (
+    BLOCKS,
+    Uncovered,
+    block_steps,
+    evenness,
+    in_words,
+    split_error,
+    split_psnr,
+)
 from swifti2v.evaluation.metrics import (
     detail_retention,
+    flow_magnitude,
     high_frequency_ratio,
-    mean_flow,
     psnr,
-    still_ratio,
+    similarity,
+    still_share,
     warping_error,
 )
 from swifti2v.evaluation.motion import FramePair
 from swifti2v.evaluation.registry import FLOW_LONG_SIDE
 from swifti2v.evaluation.results import Curve, VideoResult
-from swifti2v.evaluation.seams import FrameChange, SeamRatio, frame_change, seam_ratio_of_changes
+from swifti2v.evaluation.seams import FrameChange, SeamRatio, frame_change, seam_ratio
 
 if TYPE_CHECKING:
     from swifti2v.evaluation.colorvideovdp import ColorVideoVdp
@@ -44,8 +53,7 @@ OnFrame = Callable[[int, int | None], None]
 """Called with the number of frames read, and their total if it is known; ColorVideoVDP counts anew."""
 
 NUM_THREADS = 2
-# Two frames at work, one ready and one being decoded.
-FRAMES_IN_FLIGHT = 3
+FRAMES_IN_FLIGHT = 3  # two frames at work and one ready, while another is decoded
 DETAIL_EVERY = 8
 CANDIDATE_SEGMENT_SIZES = range(2, 9)
 SMALLEST_SIDE = 32
@@ -75,7 +83,7 @@ class Standard:
 
 
 class PairMeasures(NamedTuple):
-    """Measures of two neighbouring frames; `flow` in pixels of these frames, shares and differences in 0 .. 1."""
+    """Measures of two neighboring frames; lengths in pixels of these frames, shares and differences 0 .. 1."""
 
     change: FrameChange
     warping_error: float
@@ -83,6 +91,7 @@ class PairMeasures(NamedTuple):
     still: float
     visible: float
     difference: float
+    steps: Array
 
 
 class Fidelity(NamedTuple):
@@ -95,7 +104,7 @@ class Fidelity(NamedTuple):
 
 
 # What measuring a frame against itself gives, without the minutes that it takes for the control of a long video.
-STILL_PAIR = PairMeasures(FrameChange(0.0, 0.0), 0.0, 0.0, 1.0, 1.0, 0.0)
+STILL_PAIR = PairMeasures(FrameChange(0.0, 0.0), 0.0, 0.0, 1.0, 1.0, 0.0, np.zeros(2 * BLOCKS**2))
 
 
 def judge_video(source: FrameSource, standard: Standard, *, on_frame: OnFrame | None = None) -> VideoResult:
@@ -110,38 +119,53 @@ def judge_video(source: FrameSource, standard: Standard, *, on_frame: OnFrame | 
         msg = f"{source.label} is {source.size}; videos of at least {SMALLEST_SIDE}x{SMALLEST_SIDE} can be judged"
         raise VideoInputError(msg)
     with ThreadPoolExecutor(NUM_THREADS) as executor:
-        judge = _Judge(executor, standard, flow_scale(source.size))
+        watched = _Watched(executor, standard, flow_scale(source.size))
         try:
-            judge.watch(source, on_frame)
+            watched.watch(source, on_frame)
         except BaseException:  # Ctrl-C too: what waits in the queue need not be done
             executor.shutdown(cancel_futures=True)
             raise
     findings = _Findings(list(source.notes))
-    _say_look(findings, judge)
-    _say_motion(findings, judge)
-    if source.path is not None:  # a still control says itself that it is one
-        _say_still(findings)
-    _say_seams(findings, judge, standard.segment_size)
-    _say_image(findings, judge)
-    _say_truth(findings, judge, standard)
-    _say_visible(findings, source, standard, num_frames=len(judge.fidelities), on_frame=on_frame)
-    num_frames = len(judge.looks)
-    values, curves, notes = findings.values, tuple(findings.curves), tuple(findings.notes)
+    _add_look(findings, watched.looks)
+    _add_motion(findings, watched)
+    if findings.values["still_share"] >= 100 * STILL_FROM and source.path is not None:  # the control says it itself
+        findings.notes.append(
+            f"this is a still picture: {findings.values['still_share']:.4g}% of its pixels do not move, and measures "
+            "that motion or change makes worse say nothing good of it"
+        )
+    segment_size = _add_seams(findings, watched.pairs, standard.segment_size)
+    if watched.first is not None:
+        findings.values |= {f"first_{name}": getattr(watched.first, name) for name in ("psnr", "ssim", "ms_ssim")}
+        findings.add_curve("detail_retention", list(watched.details.values()), frames=list(watched.details))
+    if standard.truth is not None:
+        _add_truth(findings, watched, standard)
+        _add_visible_differences(findings, source, standard, len(watched.fidelities), on_frame)
+    findings.values |= evenness([pair.steps for pair in watched.pairs], watched.looks, segment_size=segment_size)
+    if source.path is not None:
+        findings.notes += in_words(findings.values, segment_size=segment_size)
     return VideoResult(
-        source.label, source.path, *source.size, num_frames, source.fps, values, curves=curves, notes=notes
+        source.label,
+        source.path,
+        *source.size,
+        len(watched.looks),
+        source.fps,
+        findings.values,
+        curves=tuple(findings.curves),
+        notes=tuple(findings.notes),
     )
 
 
 def measure_pair(earlier: Array, later: Array) -> PairMeasures:
-    """Return the measures of two neighbouring frames, each flow computed once."""
+    """Return the measures of two neighboring frames, each flow computed once."""
     pair = FramePair(earlier, later)
     return PairMeasures(
         frame_change(pair),
         warping_error(pair),
-        mean_flow(pair).magnitude,
-        still_ratio((pair,)),
+        flow_magnitude(pair),
+        still_share(pair),
         float(pair.visible.mean()),
         float(np.abs(pair.later - pair.earlier).mean(dtype=np.float64)),
+        block_steps(pair.forward),
     )
 
 
@@ -152,40 +176,42 @@ def measure_fidelity(frame: Array, truth: Array) -> Fidelity:
 
 def likeliest_segment_size(changes: Sequence[FrameChange]) -> tuple[int, SeamRatio] | None:
     """Return the segment size of 2 .. 8 latent frames whose seams show most, and its ratios; None if too short."""
-    ratios = ((size, seam_ratio_of_changes(changes, segment_size=size)) for size in CANDIDATE_SEGMENT_SIZES)
+    ratios = ((size, seam_ratio(changes, segment_size=size)) for size in CANDIDATE_SEGMENT_SIZES)
     defined = [(size, ratio) for size, ratio in ratios if math.isfinite(ratio.worst)]
     return max(defined, key=lambda entry: entry[1].worst, default=None)
 
 
 def flow_scale(size: Size) -> float:
-    """Return the factor by which frames are made smaller before the flow of neighbours is computed; at most 1."""
+    """Return the factor by which frames are made smaller before the flow of neighbors is computed; at most 1."""
     return min(1.0, FLOW_LONG_SIDE / max(size))
 
 
-@dataclass
-class _Moment:
-    """The measures of one frame, finished or not."""
+class _Moment(NamedTuple):
+    """The measures of one frame, finished or not; None where there is nothing to compare with."""
 
     look: Future[Look]
-    pair: Future[PairMeasures] | None
-    fidelity: Future[Fidelity] | None
-    vmaf: Future[VmafFeatures] | None
+    pair: Future[PairMeasures] | None = None
+    fidelity: Future[Fidelity] | None = None
+    errors: Future[Array] | None = None
+    vmaf: Future[VmafFeatures] | None = None
 
 
-class _Judge:
-    """Watches a video once and keeps numbers only."""
+class _Watched:
+    """What is kept of a video that was watched once: numbers only."""
 
     def __init__(self, executor: ThreadPoolExecutor, standard: Standard, scale: float) -> None:
         self.looks: list[Look] = []
         self.pairs: list[PairMeasures] = []
         self.details: dict[int, float] = {}
         self.fidelities: list[Fidelity] = []
+        self.errors: list[Array] = []
         self.vmafs: list[VmafFeatures] = []
         self.first: Fidelity | None = None
         self.truth_goes_on = False
         self.scale = scale
         self._executor = executor
         self._standard = standard
+        self._uncovered = Uncovered()
         self._frame: Array | None = None
         self._truth: Array | None = None
         self._reduced: Array | None = None
@@ -220,21 +246,24 @@ class _Judge:
     def _start(self, index: int, frame: Array, truth: Array | None) -> _Moment:
         """Queue the measures of a frame; one that repeats the last frame's array takes its measures over."""
         submit = self._executor.submit
-        pair: Future[PairMeasures] | None
         if frame is self._frame and self._last is not None:
-            shown, pair = self._last.look, self._still_pair
+            moment = _Moment(self._last.look, self._still_pair)
         else:
             reduced = _reduced(frame, self.scale)
-            shown = submit(look, frame)
             pair = None if self._reduced is None else submit(measure_pair, self._reduced, reduced)
+            moment = _Moment(submit(look, frame), pair)
             self._frame, self._reduced = frame, reduced
-        fidelity = None if truth is None else submit(measure_fidelity, frame, truth)
-        meter, vmaf = self._standard.vmaf, None
-        if meter is not None and truth is not None:
-            vmaf = submit(meter.measure, index, frame, truth, self._truth)
+        if truth is not None:
+            moment = moment._replace(
+                fidelity=submit(measure_fidelity, frame, truth),
+                errors=submit(split_error, frame, truth, self._uncovered(truth)),
+            )
+            if self._standard.vmaf is not None:
+                vmaf = submit(self._standard.vmaf.measure, index, frame, truth, self._truth)
+                moment = moment._replace(vmaf=vmaf)
             self._truth = truth
-        self._last = _Moment(shown, pair, fidelity, vmaf)
-        return self._last
+        self._last = moment
+        return moment
 
     def _start_detail(self, index: int, details: dict[int, Future[float]]) -> None:
         """Queue the detail of the frame last started."""
@@ -248,13 +277,10 @@ class _Judge:
             self._detailed = frame
 
     def _collect(self, moment: _Moment) -> None:
-        self.looks.append(moment.look.result())
-        if moment.pair is not None:
-            self.pairs.append(moment.pair.result())
-        if moment.fidelity is not None:
-            self.fidelities.append(moment.fidelity.result())
-        if moment.vmaf is not None:
-            self.vmafs.append(moment.vmaf.result())
+        lists: tuple[list[Any], ...] = (self.looks, self.pairs, self.fidelities, self.errors, self.vmafs)
+        for values, measure in zip(lists, moment, strict=True):
+            if measure is not None:
+                values.append(measure.result())
 
 
 @dataclass
@@ -265,9 +291,6 @@ class _Findings:
     values: dict[str, float] = field(default_factory=dict)
     curves: list[Curve] = field(default_factory=list)
 
-    def add(self, name: str, value: float) -> None:
-        self.values[name] = float(value)
-
     def add_curve(self, name: str, values: Sequence[float], *, frames: Sequence[int]) -> None:
         """A metric over time, and its mean over the frames where it is defined as its value."""
         defined = [value for value in values if math.isfinite(value)]
@@ -276,83 +299,65 @@ class _Findings:
             self.curves.append(Curve(name, tuple(frames), tuple(float(value) for value in values)))
 
 
-def _say_look(findings: _Findings, judge: _Judge) -> None:
-    everywhere = range(len(judge.looks))
+def _add_look(findings: _Findings, looks: Sequence[Look]) -> None:
     for name in DRIFTING:
-        course = [float(getattr(each, name)) for each in judge.looks]
-        findings.add(f"drift_{name}", drift(name, course))
-        findings.add_curve(f"drift_{name}", deviation(name, course), frames=everywhere)
-    flickers = flicker([each.brightness for each in judge.looks])
+        course = [float(getattr(each, name)) for each in looks]
+        findings.values[f"drift_{name}"] = drift(name, course)
+        findings.add_curve(f"drift_{name}", deviation(name, course), frames=range(len(looks)))
+    flickers = flicker([each.brightness for each in looks])
     findings.add_curve("flicker", flickers, frames=range(1, 1 + len(flickers)))
 
 
-def _say_motion(findings: _Findings, judge: _Judge) -> None:
-    pairs = judge.pairs
+def _add_motion(findings: _Findings, watched: _Watched) -> None:
+    pairs = watched.pairs
     later = range(1, 1 + len(pairs))
+    motion = [pair.flow / watched.scale for pair in pairs]
     findings.add_curve("warping_error", [1000 * pair.warping_error for pair in pairs], frames=later)
     findings.add_curve("change", [255 * pair.change.luma for pair in pairs], frames=later)
-    motion = [pair.flow / judge.scale for pair in pairs]
     findings.add_curve("flow_magnitude", motion, frames=later)
-    findings.add("flow_variation", float(np.std(motion)) if motion else math.nan)
+    findings.values["flow_variation"] = float(np.std(motion)) if motion else math.nan
     findings.add_curve("still_share", [100 * pair.still for pair in pairs], frames=later)
+    findings.values["scene_cuts"] = math.nan
     if not pairs:
-        findings.add("scene_cuts", math.nan)
         findings.notes.append("it has one frame: nothing can be said of motion and change")
         return
     cuts = scene_cuts([pair.difference for pair in pairs], [pair.visible for pair in pairs])
-    findings.add("scene_cuts", len(cuts))
+    findings.values["scene_cuts"] = len(cuts)
     if cuts:
         findings.notes.append(f"new scenes begin at frames {', '.join(map(str, cuts))}")
 
 
-def _say_still(findings: _Findings) -> None:
-    still = findings.values["still_share"]
-    if still >= 100 * STILL_FROM:
-        findings.notes.append(
-            f"this is a still picture: {still:.4g}% of its pixels do not move, and measures that motion or change "
-            "makes worse say nothing good of it"
-        )
-
-
-def _say_seams(findings: _Findings, judge: _Judge, segment_size: int | None) -> None:
-    changes = [pair.change for pair in judge.pairs]
+def _add_seams(findings: _Findings, pairs: Sequence[PairMeasures], segment_size: int | None) -> int | None:
+    """Add the seam ratios; return the segment size that they are of, None if none was given or found."""
+    changes = [pair.change for pair in pairs]
     if segment_size is not None:
-        ratio = seam_ratio_of_changes(changes, segment_size=segment_size)
+        ratio = seam_ratio(changes, segment_size=segment_size)
     else:
-        size, ratio = likeliest_segment_size(changes) or (math.nan, SeamRatio(math.nan, math.nan))
-        findings.add("segment_size", size)
-    findings.add("seam_luma", ratio.luma)
-    findings.add("seam_detail", ratio.detail)
+        segment_size, ratio = likeliest_segment_size(changes) or (None, SeamRatio(math.nan, math.nan))
+        findings.values["segment_size"] = math.nan if segment_size is None else segment_size
+    findings.values |= {"seam_luma": ratio.luma, "seam_detail": ratio.detail}
     if math.isnan(ratio.worst):
         findings.notes.append("it is too short to have borders of segments and others: no seam ratio")
+    return segment_size
 
 
-def _say_image(findings: _Findings, judge: _Judge) -> None:
-    if judge.first is None:
-        return
-    findings.add("first_psnr", judge.first.psnr)
-    findings.add("first_ssim", judge.first.ssim)
-    findings.add("first_ms_ssim", judge.first.ms_ssim)
-    findings.add_curve("detail_retention", list(judge.details.values()), frames=list(judge.details))
-
-
-def _say_truth(findings: _Findings, judge: _Judge, standard: Standard) -> None:
-    if standard.truth is None:
-        return
-    compared, shown = len(judge.fidelities), len(judge.looks)
+def _add_truth(findings: _Findings, watched: _Watched, standard: Standard) -> None:
+    compared, shown = len(watched.fidelities), len(watched.looks)
     for name in Fidelity._fields:
-        findings.add_curve(name, [getattr(each, name) for each in judge.fidelities], frames=range(compared))
+        findings.add_curve(name, [getattr(each, name) for each in watched.fidelities], frames=range(compared))
+    uncovered, persisting = split_psnr(watched.errors)
+    findings.values |= {"psnr_uncovered": uncovered, "psnr_persisting": persisting}
     if standard.vmaf is not None:
-        scores = standard.vmaf.scores(judge.vmafs)
+        scores = standard.vmaf.scores(watched.vmafs)
         findings.add_curve("vmaf", list(scores.values()), frames=list(scores))
     if compared < shown:
         findings.notes.append(f"the truth ends after {compared} of {shown} frames: compared on those")
-    elif judge.truth_goes_on:
+    elif watched.truth_goes_on:
         findings.notes.append(f"the truth is longer: compared on its first {shown} frames")
 
 
-def _say_visible(
-    findings: _Findings, source: FrameSource, standard: Standard, *, num_frames: int, on_frame: OnFrame | None
+def _add_visible_differences(
+    findings: _Findings, source: FrameSource, standard: Standard, num_frames: int, on_frame: OnFrame | None
 ) -> None:
     """Ask ColorVideoVDP in a pass of its own: it has to know the number of frames beforehand."""
     meter, truth = standard.colorvideovdp, standard.truth
@@ -367,12 +372,12 @@ def _say_visible(
                     on_frame(done, num_frames)
 
         scores = meter.scores(pairs(), size=source.size, fps=source.fps, num_frames=num_frames)
-    findings.add("colorvideovdp", scores.total)
+    findings.values["colorvideovdp"] = scores.total
     findings.add_curve("colorvideovdp", scores.frames, frames=range(num_frames))
 
 
 def _detail(image: Array, frame: Array) -> float:
-    return detail_retention(FramePair(image, frame)).retention
+    return detail_retention(FramePair(image, frame))
 
 
 def _reduced(frame: Array, scale: float) -> Array:

@@ -26,7 +26,7 @@ MISSING = "VMAF: not installed; pip install 'swifti2v[vmaf]'"
 
 SPARSE_ABOVE_PIXELS = 1920 * 1088
 SPARSE_EVERY = 4
-"""Of larger frames every fourth is measured: at 2560x1408 VMAF costs as much as all other measures together."""
+"""Of larger frames only every fourth is measured: at 2560x1408 VMAF costs as much as all other measures together."""
 
 # BT.709 luma of a video file: 16 .. 235, whole levels.
 _LUMA_OF_RGB = np.asarray([[0.2126, 0.7152, 0.0722]], dtype=np.float32)
@@ -115,5 +115,5 @@ def _video_luma(frame: Array) -> Tensor:
     """Return luma as a file holds it, [1, 1, H, W] float32, whole levels of 16 .. 235."""
     import torch
 
-    grey = np.asarray(cv2.transform(unit_rgb(frame), _LUMA_OF_RGB))
-    return torch.from_numpy(np.rint(16 + 219 * grey)).reshape(1, 1, *grey.shape[:2])
+    gray = np.asarray(cv2.transform(unit_rgb(frame), _LUMA_OF_RGB))
+    return torch.from_numpy(np.rint(16 + 219 * gray)).reshape(1, 1, *gray.shape[:2])

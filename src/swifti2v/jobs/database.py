@@ -1,4 +1,4 @@
-"""The tables, and the way to the database: SQLite in one file by default, PostgreSQL or another by its URL."""
+"""The tables and the connection to the database: SQLite in one file by default, PostgreSQL or another by URL."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 BUSY_SECONDS = 30
-"""How long a writer waits for another one on SQLite, which lets in one at a time."""
+"""How long a writer waits for another one on SQLite, which has one writer at a time."""
 
 _RETRY_SECONDS = 0.2
 # PostgreSQL's codes of a server that stops or starts, and of connections; some drivers raise them as other kinds.

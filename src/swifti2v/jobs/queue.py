@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class JobQueue:
-    """Store and files of one queue."""
+    """A queue: the store of its jobs and their files."""
 
     store: JobStore
     files: JobFiles
@@ -119,7 +119,7 @@ class JobQueue:
         return job
 
     def _new(self, submit: Callable[[str], Job]) -> Job:
-        """Return what `submit` makes of a new name; where it raises, no files stay."""
+        """Return the job that `submit` makes under a new name; remove its files if that fails."""
         job_id = new_job_id()
         try:
             return submit(job_id)
@@ -129,7 +129,7 @@ class JobQueue:
 
 
 def _first_stage(begun: AttemptFiles) -> JobStage:
-    """Return what a job that begins with the work of another has to begin with."""
+    """Return the stage that a job starts with when it takes over the work of another."""
     from swifti2v.work_directory import WorkDirectory  # with torch, which most users of a queue do without
 
     try:

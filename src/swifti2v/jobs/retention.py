@@ -1,4 +1,4 @@
-"""What is kept of finished jobs: so long, and so many bytes."""
+"""How long finished jobs are kept, and how many bytes of them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 LOGGER = logging.getLogger(__name__)
 
 ORPHAN_SECONDS = 3600.0
-"""Files without a record are left alone for so long: their job may be on its way into the queue."""
+"""Age at which files without a record are removed; younger ones may belong to a job that is being submitted."""
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ _SAME = (
     *("id", "sequence", "owner", "claims", "max_attempts", "created_at", "started_at", "finished_at"),
     *("worker", "lease_token", "lease_expires_at"),
 )
-"""Columns that are fields of a job as they are."""
+"""Columns that hold a field of `Job` unchanged."""
 
 
 def row_of_request(request: JobRequest) -> dict[str, Any]:

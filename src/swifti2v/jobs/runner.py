@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 LOGGER = logging.getLogger(__name__)
 
 STAGE_ONE_PERCENT = 30
-"""Of a video's percent, those of Stage I: about its share of the time at full size (`docs/design.md`, 8)."""
+"""Progress in percent when Stage I ends: about its share of the time at full size."""
 
 MOTION_PRESET = "ultrafast"  # of x264: the motion reference is small, and for a look only
 
@@ -84,7 +84,7 @@ class PipelineRunner:
         return cls(lambda name: TwoStagePipeline.from_pretrained(name, **options))
 
     def run(self, task: Task) -> JobResult | JobStage:
-        """Make the video, or the motion reference of a preview; or that of a video, and hand it on.
+        """Make the video or the preview; a runner of Stage I alone makes the motion reference and hands the job on.
 
         Raises what the pipeline raises, and `GenerationCancelled` of the task; `DeviceLostError` where a card has
         failed in it.
@@ -143,7 +143,7 @@ class PipelineRunner:
 
 
 class ProgressGauge:
-    """From the steps of the pipeline to percent of the whole, which never go back.
+    """Converts the steps of the pipeline to percent of the whole job, which never decrease.
 
     Args:
         last_phase: whose end is that of the job.
@@ -172,7 +172,7 @@ class ProgressGauge:
 def _make_motion(
     pipeline: TwoStagePipeline, request: GenerationRequest, files: AttemptFiles, on_progress: OnProgress
 ) -> None:
-    """Run Stage I into the work of a claim; what a preview yields of it is not needed."""
+    """Run Stage I into the work folder of a claim."""
     with closing(pipeline.preview(request, work_dir=files.work, on_progress=on_progress)) as pieces:
         for _ in pieces:
             pass

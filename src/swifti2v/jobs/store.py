@@ -1,4 +1,4 @@
-"""The jobs in the database. Every change of state is one conditional UPDATE: of two who want it, one gets it."""
+"""The jobs in the database. Every change of state is one conditional UPDATE, so of two workers only one succeeds."""
 
 from __future__ import annotations
 
@@ -328,7 +328,7 @@ def _queued(available_at: float) -> dict[str, Any]:
 
 
 def _claim(job: Job) -> dict[str, Any]:
-    """Return what names the claim by which a job was taken, in the statements below."""
+    """Return the parameters that identify the claim of `job` in the statements below."""
     return {"job": job.id, "token": job.lease_token}
 
 

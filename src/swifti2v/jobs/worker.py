@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 LOGGER = logging.getLogger(__name__)
 
 PROGRESS_SECONDS = 0.25
-"""Progress is recorded no more often; what is left out, the heartbeat or the next step records."""
+"""Progress is written at most this often; the heartbeat or the next step writes what was left out."""
 
 
 class Runner(Protocol):
@@ -61,7 +61,7 @@ class Outcome(Enum):
 
 @dataclass(frozen=True)
 class WorkerOptions:
-    """How a worker works.
+    """Options of a worker.
 
     Args:
         name: in the records of its jobs; default: host, process and four random digits.
@@ -247,7 +247,7 @@ class Task:
         return self._stopped_early()
 
     def _stopped_early(self) -> Outcome:
-        """Give a job back, or drop what was made for one that is no longer ours."""
+        """Give the job back, or remove the files of one that is no longer ours."""
         if not self._lost.is_set() and self._store.release(self.job):
             return Outcome.RELEASED
         if self._store.let_go(self.job):

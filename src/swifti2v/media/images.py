@@ -48,7 +48,7 @@ class LoadedImage:
     """An input image and what was done to make it one.
 
     Args:
-        image: mode RGB, sRGB colours, upright.
+        image: mode RGB, sRGB colors, upright.
         notes: one clause per thing that was handled ("rotated by its EXIF orientation"), in the order it was done.
     """
 
@@ -59,7 +59,7 @@ class LoadedImage:
 def load_image(path: str | os.PathLike[str]) -> LoadedImage:
     """Read the picture in `path` as an upright RGB image.
 
-    Handled and noted: EXIF orientation, embedded colour profiles, CMYK, alpha (laid on white), 16 bits, greyscale,
+    Handled and noted: EXIF orientation, embedded color profiles, CMYK, alpha (laid on white), 16 bits, grayscale,
     palettes, the second picture of a camera's MPO file.
 
     Raises:
@@ -94,7 +94,7 @@ def as_loaded_image(image: Image.Image | str | os.PathLike[str]) -> LoadedImage:
 
 
 def fit_image(image: Image.Image, size: Size) -> Image.Image:
-    """Return `image` cut to the aspect of `size` about its centre and resampled to it (Lanczos, antialiased)."""
+    """Return `image` cut to the aspect of `size` about its center and resampled to it (Lanczos, antialiased)."""
     if image.size == tuple(size):
         return image.copy()
     return image.resize((size.width, size.height), Image.Resampling.LANCZOS, box=_crop_box(image, size))
@@ -107,7 +107,7 @@ def fit_notes(image: Image.Image, size: Size) -> tuple[str, ...]:
     enlargement = size.width / (right - left)
     notes = []
     if kept < 0.99:
-        note = f"cut to the aspect of {size} about its centre ({100 * (1 - kept):.0f}% of the picture left out)"
+        note = f"cut to the aspect of {size} about its center ({100 * (1 - kept):.0f}% of the picture left out)"
         turned = Size(size.height, size.width)
         if _kept(image, turned) > kept + 0.01:
             note += f"; a size of {turned} would leave out less"
@@ -262,13 +262,13 @@ def _upright(image: Image.Image, notes: list[str]) -> Image.Image:
 
 def _as_rgb(path: Path, image: Image.Image, notes: list[str]) -> Image.Image:
     profile = image.info.get("icc_profile")
-    colours, alpha = _split_alpha(_eight_bits(path, image), notes)
-    if colours.mode == "L":
-        notes.append("converted from greyscale to RGB")
-    elif colours.mode != "RGB":
-        notes.append(f"converted from {colours.mode} to RGB")
-    converted = _by_profile(colours, profile, notes) if profile else None
-    rgb = converted or colours.convert("RGB")
+    colors, alpha = _split_alpha(_eight_bits(path, image), notes)
+    if colors.mode == "L":
+        notes.append("converted from grayscale to RGB")
+    elif colors.mode != "RGB":
+        notes.append(f"converted from {colors.mode} to RGB")
+    converted = _by_profile(colors, profile, notes) if profile else None
+    rgb = converted or colors.convert("RGB")
     if alpha is not None and alpha.getextrema() != (255, 255):
         notes.append("transparent parts laid on white")
         white = Image.new("RGB", rgb.size, "white")
@@ -279,7 +279,7 @@ def _as_rgb(path: Path, image: Image.Image, notes: list[str]) -> Image.Image:
 
 
 def _eight_bits(path: Path, image: Image.Image) -> Image.Image:
-    """Bring deep greyscale to 8 bits by scaling (Pillow's own conversion clips it)."""
+    """Bring deep grayscale to 8 bits by scaling (Pillow's own conversion clips it)."""
     if image.mode == "1":
         return image.convert("L")
     if not image.mode.startswith(("I", "F")):
@@ -291,15 +291,15 @@ def _eight_bits(path: Path, image: Image.Image) -> Image.Image:
 
 
 def _split_alpha(image: Image.Image, notes: list[str]) -> tuple[Image.Image, Image.Image | None]:
-    """Return the colours (no palette, no alpha) and the alpha channel, if there is one."""
+    """Return the colors (no palette, no alpha) and the alpha channel, if there is one."""
     transparent = "transparency" in image.info or image.mode in ("PA", "LA", "La", "RGBA", "RGBa")
     if image.mode in ("P", "PA"):
-        notes.append("converted from a colour palette")
+        notes.append("converted from a color palette")
     if not transparent:
         return (image.convert("RGB") if image.mode == "P" else image), None
-    grey = image.mode in ("L", "LA", "La")
+    gray = image.mode in ("L", "LA", "La")
     with_alpha = image.convert("RGBA")
-    return with_alpha.convert("L" if grey else "RGB"), with_alpha.getchannel("A")
+    return with_alpha.convert("L" if gray else "RGB"), with_alpha.getchannel("A")
 
 
 def _by_profile(image: Image.Image, profile: bytes, notes: list[str]) -> Image.Image | None:
@@ -311,7 +311,7 @@ def _by_profile(image: Image.Image, profile: bytes, notes: list[str]) -> Image.I
             return None
         converted = ImageCms.profileToProfile(image, source, ImageCms.createProfile("sRGB"), outputMode="RGB")
     except (ImageCms.PyCMSError, *_DECODING_ERRORS):
-        notes.append("colours taken as sRGB: its embedded colour profile cannot be used")
+        notes.append("colors taken as sRGB: its embedded color profile cannot be used")
         return None
-    notes.append(f"colours converted to sRGB from the embedded profile {name!r}")
+    notes.append(f"colors converted to sRGB from the embedded profile {name!r}")
     return converted

@@ -79,7 +79,7 @@ class VideoReader:
         for name, value in (("fps", fps), ("max_frames", max_frames), ("chunk_frames", chunk_frames)):
             if value is not None and not (math.isfinite(value) and value > 0):
                 msg = f"{name} is {value}; use a number above 0"
-                raise InvalidInputError(msg)
+                raise InvalidInputError(msg, param=name, value=value)
         self.path = Path(path)
         self._interval = None if fps is None else 1 / Fraction(fps).limit_denominator(100_000)
         self._max_frames = max_frames

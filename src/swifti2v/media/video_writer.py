@@ -82,7 +82,7 @@ def frame_rate(fps: float) -> Fraction:
     """
     if not (math.isfinite(fps) and 0 < fps <= 1000):
         msg = f"{fps} frames per second cannot be written; use a number above 0 and at most 1000, for instance 24"
-        raise InvalidInputError(msg)
+        raise InvalidInputError(msg, param="fps", value=fps)
     broadcast = Fraction(math.ceil(fps) * 1000, 1001)
     if abs(broadcast - Fraction(fps)) < Fraction(1, 500):
         return broadcast
@@ -124,13 +124,13 @@ class VideoWriter:
     ) -> None:
         if min(size) < 2 or size.width % 2 or size.height % 2:
             msg = f"size {size} cannot be written as yuv420p; use an even width and height"
-            raise InvalidInputError(msg)
+            raise InvalidInputError(msg, param="size", value=size)
         if not 0 <= crf <= 51:
             msg = f"quality (crf) {crf} does not exist; use 0 (lossless) to 51, 16 by default"
-            raise InvalidInputError(msg)
+            raise InvalidInputError(msg, param="crf", value=crf)
         if preset not in PRESETS:
             msg = f"x264 has no preset {preset!r}; use one of {', '.join(PRESETS)}"
-            raise InvalidInputError(msg)
+            raise InvalidInputError(msg, param="preset", value=preset)
         self.path = check_output_path(path)
         self.part_path = self.path.with_name(f".{self.path.stem}.part.mp4")
         self.partial_path: Path | None = None

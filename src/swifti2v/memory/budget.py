@@ -35,7 +35,7 @@ WeightDtype = Literal["float32", "bfloat16", "float8", "int8", "nf4"]
 BITS_PER_WEIGHT: dict[WeightDtype, float] = {"float32": 32, "bfloat16": 16, "float8": 8, "int8": 8, "nf4": 4.25}
 """Storage of one weight; nf4 with the scales of its blocks (`normal_float.py`)."""
 Products = Literal["none", "float8", "int8"]
-"""Arithmetic of the linear layers of the transformers' blocks (`wan/quantized_products.py`)."""
+"""Arithmetic of the linear layers of the transformers' blocks (`wan/quantized_linear.py`)."""
 
 
 @dataclass(frozen=True)

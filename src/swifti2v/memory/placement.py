@@ -15,13 +15,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
 from accelerate.utils import send_to_device
-from diffusers import ModelMixin
-from diffusers.hooks import HookRegistry, apply_group_offloading, apply_layerwise_casting
+from diffusers.hooks import HookRegistry, apply_group_offloading
 from torch import nn
-
-from swifti2v.errors import MemoryBudgetError
-from swifti2v.memory.normal_float import NormalFloatLinear, pack_blocks
-from swifti2v.memory.plan import STORED_DTYPES
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -29,7 +24,6 @@ if TYPE_CHECKING:
     from torch import Tensor
     from torch.utils.hooks import RemovableHandle
 
-    from swifti2v.memory.budget import WeightDtype
     from swifti2v.memory.ways import Placement
 
 GROUP_HOOKS = ("group_offloading", "layer_execution_tracker", "lazy_prefetch_group_offloading")
@@ -38,11 +32,6 @@ GROUP_HOOKS = ("group_offloading", "layer_execution_tracker", "lazy_prefetch_gro
 
 BLOCKS_AHEAD = 2
 """The block whose weights come meanwhile, and the one that is started; the one before them may be at work."""
-
-NARROW = torch.float8_e4m3fn
-TEXT_ENCODER_EXACT = (r"\.wo$", "norm", r"(^|\.)(shared|embed_tokens)$")
-"""Layers of UMT5 that stay as they are: transformers casts what enters ``wo`` to the dtype of its stored weight, and
-pipelines cast the prompt's embedding to that of the encoder's first parameter, the table of words."""
 
 
 class LoadOnCall(ModelHook):  # type: ignore[misc]
@@ -181,54 +170,6 @@ def remove_group_offloading(network: nn.Module) -> None:
         with suppress(KeyError):
             registry.remove_hook(name, recurse=True)
     network.to("cpu")
-
-
-def store_weights(network: nn.Module, dtype: WeightDtype, *, compute_dtype: torch.dtype) -> None:
-    """Store the large weights of a transformer or text encoder as `dtype`, and compute in `compute_dtype` as before.
-
-    What is not exact any more stays so: weights cannot be taken back to a wider dtype. To be called before `place`.
-    Layers with float8 or int8 products hold a byte a weight already, and are left as they are.
-
-    Args:
-        network: on any device; on the meta device it is arranged for weights that come later.
-        dtype: `float8`, through diffusers' hooks; `nf4` (`normal_float.py`), also where it was `float8` before; wider
-            ones change nothing.
-        compute_dtype: of the work.
-
-    Raises:
-        MemoryBudgetError: weights cannot be stored in `dtype`.
-        AdapterError: a LoRA is attached to a network that is to be stored in `nf4`.
-    """
-    if dtype in {"bfloat16", "float32"}:
-        return
-    if dtype not in {"float8", "nf4"}:
-        msg = f"weights cannot be stored in {dtype}; allow more host memory, or store them in float8 or nf4"
-        raise MemoryBudgetError(msg)
-    if dtype == "nf4":
-        pack_blocks(network, dtype=compute_dtype)
-    elif stored_narrow(network) is None:
-        if isinstance(network, ModelMixin):
-            network.enable_layerwise_casting(storage_dtype=NARROW, compute_dtype=compute_dtype)
-        else:
-            apply_layerwise_casting(network, NARROW, compute_dtype, skip_modules_pattern=TEXT_ENCODER_EXACT)
-
-
-def storable_dtypes(dtype: torch.dtype) -> tuple[WeightDtype, ...]:
-    """Return how the weights of networks that work in `dtype` can be stored, the most exact first: as they are."""
-    return ("float32" if dtype == torch.float32 else "bfloat16", *STORED_DTYPES[1:])
-
-
-def stored_narrow(network: nn.Module) -> WeightDtype | None:
-    """Return how a network holds its large weights, where they are narrower than the work is.
-
-    Either `store_weights` has stored them, or they are the buffers of layers with float8 or int8 products.
-    """
-    if any(isinstance(module, NormalFloatLinear) for module in network.modules()):
-        return "nf4"
-    held = {tensor.dtype for tensor in _tensors(network)}
-    if NARROW in held:
-        return "float8"
-    return "int8" if torch.int8 in held else None
 
 
 def _tensors(network: nn.Module) -> Iterator[Tensor]:

@@ -137,7 +137,7 @@ class BlockTransform(nn.Module):
 
 
 class BlockTransformCodec(ModelMixin, ConfigMixin):
-    """The codec of Stage II in `mini`; a `StreamingCodec` (`wan/vae.py`).
+    """The codec of Stage II in `mini`; a `StreamingCodec` (`wan/streaming.py`).
 
     Latents are coefficients over `scale`, float32. Made by `mini/fitting.py`.
 

@@ -11,7 +11,7 @@ import torch
 
 from swifti2v.errors import InvalidInputError
 from swifti2v.wan.attention_choice import check_attention_name, set_attention
-from swifti2v.wan.quantized_products import Quantization, use_quantized_products
+from swifti2v.wan.quantized_linear import Quantization, use_quantized_matmul
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 
 
 MAX_GRAPHS = 64
-"""Of one block in a process: three or four for each size of video. PyTorch's own limit is 8; beyond it blocks run
-uncompiled without a word, in a worker that has made its third size."""
+"""Compiled graphs of one block in a process: each size of video needs three or four. PyTorch's own limit is 8, and
+beyond it blocks run uncompiled without a warning: in a worker, from its third size on."""
 
 
 @dataclass(frozen=True)
@@ -32,13 +32,14 @@ class Acceleration:
     Args:
         attention: `auto`, or a name of `swifti2v.wan.attention_choice.BACKENDS`.
         compile_blocks: compile the block of each transformer once (`torch.compile`, regional). Shapes are static: every
-            length of window is a graph of its own. With M targets and one neighbour before, those are the first window
+            length of window has its own graph. With M targets and one neighbor before, those are the first window
             (1 + M), the ones in the middle (1 + 1 + M) and, where M does not divide the clip, a shorter last one.
-        quantization: `float8`, `int8`: the linear layers of the transformers' blocks hold and multiply these
-            (`wan/quantized_products.py`), inexactly; with `compile_blocks` rounding costs less. `none`: as they are.
-        overlap: decode and hand out frames beside the denoising of the next segment.
-        num_processes: that share the sequence of every forward (Ulysses), one a card, as torchrun starts them.
-        decoder: `exact` is Stage II's codec; `light` a small network of lower fidelity (`wan/light_decoder.py`).
+        quantization: quantized matmul in the transformers' blocks (`wan/quantized_linear.py`), inexact; with
+            `compile_blocks` rounding takes less time. `none`: as the weights are.
+        overlap: decode and hand out frames while the next segment is denoised.
+        num_processes: processes that share the sequence of every forward (Ulysses), one on each card, as torchrun
+            starts them.
+        decoder: `exact` is Stage II's codec; `light` a small network of lower fidelity (`wan/taehv.py`).
         decoder_weights: of the light decoder: a file, or ``OWNER/NAME/FILE`` on the hub; None: the public one.
         decode_device: where finished segments are decoded, ``cuda:1`` for instance; None: where they are made.
 
@@ -60,27 +61,27 @@ class Acceleration:
         check_attention_name(self.attention)
         if self.quantization not in get_args(Quantization):
             msg = f"quantization {self.quantization!r} is not known; use none, float8 or int8"
-            raise InvalidInputError(msg)
+            raise InvalidInputError(msg, param="quantization", value=self.quantization)
         if self.decoder not in {"exact", "light"}:
             msg = f"decoder {self.decoder!r} is not known; use exact or light"
-            raise InvalidInputError(msg)
+            raise InvalidInputError(msg, param="decoder", value=self.decoder)
         if self.decoder == "exact" and self.decoder_weights is not None:
-            msg = "weights of a decoder are for the light one, the exact one is the checkpoint's; use decoder light"
-            raise InvalidInputError(msg)
+            msg = "decoder_weights are for the light decoder; the exact one is the checkpoint's: use decoder light"
+            raise InvalidInputError(msg, param="decoder_weights", value=self.decoder_weights)
         if self.num_processes < 1:
             msg = f"num_processes is {self.num_processes}; use 1, or as many as torchrun has started"
-            raise InvalidInputError(msg)
+            raise InvalidInputError(msg, param="num_processes", value=self.num_processes)
 
 
 def accelerated(parts: Parts, acceleration: Acceleration) -> Parts:
     """Set the networks of `parts` up, in place, and return the parts to run with.
 
     Raises:
-        InvalidInputError: an attention that is not installed, processes that are not there, or products in eight
-            bits on a device or of weights that do not have them.
+        InvalidInputError: an attention that is not installed, processes that are not there, or a quantized matmul that
+            the device or the weights do not support.
     """
     networks = transformers_of(parts)
-    use_quantized_products(networks, acceleration.quantization, device=parts.device)
+    use_quantized_matmul(networks, acceleration.quantization, device=parts.device)
     set_attention(networks, acceleration.attention, device=parts.device)
     if acceleration.num_processes > 1:
         share_sequence(networks, acceleration.num_processes)
@@ -140,7 +141,7 @@ def check_shared(parts: Parts, settings: GenerationSettings, num_processes: int)
     """Raise `InvalidInputError` unless every forward pass of a run can be divided among the processes."""
     one, two = parts.stage_one, parts.stage_two
     if num_processes > 1 and (settings.keep_context or two.transformer.config.context_attention == "frozen"):
-        msg = "context that is frozen or kept is not divided among processes; start one process, or keep no context"
+        msg = "frozen or kept context cannot be split among processes; start one process, or turn keep_context off"
         raise InvalidInputError(msg)
     motion = one.geometry.tokens_per_frame(parts.motion_size(settings.size))
     windows = [motion * one.geometry.latent_frames(len(window)) for window in one.plan(settings.num_frames)]

@@ -21,7 +21,7 @@ from torch import Tensor
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Iterable, Iterator
 
-    from swifti2v.wan.vae import VideoDecoder
+    from swifti2v.wan.streaming import VideoDecoder
 
 Event = TypeVar("Event")
 

@@ -1,4 +1,4 @@
-"""What decodes the finished latents, where it is not Stage II's codec beside the denoising itself."""
+"""Other decoders of finished latents than Stage II's codec: the light one, or the codec on another device."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from swifti2v.errors import InvalidInputError
-from swifti2v.wan.light_decoder import LightDecoder, decoder_from_weights, read_light_weights
-from swifti2v.wan.vae import WanStreamingCodec
+from swifti2v.wan.streaming import WanStreamingCodec
+from swifti2v.wan.taehv import LightDecoder, decoder_from_weights, read_light_weights
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
@@ -16,13 +16,13 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from swifti2v.wan.vae import StreamingCodec
+    from swifti2v.wan.streaming import StreamingCodec
 
 PUBLIC_WEIGHTS = {48: "lightx2v/Autoencoders/taew2_2.safetensors", 16: "lightx2v/Autoencoders/taew2_1.safetensors"}
 """TAEHV's decoders by the channels of the codec whose latents they take: Wan2.2's and Wan2.1's."""
 
 TRAINED_ON_UNSCALED = "lighttae"
-"""How the names of LightX2V's own files begin; unlike TAEHV's, they take latents that are not normalised."""
+"""Start of the names of LightX2V's own files, which take latents that are not normalized, unlike TAEHV's."""
 
 
 def open_light_decoder(
@@ -73,7 +73,7 @@ def open_light_decoder(
 
 
 def decoder_elsewhere(codec: StreamingCodec, device: torch.device) -> WanStreamingCodec:
-    """Return a codec with weights of its own on `device`, so that it decodes while `codec` and Stage II are at work.
+    """Return a codec with its own copy of the weights on `device`, so that it decodes while Stage II is at work.
 
     Raises:
         InvalidInputError: the codec is not Wan's.
@@ -85,7 +85,7 @@ def decoder_elsewhere(codec: StreamingCodec, device: torch.device) -> WanStreami
 
 
 class Undecoded:
-    """In the place of a decoder, in processes that take part in the denoising only: reads latents, makes no frames."""
+    """Replaces the decoder in processes that only share the denoising: reads latents, makes no frames."""
 
     def decode_stream(self, latents: Iterable[Tensor]) -> Iterator[Tensor]:
         """Read all of `latents` and yield nothing."""

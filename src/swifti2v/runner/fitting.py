@@ -17,16 +17,16 @@ from swifti2v.memory.checkpoint_dimensions import codec_from_config
 from swifti2v.memory.device_errors import is_out_of_memory
 from swifti2v.memory.devices import DEVICES, DeviceRates
 from swifti2v.memory.light_cost import LightDecoderDimensions
-from swifti2v.memory.placement import PlacedNetworks, storable_dtypes, store_weights, stored_narrow
+from swifti2v.memory.placement import PlacedNetworks
 from swifti2v.memory.plan import CONTEXT_BYTES, MemoryPlan, plan_memory, tighter_budget
 from swifti2v.memory.run_settings import RunSettings
 from swifti2v.memory.transformer_cost import TextEncoderDimensions, TransformerDimensions
 from swifti2v.runner.acceleration import transformers_of
 from swifti2v.stage_two import StageTwo
-from swifti2v.wan.light_decoder import LightDecoder
-from swifti2v.wan.quantized_products import quantization_of
+from swifti2v.wan.quantized_linear import quantization_of, storable_dtypes, store_weights, stored_narrow
+from swifti2v.wan.streaming import CodecSettings, WanStreamingCodec
+from swifti2v.wan.taehv import LightDecoder
 from swifti2v.wan.tiling import Tiling
-from swifti2v.wan.vae import CodecSettings, WanStreamingCodec
 
 if TYPE_CHECKING:
     from collections.abc import Generator
@@ -232,7 +232,7 @@ def _with_stage_two_placed(parts: Parts, plan: MemoryPlan, networks: PlacedNetwo
 def _codec_settings(plan: MemoryPlan, settings: CodecSettings) -> CodecSettings:
     way = plan.codec
     tiling = Tiling(way.tile) if way.columns * way.rows > 1 else None
-    return CodecSettings(tiling, settings.lean, way.frames_per_step, way.parks_features)
+    return CodecSettings(tiling, settings.chunked, way.frames_per_step, way.parks_features)
 
 
 def _codec_cost(codec: object) -> CodecCost:

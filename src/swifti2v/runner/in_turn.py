@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from swifti2v.memory.placement import storable_dtypes
 from swifti2v.memory.plan import plan_stages
 from swifti2v.runner.fitting import ASSUMED_RATES, MemoryLimits, dimensions_of, run_settings_of
 from swifti2v.wan.checkpoints import PARTS
+from swifti2v.wan.quantized_linear import storable_dtypes
 
 if TYPE_CHECKING:
     from swifti2v.runner.parts import Parts

@@ -12,7 +12,6 @@ import torch
 
 from swifti2v.errors import InvalidInputError
 from swifti2v.memory.checkpoint_dimensions import read_pipeline_dimensions
-from swifti2v.memory.placement import storable_dtypes, store_weights
 from swifti2v.runner.acceleration import Acceleration, accelerated
 from swifti2v.runner.decoders import decoder_elsewhere, open_light_decoder
 from swifti2v.runner.parts import Parts
@@ -23,15 +22,16 @@ from swifti2v.stage_two import StageTwo
 from swifti2v.wan.checkpoint_files import read_json
 from swifti2v.wan.checkpoints import (
     PARTS,
+    described_stage_one,
+    described_stage_two,
     load_stage_one_pipeline,
     load_stage_two_transformer,
     load_stage_two_vae,
     resolve,
 )
-from swifti2v.wan.described import described_stage_one, described_stage_two
-from swifti2v.wan.piecewise_reader import PiecewiseReader, read_stage_one_networks
-from swifti2v.wan.quantized_products import Quantization, stored_already
-from swifti2v.wan.vae import open_codec
+from swifti2v.wan.network_reader import NetworkReader
+from swifti2v.wan.quantized_linear import Quantization, WeightDtype, storable_dtypes, store_weights, stored_already
+from swifti2v.wan.streaming import open_codec
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -39,13 +39,12 @@ if TYPE_CHECKING:
 
     from diffusers import WanImageToVideoPipeline
 
-    from swifti2v.memory.budget import WeightDtype
     from swifti2v.runner.fitting import MemoryLimits
     from swifti2v.settings import GenerationSettings, Refiner
     from swifti2v.wan.checkpoint_index import CheckpointIndex, StageOneEntry
     from swifti2v.wan.checkpoints import Part, ResolvedCheckpoint
+    from swifti2v.wan.streaming import StreamingCodec, VideoDecoder
     from swifti2v.wan.transformer import StageTwoTransformer
-    from swifti2v.wan.vae import StreamingCodec, VideoDecoder
 
 
 def load_parts(  # noqa: PLR0913 - the options of `from_pretrained`, and the stages
@@ -110,11 +109,9 @@ class _Way:
         """How weights are stored where nothing is short."""
         return storable_dtypes(self.dtype)[0]
 
-    def reader(self, stored: WeightDtype) -> PiecewiseReader | None:
-        """Return what reads networks tensor by tensor into `stored`; None where they stay as they are loaded."""
-        if stored == self.loaded_dtype:
-            return None
-        return PiecewiseReader(partial(store_weights, dtype=stored, compute_dtype=self.dtype), self.place)
+    def reader(self, stored: WeightDtype) -> NetworkReader:
+        """Return what reads networks tensor by tensor into `stored`."""
+        return NetworkReader(partial(store_weights, dtype=stored, compute_dtype=self.dtype), self.place)
 
 
 def _assembled(
@@ -150,9 +147,8 @@ def _stage_two_networks(
     if not is_held:
         described, vae = described_stage_two(checkpoint, dtype=way.dtype)
         return described, open_codec(vae)
-    reader = way.reader(stored)
     transformer = load_stage_two_transformer(
-        checkpoint, dtype=way.dtype, refiner=trained_refiner(checkpoint), read=reader.read if reader else None
+        checkpoint, dtype=way.dtype, refiner=trained_refiner(checkpoint), reader=way.reader(stored)
     )
     codec = open_codec(load_stage_two_vae(checkpoint, dtype=way.dtype).to(way.home).eval())
     return transformer.to(way.home).eval(), codec
@@ -165,12 +161,11 @@ def _stage_one_pipeline(
     if not is_held:
         return described_stage_one(checkpoint, dtype=way.dtype)
     roles = _roles(entry) - (set() if way.few_step else {FEW_STEP_ADAPTER})
-    reader = way.reader(stored)
     pipeline = load_stage_one_pipeline(
         checkpoint,
         dtype=way.dtype,
         roles=roles,
-        networks=read_stage_one_networks(checkpoint, reader, dtype=way.dtype, roles=roles) if reader else None,
+        reader=way.reader(stored),
         settle=lambda _name, network: network.to(way.home),
     )
     pipeline.scheduler = _few_step_scheduler(pipeline.scheduler, entry)

@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     from swifti2v.stage_one import StageOne
     from swifti2v.stage_two import StageTwo
     from swifti2v.wan.checkpoints import Part
-    from swifti2v.wan.quantized_products import Quantization
-    from swifti2v.wan.vae import VideoDecoder
+    from swifti2v.wan.quantized_linear import Quantization
+    from swifti2v.wan.streaming import VideoDecoder
 
 
 @dataclass(frozen=True)
@@ -88,9 +88,7 @@ class Parts:
     def prompt_notes(self, request: GenerationRequest) -> tuple[str, ...]:
         """Say that the prompt is empty or cut, or that the model knows none of its words."""
         empty = () if request.prompt.strip() else ("the prompt is empty: what moves is left to the model",)
-        named = zip(("prompt", "negative prompt"), request.texts, strict=True)
-        cut = (self.stage_one.cut_note(name, text or "") for name, text in named)
-        return (*self._motion_notes(request.prompt), *empty, *(note for note in cut if note is not None))
+        return (*self._motion_notes(request.prompt), *empty, *self.stage_one.notes_of(*request.texts))
 
     def _motion_notes(self, prompt: str) -> tuple[str, ...]:
         words = re.findall(r"[a-z]+", prompt.lower())

@@ -91,11 +91,11 @@ def create_app(
 
 
 def _add_operation(app: FastAPI, service: Service, metrics: Metrics) -> None:
-    """Add what operators and their machines ask."""
+    """Add the routes for operators: health, readiness, metrics."""
 
     @app.get("/healthz")
     def healthz() -> dict[str, str]:
-        """Tell that the process lives."""
+        """Answer while the process is alive."""
         return {"status": "ok"}
 
     @app.get("/readyz", responses={503: {"description": "Not ready."}})

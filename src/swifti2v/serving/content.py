@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 Variant = Literal["video", "thumbnail", "spritesheet"]
 
 KEEPALIVE_SECONDS = 15.0
-"""A comment is sent after so much silence, so that proxies keep the connection."""
+"""Send a comment after this much silence, so that proxies keep the connection open."""
 
 PIECE_BYTES = 1 << 16
 _HEADERS = {"Cache-Control": "private, no-cache", "X-Content-Type-Options": "nosniff"}
@@ -121,7 +121,7 @@ class GrowingVideo(Response):
         return job.state if job.claims == self._claims else JobState.QUEUED
 
     def _open(self, state: JobState) -> BinaryIO | None:
-        """Open the growing file; when it has its final name already, that one."""
+        """Open the growing file, or the finished one if it has been renamed already."""
         paths = [self._files.growing_video]
         if state is JobState.COMPLETED:
             paths.append(self._files.video)

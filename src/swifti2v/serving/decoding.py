@@ -1,4 +1,4 @@
-"""Pictures of strangers, decoded in child processes that may take little memory and little time.
+"""Decode untrusted pictures in child processes with limits of memory and time.
 
 Decoders are C code with a history of flaws, and a picture of a few kilobytes may unfold to gigabytes. What goes wrong
 in a child (`picture_child.py`) ends the child; the service answers that the picture cannot be used, and starts another.
@@ -60,7 +60,7 @@ class PictureDecoder:
 
     @property
     def process_ids(self) -> tuple[int, ...]:
-        """Ids of the processes that live."""
+        """Ids of the running processes."""
         return tuple(child.process.pid for child in self._children if child.process is not None)
 
     def decode(self, content: bytes) -> LoadedImage:
@@ -98,7 +98,7 @@ class PictureDecoder:
 
 
 class _Child:
-    """One process, replaced after it died."""
+    """One child process, which is started again after it has died."""
 
     def __init__(self, memory_bytes: int, seconds: float) -> None:
         self._command = [sys.executable, "-m", _CHILD, str(memory_bytes), str(seconds)]

@@ -47,7 +47,7 @@ LOGGER = logging.getLogger(__name__)
 
 APPLICATION = "swifti2v"
 JOBS_PER_CALL = 16
-"""A replica goes on to the next job within a call: from call to call Ray's router may pause."""
+"""A replica takes several jobs in one call, because Ray's router may pause between two calls."""
 
 _OBJECT_STORE_BYTES = 256 << 20  # pictures and videos travel through the data folder, not through Ray
 _UPSCALE_SECONDS = 2.0  # that jobs must wait before another replica is started
@@ -128,7 +128,7 @@ class Dispatcher:
         self._watching = asyncio.get_running_loop().create_task(self._watch())
 
     async def drain(self) -> None:
-        """Call no more, and let the replicas give back what they are at."""
+        """Start no more calls, and let the replicas give their current jobs back."""
         self._watching.cancel()
         for call in self._calls:
             call.cancel()
@@ -235,7 +235,7 @@ def _start(settings: ServiceSettings, cluster: ClusterSettings, address: tuple[s
 
 
 def _ingress(settings: ServiceSettings, options: dict[str, Any]) -> Any:
-    """Return the deployment of the HTTP application, which is built where it runs: a database cannot travel."""
+    """Return the deployment of the HTTP application, built where it runs: a database connection cannot be pickled."""
 
     def build() -> FastAPI:
         return create_app(settings)

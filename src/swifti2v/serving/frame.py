@@ -1,4 +1,4 @@
-"""What stands around every request: its id, its limits, its line in the log, its place in the metrics. Pure ASGI."""
+"""ASGI middleware around every request: id, limits, log line, metrics."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ class RequestFrame:
 
 
 class _BoundedBody:
-    """The body of a request, up to so many bytes and so many seconds."""
+    """The body of a request, with limits of size and time."""
 
     def __init__(self, receive: Receive, limits: ServiceLimits) -> None:
         self._receive = receive
@@ -100,7 +100,7 @@ class _BoundedBody:
 
 
 def _request_id(scope: Scope) -> str:
-    """Return the client's own id if it is a harmless one, else a new one."""
+    """Return the request id that the client sent if it is safe to log, else a new one."""
     for name, value in scope["headers"]:
         if name == REQUEST_ID_HEADER.encode():
             text = value.decode("latin-1")

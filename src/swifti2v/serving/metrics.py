@@ -1,4 +1,4 @@
-"""Numbers for Prometheus, in a registry of their own."""
+"""Prometheus metrics of the service."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _METHODS = ("GET", "POST", "DELETE", "HEAD", "OPTIONS", "PUT", "PATCH")
 
 
 class Metrics:
-    """Requests as they are answered, jobs as the store has them when it is asked."""
+    """Counters of requests, and gauges of jobs read from the store at each scrape."""
 
     def __init__(self, store: JobStore) -> None:
         self._registry = CollectorRegistry()
@@ -62,5 +62,5 @@ class _Jobs(Collector):
         yield GaugeMetricFamily("swifti2v_jobs_limit", "Jobs that may wait or run.", self._store.max_active)
 
     def describe(self) -> list[GaugeMetricFamily]:
-        """Name nothing beforehand: the database need not be there when the registry is made."""
+        """Describe nothing in advance, so that the registry can be made while the database is down."""
         return []

@@ -1,4 +1,4 @@
-"""The child process in which strangers' pictures are decoded: little memory, no files of its own, nothing to lose.
+"""The child process that decodes untrusted pictures, confined in memory, files and computing time.
 
 Run as a program by `PictureDecoder`. A request is a line of JSON on standard input; the answer is a line of JSON on
 standard output, followed by the pixels if the picture could be read.
@@ -62,7 +62,7 @@ def read_picture(path: str, max_pixels: int) -> LoadedImage:
 
 
 def allow_seconds(seconds: float) -> None:
-    """Let this process compute for so long from now; the system ends it then (SIGXCPU)."""
+    """Limit this process to `seconds` more of computing; the system then ends it (SIGXCPU)."""
     used = resource.getrusage(resource.RUSAGE_SELF)
     limit = math.ceil(used.ru_utime + used.ru_stime + seconds)
     resource.setrlimit(resource.RLIMIT_CPU, (limit, resource.getrlimit(resource.RLIMIT_CPU)[1]))

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 LOGGER = logging.getLogger(__name__)
 
 MAX_ECHO_CHARACTERS = 60
-"""So much of what a client wrote is repeated in an answer."""
+"""Limit of what an answer repeats of a client's text."""
 
 _RETRY_LATER = {"Retry-After": "5"}
 _TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
@@ -51,7 +51,7 @@ class ErrorBody(BaseModel):
 
 
 class ApiProblem(Exception):  # noqa: N818 - an answer to a client, not an error of this package
-    """A request that cannot be answered as wished.
+    """A request that is answered with an error.
 
     Args:
         status: of HTTP.
@@ -84,10 +84,12 @@ class ApiProblem(Exception):  # noqa: N818 - an answer to a client, not an error
 
 def invalid_field(error: Mapping[str, Any]) -> ApiProblem:
     """Return the problem with one field, as pydantic describes it (`ValidationError.errors`)."""
-    param = str(error["loc"][0 if len(error["loc"]) == 1 or error["loc"][0] != "query" else 1])[:MAX_ECHO_CHARACTERS]
+    place = error["loc"][1:] if error["loc"][:1] in (("query",), ("path",), ("header",)) else ()
+    names = [str(part)[:MAX_ECHO_CHARACTERS] for part in place or error["loc"]]
+    param = names[0] if names else None  # without one, a key is not even text
     cause = error.get("ctx", {}).get("error")  # the exception of a validator of ours
     said = {"missing": "is missing", "extra_forbidden": "is not a known field; see /docs"}
-    message = str(cause or f"{param}: {said.get(error['type'], error['msg'])}")
+    message = str(cause or f"{param or 'a field'}: {said.get(error['type'], error['msg'])}")
     return ApiProblem(400, message, param=param, code="invalid_value")
 
 

@@ -37,7 +37,7 @@ CHOICES = (
 and how much memory a window takes, is the operator's."""
 
 TOLD = ("size", "num_frames", "fps", "seed")
-"""Settings that every answer says."""
+"""Settings that every answer shows."""
 
 PICTURE_FIELD = "input_reference"
 MAX_SECONDS = 3600.0

@@ -1,4 +1,4 @@
-"""The HTTP server in this process: uvicorn, with a limit of time for a request's head and one of connections."""
+"""uvicorn in this process, with limits on connections and on the time for a request's head."""
 
 from __future__ import annotations
 

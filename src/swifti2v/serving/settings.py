@@ -1,4 +1,4 @@
-"""What a service is set to."""
+"""Settings of the service."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ class ServiceLimits:
 
 @dataclass(frozen=True)
 class ServiceSettings:
-    """A service.
+    """Settings of one service.
 
     Args:
         data: folder of the queue and its files.
@@ -86,7 +86,7 @@ class ServiceSettings:
 
 @dataclass(frozen=True)
 class WorkerGroup:
-    """Workers of a cluster that do the same stages, and are scaled by the jobs that are to go on with these.
+    """Workers of a cluster that do the same stages, scaled by the number of jobs waiting for these stages.
 
     Args:
         name: begins the names of its deployments; empty where the workers do both stages.

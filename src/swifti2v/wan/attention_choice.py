@@ -26,8 +26,8 @@ BACKENDS = {
 }
 """Our names for diffusers' (``AttentionBackendName``)."""
 EXACT = ("native", "cudnn", "flash", "flash3")
-"""Those that `auto` tries: their results differ by rounding. `sage` rounds queries and keys to 8 bits, so it is asked
-for by name."""
+"""Those that `auto` tries: their results differ by rounding only. `sage` rounds queries and keys to 8 bits, so it must
+be named."""
 TRIAL_TOKENS = 8192
 TRIAL_RUNS = 3
 
@@ -36,7 +36,7 @@ def check_attention_name(name: str) -> None:
     """Raise `InvalidInputError` unless `name` is `auto` or one of `BACKENDS`."""
     if name != "auto" and name not in BACKENDS:
         msg = f"attention {name!r} is not known; use auto, {', '.join(BACKENDS)}"
-        raise InvalidInputError(msg)
+        raise InvalidInputError(msg, param="attention", value=name)
 
 
 def set_attention(networks: Iterable[Any], name: str, *, device: torch.device) -> str:
@@ -91,7 +91,7 @@ def _try(name: str, device: torch.device, *, heads: int, width: int, tokens: int
     best = float("inf")
     try:
         with attention_backend(BACKENDS[name]), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # in several PyTorch says why it has no such kernel; an error follows
+            warnings.simplefilter("ignore")  # PyTorch warns several times before the error
             for _ in range(TRIAL_RUNS):
                 started = perf_counter()
                 dispatch_attention_fn(query, query, query)
@@ -102,5 +102,5 @@ def _try(name: str, device: torch.device, *, heads: int, width: int, tokens: int
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         others = ", ".join(other for other in ("auto", "native") if other != name)
         msg = f"attention {name!r} cannot be used on {device} ({reason}); install what it needs, or use {others}"
-        raise InvalidInputError(msg) from error
+        raise InvalidInputError(msg, param="attention", value=name) from error
     return best

@@ -1,4 +1,4 @@
-"""Files of checkpoints: what is downloaded of a hub repository, whether weights are whole, checksums."""
+"""Files of checkpoints: downloads from the hub, JSON, weight files and their tensors, checksums."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import huggingface_hub
 import torch
@@ -19,13 +19,8 @@ from safetensors import SafetensorError, safe_open
 from swifti2v.errors import AdapterError, CheckpointError, SwiftI2VError
 from swifti2v.wan.checkpoint_index import INDEX_NAME, CheckpointIndex, read_index, write_index
 
-if TYPE_CHECKING:
-    from torch import nn
-
-STAGE_ONE_FOLDERS = ("transformer", "transformer_2", "vae", "text_encoder", "image_encoder")
 # The HTTP library beneath differs between versions of the hub's client (httpx, httpx2); this is its base error.
 _HTTP_ERROR: type[Exception] = HfHubHTTPError.__mro__[1]
-_LOADING_ERRORS = (OSError, ValueError, TypeError, KeyError, AttributeError, ImportError, RuntimeError, SwiftI2VError)
 _SHARD_INDEX = ".safetensors.index.json"
 _LOADING_ERRORS = (OSError, ValueError, TypeError, KeyError, AttributeError, ImportError, RuntimeError, SwiftI2VError)
 
@@ -67,21 +62,6 @@ class Hub:
         return Path(str(folder))
 
 
-def stage_one_patterns(*, weights: bool = True) -> list[str]:
-    """Files of a `WanImageToVideoPipeline` that loading needs, relative to its folder, with or without the weights."""
-    networks = [f"{name}/*.{suffix}" for name in STAGE_ONE_FOLDERS for suffix in _suffixes(weights=weights)]
-    return ["model_index.json", "scheduler/*.json", "tokenizer/*", "image_processor/*.json", *networks]
-
-
-def stage_two_patterns(transformer: str, vae: str, *, weights: bool = True) -> list[str]:
-    """Files that Stage II needs, relative to its source: not the text encoder, which is Stage I's."""
-    return [f"{name}/*.{suffix}" for name in (transformer, vae) for suffix in _suffixes(weights=weights)]
-
-
-def _suffixes(*, weights: bool) -> tuple[str, ...]:
-    return ("json", "safetensors") if weights else ("json",)
-
-
 def read_json(path: Path) -> dict[str, Any]:
     """Read a JSON object; raise `CheckpointError` naming the file if it is missing or is none."""
     try:
@@ -96,6 +76,21 @@ def read_json(path: Path) -> dict[str, Any]:
         msg = f"{path} does not hold a JSON object; it is damaged: get it again"
         raise CheckpointError(msg)
     return data
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """Return the safetensors files of a model's folder; raise `CheckpointError` if there are none."""
+    if not folder.is_dir():
+        msg = f"there is no folder {folder}; get the whole checkpoint again"
+        raise CheckpointError(msg)
+    for stem in ("diffusion_pytorch_model", "model"):
+        if (index := folder / f"{stem}{_SHARD_INDEX}").is_file():
+            shards = read_json(index).get("weight_map", {})
+            return sorted({folder / name for name in shards.values()})
+        if (file := folder / f"{stem}.safetensors").is_file():
+            return [file]
+    msg = f"{folder} holds no weights (diffusion_pytorch_model.safetensors or model.safetensors); get it again"
+    raise CheckpointError(msg)
 
 
 def stored_names(folder: Path) -> frozenset[str]:
@@ -116,39 +111,6 @@ def stored_names(folder: Path) -> frozenset[str]:
             msg = f"cannot read the weights {file} ({reason}); the file is damaged or cut short: get it again"
             raise CheckpointError(msg) from error
     return frozenset(names)
-
-
-def check_weights_loaded(
-    model: nn.Module, names: Collection[str], folder: Path, *, optional: Collection[str] = ()
-) -> None:
-    """Check that every weight of `model` came from its files: libraries only log what they make up or drop.
-
-    Args:
-        model: just loaded.
-        names: `stored_names` of `folder`.
-        folder: for the message.
-        optional: parameters that may be absent from the files.
-
-    Raises:
-        CheckpointError: weights that the files lack, or that the model has no place for.
-    """
-    state = model.state_dict()
-    # Tied weights are stored under one of their names.
-    present = {tensor.data_ptr() for name, tensor in state.items() if name in names}
-    missing = [
-        name
-        for name, tensor in state.items()
-        if tensor.is_meta or (name not in names and name not in optional and tensor.data_ptr() not in present)
-    ]
-    ignored = tuple(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ())
-    unexpected = [name for name in names if name not in state and not any(word in name for word in ignored)]
-    if missing or unexpected:
-        example = min([*missing, *unexpected])
-        msg = (
-            f"the weights in {folder} do not belong to its config.json: {len(missing)} missing, "
-            f"{len(unexpected)} without a place, for instance {example}; get the folder again"
-        )
-        raise CheckpointError(msg)
 
 
 @contextmanager
@@ -209,21 +171,6 @@ def verify_checksums(root: Path, sha256: Mapping[str, str], patterns: Collection
         if _sha256(root / file) != expected:
             msg = f"{root / file} differs from its checksum: it is damaged or was changed; get it again"
             raise CheckpointError(msg)
-
-
-def weight_files(folder: Path) -> list[Path]:
-    """Return the safetensors files of a model's folder; raise `CheckpointError` if there are none."""
-    if not folder.is_dir():
-        msg = f"there is no folder {folder}; get the whole checkpoint again"
-        raise CheckpointError(msg)
-    for stem in ("diffusion_pytorch_model", "model"):
-        if (index := folder / f"{stem}{_SHARD_INDEX}").is_file():
-            shards = read_json(index).get("weight_map", {})
-            return sorted({folder / name for name in shards.values()})
-        if (file := folder / f"{stem}.safetensors").is_file():
-            return [file]
-    msg = f"{folder} holds no weights (diffusion_pytorch_model.safetensors or model.safetensors); get it again"
-    raise CheckpointError(msg)
 
 
 def _sha256(file: Path) -> str:

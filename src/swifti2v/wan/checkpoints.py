@@ -7,70 +7,61 @@ Layout of a checkpoint::
     stage_two/{transformer,vae}/      `StageTwoTransformer` or stock `WanTransformer3DModel`; codec
     adapters/*.safetensors            LoRA files, optional
 
-Each part may instead lie in a hub repository that the index names. Everything is read from safetensors: nothing that
-is loaded can run code of its own.
+Each part may instead lie in a hub repository that the index names. `resolve` brings the files onto this machine; the
+functions after it load them, one network at a time (`network_reader.py`). Everything is read from safetensors: nothing
+that is loaded can run code of its own.
 """
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
-from functools import partial
 from importlib import import_module, resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
-from diffusers import AutoencoderKLWan
+from diffusers import WanImageToVideoPipeline
 
 from swifti2v.errors import CheckpointError
-from swifti2v.wan.checkpoint_files import (
-    Hub,
-    as_checkpoint_error,
-    check_weights_loaded,
-    read_json,
-    stage_one_patterns,
-    stage_two_patterns,
-    stored_names,
-    verify_checksums,
-)
+from swifti2v.wan.checkpoint_files import Hub, as_checkpoint_error, read_json, verify_checksums
 from swifti2v.wan.checkpoint_index import (
     INDEX_NAME,
     AdapterEntry,
     CheckpointIndex,
+    StageOneEntry,
+    StageTwoEntry,
     is_hub_id,
     is_within,
     read_index,
 )
-from swifti2v.wan.stage_one_weights import apply_adapters, load_stage_one_pipeline
+from swifti2v.wan.lora import AdapterWeights, adapters_of_experts, read_adapter_file
+from swifti2v.wan.network_reader import NetworkReader, described_network
 from swifti2v.wan.transformer import StageTwoTransformer
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection
-
     from torch import nn
 
     from swifti2v.settings import Refiner
+    from swifti2v.wan.lora_keys import Expert
 
-__all__ = [
-    "PARTS",
-    "STAGE_TWO_CODECS",
-    "Part",
-    "ResolvedCheckpoint",
-    "apply_adapters",
-    "load_stage_one_pipeline",
-    "load_stage_two_transformer",
-    "load_stage_two_vae",
-    "preset_names",
-    "resolve",
-]
+LOGGER = logging.getLogger(__name__)
 
 Part = Literal["stage_one", "stage_two"]
 PARTS: tuple[Part, ...] = get_args(Part)
 
-# Codecs of Stage II besides diffusers': class name in config.json -> module. Imported only when met.
-STAGE_TWO_CODECS = {"BlockTransformCodec": "swifti2v.mini.transform_codec"}
-
+_PIPELINE = "WanImageToVideoPipeline"
+_STAGE_ONE_NETWORKS = ("transformer", "transformer_2", "text_encoder", "vae", "image_encoder")
+_WITHOUT_WEIGHTS = ("scheduler", "tokenizer", "image_processor")
+_EXPERT_OF: dict[str, Expert] = {"transformer": "high", "transformer_2": "low"}
+_STORED_NARROW = (*_EXPERT_OF, "text_encoder")  # the codec is a quarter of a GiB
 _TRANSFORMERS = ("StageTwoTransformer", "WanTransformer3DModel")
+# Codecs of Stage II: class name in config.json -> module. Imported only when met.
+_CODECS = {"AutoencoderKLWan": "diffusers", "BlockTransformCodec": "swifti2v.mini.transform_codec"}
+
+Settle = Callable[[str, "nn.Module"], object]
+"""``(name in the pipeline, network)``: called with each network once it is as it will be run."""
 
 
 @dataclass(frozen=True)
@@ -143,19 +134,16 @@ def resolve(
             msg = f"revision {revision!r} belongs to hub repositories, and {name_or_path} is a folder; leave it out"
             raise CheckpointError(msg)
         index = read_index(root / INDEX_NAME)
-    stage_one: Path | None = None
-    stage_two: Path | None = None
+    folders: dict[Part, Path] = {}
     adapters: tuple[Path, ...] = ()
-    first, second = index.stage_one, index.stage_two
-    if "stage_one" in parts:
-        stage_one = _source_folder(root, first.source, first.revision, hub, _patterns(index, "stage_one", described))
-        if "stage_one" not in described:
-            adapters = tuple(_adapter_file(root, adapter, hub) for adapter in first.adapters)
-    if "stage_two" in parts:
-        stage_two = _source_folder(root, second.source, second.revision, hub, _patterns(index, "stage_two", described))
+    for part in parts:
+        entry = _entry_of(index, part)
+        folders[part] = _source_folder(root, entry.source, entry.revision, hub, _patterns(index, part, described))
+        if isinstance(entry, StageOneEntry) and part not in described:
+            adapters = tuple(_adapter_file(root, adapter, hub) for adapter in entry.adapters)
     if verify:
         verify_checksums(root, index.sha256, _patterns_inside(index, parts, described))
-    return ResolvedCheckpoint(index, root, stage_one, stage_two, adapters)
+    return ResolvedCheckpoint(index, root, folders.get("stage_one"), folders.get("stage_two"), adapters)
 
 
 def _presets() -> Path:
@@ -194,19 +182,27 @@ def _refuse_foreign_folders(index: CheckpointIndex) -> None:
         raise CheckpointError(msg)
 
 
+def _entry_of(index: CheckpointIndex, part: Part) -> StageOneEntry | StageTwoEntry:
+    return index.stage_one if part == "stage_one" else index.stage_two
+
+
 def _patterns(index: CheckpointIndex, part: Part, described: Collection[Part]) -> list[str]:
-    """Patterns, relative to its source, of the files of a part."""
-    two, weights = index.stage_two, part not in described
-    if part == "stage_one":
-        return stage_one_patterns(weights=weights)
-    return stage_two_patterns(two.transformer_subfolder, two.vae_subfolder, weights=weights)
+    """Return patterns, relative to its source, of the files that loading (or describing) a part needs."""
+    suffixes = ("json",) if part in described else ("json", "safetensors")
+    if part == "stage_two":  # the text encoder is Stage I's
+        networks: tuple[str, ...] = (index.stage_two.transformer_subfolder, index.stage_two.vae_subfolder)
+        others: list[str] = []
+    else:
+        networks = _STAGE_ONE_NETWORKS
+        others = ["model_index.json", "scheduler/*.json", "tokenizer/*", "image_processor/*.json"]
+    return [*others, *(f"{name}/*.{suffix}" for name in networks for suffix in suffixes)]
 
 
 def _patterns_inside(index: CheckpointIndex, parts: Collection[Part], described: Collection[Part]) -> list[str]:
-    """Patterns, relative to the index, of the files of `parts` that the checkpoint itself holds."""
+    """Return patterns, relative to the index, of the files of `parts` that the checkpoint itself holds."""
     patterns: list[str] = []
     for part in parts:
-        source = (index.stage_one if part == "stage_one" else index.stage_two).source
+        source = _entry_of(index, part).source
         if is_within(source):
             patterns += [f"{source[2:]}/{pattern}" for pattern in _patterns(index, part, described)]
     if "stage_one" in parts and "stage_one" not in described:
@@ -235,12 +231,122 @@ def _adapter_file(root: Path, entry: AdapterEntry, hub: Hub) -> Path:
     return file
 
 
+# -------------------------------------------------------------------------------------------------------- Stage I
+
+
+def load_stage_one_pipeline(
+    resolved: ResolvedCheckpoint,
+    *,
+    dtype: torch.dtype = torch.bfloat16,
+    vae_dtype: torch.dtype = torch.float32,
+    roles: Collection[str] | None = None,
+    reader: NetworkReader | None = None,
+    settle: Settle | None = None,
+) -> WanImageToVideoPipeline:
+    """Load Stage I with its adapters fused, network by network.
+
+    Args:
+        resolved: with the part "stage_one".
+        dtype: of transformers and text encoder.
+        vae_dtype: of the codec; Wan's own code runs it in float32.
+        roles: adapters of these roles are applied; None: all. Without "few_step" it is a many-step model.
+        reader: how transformers and text encoder are stored; None: as `dtype`.
+        settle: moves a network before the next one is read.
+
+    Raises:
+        CheckpointError: missing or damaged files, another pipeline class, weights that do not belong.
+        AdapterError: an adapter that does not match; nothing has been read then.
+    """
+    folder = resolved.folder_of("stage_one")
+    plain = NetworkReader()
+    readers = {name: (reader or plain) if name in _STORED_NARROW else plain for name in _STAGE_ONE_NETWORKS}
+    classes = _network_classes(folder)
+    networks = {
+        name: readers[name].build(classes[name], folder / name, vae_dtype if name == "vae" else dtype)
+        for name in _STAGE_ONE_NETWORKS  # the largest first, while the rest of the host is free
+        if name in classes
+    }
+    adapters = _adapters_of(networks, resolved, roles)
+    for name, network in networks.items():
+        readers[name].fill(network, folder / name, adapters.get(name, []))
+        if settle is not None:
+            settle(name, network)
+    with as_checkpoint_error(folder):
+        return WanImageToVideoPipeline.from_pretrained(str(folder), local_files_only=True, **networks)
+
+
+def described_stage_one(resolved: ResolvedCheckpoint, *, dtype: torch.dtype) -> WanImageToVideoPipeline:
+    """Return Stage I's pipeline with its tokenizer and scheduler, and networks of `dtype` without weights.
+
+    Who runs only Stage II asks Stage I for its geometry, its dimensions and its checks, and never for its numbers.
+
+    Raises:
+        CheckpointError: missing or damaged files.
+    """
+    folder = resolved.folder_of("stage_one")
+    networks = {name: described_network(kind, folder / name, dtype) for name, kind in _network_classes(folder).items()}
+    with as_checkpoint_error(folder):
+        return WanImageToVideoPipeline.from_pretrained(str(folder), local_files_only=True, **networks)
+
+
+def _adapters_of(
+    networks: Mapping[str, nn.Module], resolved: ResolvedCheckpoint, roles: Collection[str] | None
+) -> dict[str, list[tuple[AdapterWeights, float]]]:
+    """Return the checkpoint's adapters of `roles` (None: all) with their strengths, in order, by network."""
+    experts = {expert: networks[name] for name, expert in _EXPERT_OF.items() if name in networks}
+    found: dict[str, list[tuple[AdapterWeights, float]]] = {name: [] for name in _EXPERT_OF}
+    for entry, path in zip(resolved.index.stage_one.adapters, resolved.adapters, strict=True):
+        if roles is not None and entry.role not in roles:
+            continue
+        adapters = adapters_of_experts(read_adapter_file(path), experts, expert=entry.expert)
+        for name, expert in _EXPERT_OF.items():
+            if expert in adapters:
+                found[name].append((adapters[expert], entry.scale))
+                for note in adapters[expert].notes:
+                    LOGGER.info("%s, %s-noise expert: %s", path.name, expert, note)
+    return found
+
+
+def _network_classes(folder: Path) -> dict[str, Any]:
+    """Return the class of each network of a pipeline; modules of this package that it names are imported."""
+    model_index = read_json(folder / "model_index.json")
+    if model_index.get("_class_name") != _PIPELINE:
+        msg = f"{folder / 'model_index.json'} is of a {model_index.get('_class_name')}; Stage I takes {_PIPELINE}"
+        raise CheckpointError(msg)
+    named: Mapping[str, Any] = {
+        name: value for name, value in model_index.items() if isinstance(value, list) and len(value) == 2 and value[0]
+    }
+    classes: dict[str, Any] = {}
+    for name, (library, class_name) in sorted(named.items()):
+        if not (folder / name).is_dir():
+            msg = f"{folder / 'model_index.json'} names {name}, and there is no folder {folder / name}; get it again"
+            raise CheckpointError(msg)
+        if str(library).startswith("swifti2v.") or name not in _WITHOUT_WEIGHTS:
+            # diffusers finds classes of other packages only in modules that have been imported.
+            with as_checkpoint_error(folder / "model_index.json"):
+                found = getattr(import_module(_trusted(library)), class_name)
+            if name not in _WITHOUT_WEIGHTS:
+                classes[name] = found
+    return classes
+
+
+def _trusted(library: object) -> str:
+    """Return the module that a checkpoint names, if it is of a library whose loaders run no code of the checkpoint."""
+    if library in {"diffusers", "transformers"} or str(library).startswith("swifti2v."):
+        return str(library)
+    msg = f"networks of {library!r} are not loaded; use those of diffusers, transformers or this package"
+    raise CheckpointError(msg)
+
+
+# ------------------------------------------------------------------------------------------------------- Stage II
+
+
 def load_stage_two_transformer(
     resolved: ResolvedCheckpoint,
     *,
     dtype: torch.dtype = torch.bfloat16,
     refiner: Refiner | None = None,
-    read: Callable[[Any, Path, torch.dtype], Any] | None = None,
+    reader: NetworkReader | None = None,
 ) -> StageTwoTransformer:
     """Load Stage II's network; stock Wan weights (TI2V-5B) load too, without reference channels.
 
@@ -248,7 +354,7 @@ def load_stage_two_transformer(
         resolved: with the part "stage_two".
         dtype: of the weights; what diffusers keeps in float32 stays so.
         refiner: "concat" needs reference channels, "training-free" must have none; None: the index's default.
-        read: reads a network of a class from a folder (`piecewise_reader.py`); None: as diffusers does.
+        reader: how the weights are stored; None: as `dtype`.
 
     Raises:
         CheckpointError: missing or damaged files, another class, a network that cannot be run as `refiner`.
@@ -258,12 +364,11 @@ def load_stage_two_transformer(
         msg = f"refiner none of {resolved.index.name} uses no transformer; do not load one"
         raise CheckpointError(msg)
     folder = resolved.folder_of("stage_two") / resolved.index.stage_two.transformer_subfolder
-    name = class_name_in(folder)
+    name = _class_name_in(folder)
     if name not in _TRANSFORMERS:
         msg = f"{folder / 'config.json'} is of a {name}; Stage II takes {' or '.join(_TRANSFORMERS)}"
         raise CheckpointError(msg)
-    read = read or partial(_load_model, own_table=True)
-    transformer: StageTwoTransformer = read(StageTwoTransformer, folder, dtype)
+    transformer: StageTwoTransformer = (reader or NetworkReader()).read(StageTwoTransformer, folder, dtype)
     channels = transformer.config.reference_channels
     if (channels > 0) != (refiner == "concat"):
         other = "concat" if channels else "training-free"
@@ -273,35 +378,42 @@ def load_stage_two_transformer(
 
 
 def load_stage_two_vae(resolved: ResolvedCheckpoint, *, dtype: torch.dtype = torch.float32) -> nn.Module:
-    """Load Stage II's codec: diffusers' `AutoencoderKLWan`, or a class of `STAGE_TWO_CODECS`.
+    """Load Stage II's codec: diffusers' `AutoencoderKLWan`, or `BlockTransformCodec`.
 
     Args:
         resolved: with the part "stage_two".
-        dtype: of a network; the linear transforms of `STAGE_TWO_CODECS` stay in float32, the dtype of their latents.
+        dtype: of a Wan codec; the linear transforms of `BlockTransformCodec` stay in float32, the dtype of its latents.
 
     Raises:
         CheckpointError: missing or damaged files, an unknown class.
     """
+    codec_class, folder = _stage_two_codec(resolved)
+    network: nn.Module = NetworkReader().read(
+        codec_class, folder, dtype if codec_class.__name__ == "AutoencoderKLWan" else torch.float32
+    )
+    return network
+
+
+def described_stage_two(resolved: ResolvedCheckpoint, *, dtype: torch.dtype) -> tuple[StageTwoTransformer, nn.Module]:
+    """Return Stage II's transformer and codec, of `dtype` and without weights.
+
+    Raises:
+        CheckpointError: missing or damaged files, an unknown class of codec.
+    """
+    folder = resolved.folder_of("stage_two") / resolved.index.stage_two.transformer_subfolder
+    transformer: StageTwoTransformer = described_network(StageTwoTransformer, folder, dtype)
+    return transformer, described_network(*_stage_two_codec(resolved), dtype)
+
+
+def _stage_two_codec(resolved: ResolvedCheckpoint) -> tuple[Any, Path]:
+    """Return the class of Stage II's codec and its folder."""
     folder = resolved.folder_of("stage_two") / resolved.index.stage_two.vae_subfolder
-    name = class_name_in(folder)
-    if name == "AutoencoderKLWan":
-        return _load_model(AutoencoderKLWan, folder, dtype)
-    if name not in STAGE_TWO_CODECS:
-        msg = (
-            f"{folder / 'config.json'} is of a {name}; Stage II takes AutoencoderKLWan or {', '.join(STAGE_TWO_CODECS)}"
-        )
+    name = _class_name_in(folder)
+    if name not in _CODECS:
+        msg = f"{folder / 'config.json'} is of a {name}; Stage II takes {' or '.join(_CODECS)}"
         raise CheckpointError(msg)
-    return _load_model(getattr(import_module(STAGE_TWO_CODECS[name]), name), folder, torch.float32)
+    return getattr(import_module(_CODECS[name]), name), folder
 
 
-def _load_model(model_class: Any, folder: Path, dtype: torch.dtype, *, own_table: bool = False) -> Any:
-    names = stored_names(folder)
-    with as_checkpoint_error(folder):
-        model = model_class.from_pretrained(str(folder), dtype=dtype, local_files_only=True, use_safetensors=True)
-    check_weights_loaded(model, names, folder, optional=("frame_kind_table",) if own_table else ())
-    return model
-
-
-def class_name_in(folder: Path) -> str:
-    """Return the class that a configuration is of."""
+def _class_name_in(folder: Path) -> str:
     return str(read_json(folder / "config.json").get("_class_name"))

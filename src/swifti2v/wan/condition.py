@@ -1,4 +1,4 @@
-"""Put a segment's window into Stage II's network and read its targets out (paper, figure CSG; `docs/design.md` 2, 4).
+"""Assemble the network's input of one window, and read the targets from its output (paper, figure CSG).
 
 Used alike by generation and by training, so that the network meets the same input in both.
 Shape suffixes: B batch, C slot channels, W window frames, M target frames, h w latent height and width, T text tokens.
@@ -16,13 +16,13 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from swifti2v.segments import PositionMode, Segment
-    from swifti2v.wan.context_attention import ContextMemory
+    from swifti2v.wan.context_attention import KVCache
 
 TIMESTEPS = 1000.0
 
 
 class StageTwoNetwork(Protocol):
-    """What is asked of a network: `StageTwoTransformer` is one."""
+    """What a network must offer: `StageTwoTransformer` does."""
 
     @property
     def config(self) -> Any:
@@ -41,7 +41,7 @@ class StageTwoNetwork(Protocol):
         frame_positions: Tensor,
         frame_kinds: Tensor,
         output_frames: slice,
-        context_memory: ContextMemory | None,
+        kv_cache: KVCache | None,
     ) -> Any:
         """Return an object whose `sample` is ``[B, C, M, h, w]``, the frames `output_frames` of the window."""
 
@@ -56,7 +56,7 @@ def predict_targets(  # noqa: PLR0913 - the segment, what it sees, and how
     prompt_embeds: Tensor,
     slots: Tensor | None = None,
     position_mode: PositionMode = "absolute",
-    context_memory: ContextMemory | None = None,
+    kv_cache: KVCache | None = None,
 ) -> Tensor:
     """Predict the clean targets of one segment.
 
@@ -67,12 +67,12 @@ def predict_targets(  # noqa: PLR0913 - the segment, what it sees, and how
         targets: ``[B, C, M, h, w]``, the noisy targets ``x = (1 - sigma) * x0 + sigma * noise``.
         sigma: noise level in 0..1, one for all or ``[B]``.
         prompt_embeds: ``[B, T, text_dim]``.
-        slots: ``[B, C, W, h, w]``; anchor and finished neighbours hold finished latents, unrefined neighbours
-            reference latents; what stands in the places of the targets is ignored. None: `reference`, which holds just
-            that at inference, where what is finished is written back into it.
+        slots: ``[B, C, W, h, w]``; anchor and finished neighbors hold finished latents, unrefined neighbors reference
+            latents; the places of the targets are ignored. None: `reference`, which holds the same at inference, as
+            finished latents are written back into it.
         position_mode: RoPE positions in time, see `Segment.positions`.
-        context_memory: of this window and this prompt. The first call fills it; later ones do not look at the context
-            in `slots` and `reference` any more.
+        kv_cache: of this window and this prompt. The first call fills it; later ones ignore the context in `slots` and
+            `reference`.
 
     Returns:
         x0 of the targets ``[B, C, M, h, w]``, float32: ``x - sigma * velocity`` or ``z_ref + residual``.
@@ -84,9 +84,9 @@ def predict_targets(  # noqa: PLR0913 - the segment, what it sees, and how
     _check_shapes(segment, slots, reference, targets, prompt_embeds)
     sigma_B = _sigma_per_sample(sigma, targets)
     places = segment.target_slice
-    is_known = context_memory is not None and context_memory.is_filled
-    given = places if is_known else slice(None)
-    of_given = slice(0, targets.shape[2]) if is_known else places
+    is_cached = kv_cache is not None and kv_cache.is_filled
+    given = places if is_cached else slice(None)
+    of_given = slice(0, targets.shape[2]) if is_cached else places
 
     shown = _shown(transformer, targets, sigma_B)
     output = transformer(
@@ -96,7 +96,7 @@ def predict_targets(  # noqa: PLR0913 - the segment, what it sees, and how
         frame_positions=torch.tensor(segment.positions(position_mode)[given]),
         frame_kinds=torch.tensor(segment.kinds[given]),
         output_frames=of_given,
-        context_memory=context_memory,
+        kv_cache=kv_cache,
     )
     prediction = output.sample.float()
     if transformer.config.prediction_type == "residual":
@@ -107,8 +107,9 @@ def predict_targets(  # noqa: PLR0913 - the segment, what it sees, and how
 def _shown(transformer: StageTwoNetwork, targets: Tensor, sigma_B: Tensor) -> Tensor:
     """Return the noisy targets as the network sees them.
 
-    A network that predicts the residual to the reference is narrow: its tokens cannot carry noise that they have no use
-    for, so the slot fades out and is empty at sigma 1 (measured: `docs/log.md`). A velocity needs the noise whole.
+    A network that predicts the residual to the reference is narrow: its tokens have no room for noise that they do not
+    need, so the slot fades out and is empty at sigma 1 (measured: `docs/log.md`). To predict a velocity, the network
+    needs all of the noise.
     """
     if transformer.config.prediction_type != "residual":
         return targets

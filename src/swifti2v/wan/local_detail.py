@@ -1,8 +1,8 @@
-"""A way around the tokens for fine detail: each latent cell is corrected from its neighbours.
+"""Fine detail beside the tokens: each latent cell is corrected from its neighbors.
 
-A token of `mini` stands for 4x4 cells of 192 numbers and is 256 wide: what it sees of a cell, and can say to it, is a
-few numbers, enough for what is to be trusted and where light changes, too few to sharpen an edge. Two small
-convolutions over the reference do that; tokens remain for what needs the rest of the picture (`docs/log.md`).
+A token of `mini` covers 4x4 cells of 192 numbers and is 256 wide: it carries only a few numbers for each cell, enough
+to say what to trust and where light changes, too few to sharpen an edge. Two small convolutions over the reference do
+that; tokens remain for what needs the rest of the picture (`docs/log.md`).
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""What the network makes of the text, kept for a clip: its embedding, and the keys and values of every block.
+"""Cached cross-attention: the embedding of a text, and its keys and values in every block, made once for a clip.
 
-They depend on nothing but the text, and a clip asks for them in every step of every segment. Exact: the same layers on
-the same input, run once. For TI2V-5B it spares 0.6 of the 271 TFLOP of a forward pass, and takes 0.18 GiB.
+They depend on nothing but the text, and a clip needs them in every step of every segment. Exact: the same layers on the
+same input, run once. For TI2V-5B it saves 0.6 of the 271 TFLOP of a forward pass, and takes 0.18 GiB.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ NUM_TEXTS = 2
 
 
 class TextKeysValues:
-    """Keys and values ``[B, T, heads, head]`` of a text in one block; made where they are first asked for.
+    """Keys and values ``[B, T, heads, head]`` of a text in one block, made at the first use.
 
-    Not a tuple or a list: the hooks of accelerate and diffusers copy those on their way into a block.
+    Not a tuple or a list: the hooks of accelerate and diffusers would copy it on its way into a block.
     """
 
     def __init__(self) -> None:
@@ -52,8 +52,8 @@ class KeptText:
 
 
 @dataclass
-class TextMemory:
-    """The texts that a network was last given.
+class TextCache:
+    """The texts that a network was given last.
 
     Args:
         num_blocks: of the network.
@@ -63,7 +63,7 @@ class TextMemory:
     kept: list[KeptText] = field(default_factory=list)
 
     def of(self, text: Tensor) -> KeptText:
-        """Return what is kept of this very tensor, a new place if it is new or was written to."""
+        """Return the entry of this very tensor, a new one if the tensor is new or was written to."""
         version = 0 if text.is_inference() else text._version
         for kept in self.kept:
             if kept.source is text and kept.version == version:

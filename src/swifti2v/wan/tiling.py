@@ -1,8 +1,8 @@
-"""Spatial tiles of a frame and their seamless sum, for codecs whose activations at full size do not fit.
+"""Spatial tiles of a frame and their seamless sum, for codecs whose activations at full size do not fit in memory.
 
-A tile is a rectangle of latent cells; its picture is the same rectangle times the codec's spatial factor. Neighbouring
-tiles overlap, and in the overlap each fades linearly into the other, because a tile is least true at its border: there
-the network saw zero padding where the frame goes on.
+A tile is a rectangle of latent cells; its picture is the same rectangle times the codec's spatial factor. Neighboring
+tiles overlap, and in the overlap each fades linearly into the other, because a tile is least accurate at its border,
+where the network saw zero padding instead of the rest of the frame.
 """
 
 from __future__ import annotations
@@ -23,17 +23,17 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Tiling:
-    """How large a tile may be, and how far neighbouring tiles overlap at the least.
+    """How large a tile may be, and how far neighboring tiles overlap at least.
 
-    The tiles of a frame all have one size: the smallest that covers the frame with as many tiles as `tile_pixels` makes
-    necessary. A frame that is no larger than a tile is not cut at all, and its result is that of the untiled codec,
+    The tiles of a frame all have one size: the smallest that covers the frame with as many tiles as `tile_pixels`
+    requires. A frame that is no larger than a tile is not cut at all, and its result is that of the untiled codec,
     exactly. Otherwise it differs, because attention and borders see one tile only: on slow waves through small Wan VAEs
-    of random weights by 50 (2.1) and 37 dB (2.2) in latents, 41 and 39 dB in pixels, with four cells of overlap; by
-    40 and 28, 27 and 28 dB without overlap.
+    of random weights by 50 (2.1) and 37 dB (2.2) in latents, 41 and 39 dB in pixels, with four cells of overlap; by 40
+    and 28, 27 and 28 dB without overlap.
 
     Args:
         tile_pixels: the largest width and height of a tile, in pixels.
-        overlap_pixels: pixels shared by neighbours on either axis; 0 is allowed and leaves a hard seam.
+        overlap_pixels: pixels shared by neighbors on either axis; 0 is allowed and leaves a hard seam.
 
     Raises:
         InvalidInputError: a side is not positive, or the overlap is negative or not smaller than both sides.
@@ -116,8 +116,8 @@ def fade_weights(spans: tuple[Span, ...], *, scale: int = 1, device: torch.devic
         total[span.scaled(scale)] += ramp
         ramps.append(ramp)
     # Where more than two spans meet (an overlap over half a tile) the ramps alone would add up to more than one.
-    normalised = (ramp / total[span.scaled(scale)] for span, ramp in zip(spans, ramps, strict=True))
-    return tuple(weight.to(device=device, dtype=torch.float32) for weight in normalised)
+    normalized = (ramp / total[span.scaled(scale)] for span, ramp in zip(spans, ramps, strict=True))
+    return tuple(weight.to(device=device, dtype=torch.float32) for weight in normalized)
 
 
 @dataclass(frozen=True)
@@ -148,7 +148,7 @@ class TileGrid:
                 yield frame[..., row.scaled(scale), column.scaled(scale)]
 
     def blend(self, tiles: Iterable[Tensor], *, scale: int = 1) -> Tensor:
-        """Add up processed tiles, in reading order, each faded into its neighbours.
+        """Add up processed tiles, in reading order, each faded into its neighbors.
 
         Args:
             tiles: ``[..., h * scale, w * scale]`` each; taken one by one, so that a generator may compute them.

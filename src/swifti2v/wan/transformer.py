@@ -27,14 +27,14 @@ from torch import Tensor, nn
 from swifti2v.errors import CheckpointError, InvalidInputError
 from swifti2v.segments import FrameKind
 from swifti2v.wan.context_attention import (
-    ContextMemory,
+    KVCache,
     WindowAttention,
     is_replaceable,
     only_wanted,
     window_attention,
 )
 from swifti2v.wan.local_detail import LocalDetail
-from swifti2v.wan.text_attention import KeptText, TextMemory, keeps_text
+from swifti2v.wan.text_attention import KeptText, TextCache, keeps_text
 from swifti2v.wan.transformer_block import PART_TOKENS, FramePositionRope, StageTwoBlock, modulate
 from swifti2v.wan.transformer_configuration import (
     ContextAttention,
@@ -138,7 +138,7 @@ class StageTwoTransformer(WanTransformer3DModel):
             StageTwoBlock(width, ffn_dim, num_attention_heads, qk_norm, cross_attn_norm, eps, added_kv_proj_dim)
             for _ in range(num_layers)
         )
-        self._text_memory: TextMemory | None = None
+        self._text_cache: TextCache | None = None
         self.local_detail = (
             LocalDetail(reference_channels, out_channels, local_detail_width) if local_detail_width else None
         )
@@ -169,7 +169,7 @@ class StageTwoTransformer(WanTransformer3DModel):
         odd = state.keys() ^ transformer.state_dict().keys()
         if odd or getattr(base, "hf_quantizer", None):
             where = f" at {min(odd)}" if odd else ""
-            msg = f"the base transformer is not of the plain layout{where}; unload adapters and load it unquantised"
+            msg = f"the base transformer is not of the plain layout{where}; unload adapters and load it unquantized"
             raise CheckpointError(msg)
         weight = state["patch_embedding.weight"]
         extra = weight.new_zeros(weight.shape[0], reference_channels, *weight.shape[2:])
@@ -227,11 +227,11 @@ class StageTwoTransformer(WanTransformer3DModel):
 
         The result is the same. Weights may not change meanwhile; passes with gradients or scaled LoRAs keep nothing.
         """
-        before, self._text_memory = self._text_memory, TextMemory(len(self.blocks))
+        before, self._text_cache = self._text_cache, TextCache(len(self.blocks))
         try:
             yield
         finally:
-            self._text_memory = before
+            self._text_cache = before
 
     @apply_lora_scale("attention_kwargs")
     def forward(  # noqa: PLR0913 - the parent's arguments, and what it is to know of the frames
@@ -243,7 +243,7 @@ class StageTwoTransformer(WanTransformer3DModel):
         frame_positions: Tensor | None = None,
         frame_kinds: Tensor | None = None,
         output_frames: slice | None = None,
-        context_memory: ContextMemory | None = None,
+        kv_cache: KVCache | None = None,
         return_dict: bool = True,
         attention_kwargs: dict[str, Any] | None = None,
     ) -> Transformer2DModelOutput | tuple[Tensor]:
@@ -258,8 +258,8 @@ class StageTwoTransformer(WanTransformer3DModel):
                 Best on the CPU, as `frame_kinds`: the check of their range would wait for a GPU.
             frame_kinds: ``[F]`` integers of `FrameKind`; all targets if None.
             output_frames: of the F frames, those whose output is wanted; all if None.
-            context_memory: keeps keys and values of the frames that are no targets; once it is filled, give the targets
-                alone, with their positions.
+            kv_cache: holds keys and values of the context (all frames but the targets); once it is filled, give the
+                targets alone, with their positions.
             return_dict: return an object with `sample`, else a tuple of one.
             attention_kwargs: ``{"scale": s}`` scales LoRA layers.
 
@@ -268,15 +268,15 @@ class StageTwoTransformer(WanTransformer3DModel):
 
         Raises:
             InvalidInputError: a shape or a position does not fit; or, under context parallelism, the context is frozen
-                or kept.
+                or cached.
         """
         frames, rows, columns = checked_grid(self.config, hidden_states, timestep, frame_positions, frame_kinds)
 
         rotary_cos, rotary_sin, token_frames_1L = self.rope(hidden_states, frame_positions)
         tokens_BLD = self._embed(hidden_states, frame_kinds)
         if not torch.is_grad_enabled():
-            # As under Wan's autocast: sixty sums in bfloat16 would cost four times as much as its products do. With
-            # gradients they stay narrow, for each block keeps its input.
+            # As under Wan's autocast: sixty sums in bfloat16 would add four times the error of the matmuls. With
+            # gradients they stay narrow, because each block keeps its input.
             tokens_BLD = tokens_BLD.float()
         kept = None if attention_kwargs else self._kept_text(encoder_hidden_states)
         temb_BMD, table_BM6D, text_BTD = self._condition(
@@ -285,7 +285,7 @@ class StageTwoTransformer(WanTransformer3DModel):
         # Under context parallelism this rank holds a part of the tokens, perhaps a part of a frame.
         is_part = token_frames_1L.shape[1] != frames * rows * columns
         token_frames_L = token_frames_1L[0] if is_part and temb_BMD.shape[1] > 1 else None
-        windows = self._windows(frame_kinds, frames * rows * columns, context_memory, is_part=is_part)
+        windows = self._windows(frame_kinds, frames * rows * columns, kv_cache, is_part=is_part)
         wanted = slice(*(output_frames or slice(None)).indices(frames)[:2])
         if windows and wanted.stop - wanted.start < frames and not self.is_cache_enabled:
             # Caches of diffusers compare whole outputs of blocks.
@@ -329,22 +329,22 @@ class StageTwoTransformer(WanTransformer3DModel):
         return embedded.flatten(2).transpose(1, 2).contiguous()
 
     def _windows(
-        self, frame_kinds: Tensor | None, num_tokens: int, memory: ContextMemory | None, *, is_part: bool
+        self, frame_kinds: Tensor | None, num_tokens: int, kv_cache: KVCache | None, *, is_part: bool
     ) -> Sequence[WindowAttention | None]:
         is_frozen = self.config.context_attention == "frozen"
-        if memory is None and not is_frozen:
+        if kv_cache is None and not is_frozen:
             is_plain = is_part or not self.blocks or not is_replaceable(self)
             return [None if is_plain else WindowAttention(slice(0, num_tokens)) for _ in self.blocks]
         if is_part:
-            msg = "a context that is frozen or kept is not divided over devices; run it on one, or keep no context"
+            msg = "frozen or cached context cannot be split over devices; run on one, or without a KV cache"
             raise InvalidInputError(msg)
-        kept = memory.blocks if memory else [None] * len(self.blocks)
-        return window_attention(frame_kinds, num_tokens, is_frozen=is_frozen, kept=kept)
+        cache = kv_cache.blocks if kv_cache else [None] * len(self.blocks)
+        return window_attention(frame_kinds, num_tokens, is_frozen=is_frozen, cache=cache)
 
     def _kept_text(self, text: Tensor) -> KeptText | None:
-        if self._text_memory is None or torch.is_grad_enabled() or not keeps_text(self.blocks[0].attn2):
+        if self._text_cache is None or torch.is_grad_enabled() or not keeps_text(self.blocks[0].attn2):
             return None
-        return self._text_memory.of(text)
+        return self._text_cache.of(text)
 
     def _condition(
         self, timestep: Tensor, text: Tensor, image: Tensor | None, kept: KeptText | None

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from swifti2v.wan.text_attention import TextKeysValues
 
 PART_TOKENS = 4096
-"""Tokens that everything but attention takes at once: enough for a GPU's matrix products, a frame at 2560x1408."""
+"""Tokens that all layers but attention take at once: enough for a GPU's matmuls, a frame at 2560x1408."""
 _GELU_SLOPE = 2 * math.sqrt(2 / math.pi)
 _GELU_CUBIC = 0.044715 * _GELU_SLOPE
 
@@ -46,7 +46,7 @@ def modulate(
     *,
     out: Tensor | None = None,
 ) -> Tensor:
-    """Return ``tokens * (1 + scale) + shift``, each token with the row of its frame; in `out`, if given."""
+    """Return ``tokens * (1 + scale) + shift``, each token with the row of its frame; written to `out`, if given."""
     if token_frames_L is not None:
         scale_BMD, shift_BMD = scale_BMD[:, token_frames_L], shift_BMD[:, token_frames_L]
     by_frame = _by_rows(tokens_BLD, scale_BMD)
@@ -91,7 +91,7 @@ def _rows_of(wanted: slice | None, num_tokens: int, rows: tuple[Tensor, ...]) ->
 
 
 def _is_run_in_parts(tokens_BLD: Tensor) -> bool:
-    """Not where one part would do, nor while compiling: fused kernels need the parts' tensors for no longer."""
+    """Not where one part is enough, nor while compiling: fused kernels keep no intermediate tensors anyway."""
     return tokens_BLD.shape[1] > PART_TOKENS and not torch.is_grad_enabled() and not torch.compiler.is_compiling()
 
 
@@ -121,7 +121,7 @@ class FramePositionRope(WanRotaryPosEmbed):
         grid = (frames, height // patch_height, width // patch_width)
         device = self.freqs_cos.device
         frames_L, rows_L, columns_L = torch.cartesian_prod(*(torch.arange(n, device=device) for n in grid)).unbind(1)
-        # Not to wait for what the device has still to do: the numbers are on their way before this returns.
+        # Without waiting for the device: the copy is queued behind its work.
         times_L = frames_L if frame_positions is None else frame_positions.to(device, non_blocking=True)[frames_L]
 
         def look_up(table: Tensor) -> Tensor:
@@ -156,12 +156,12 @@ class StageTwoBlock(WanTransformerBlock):
 
         Args:
             hidden_states: tokens ``[B, L, D]``, float32 or the dtype of the text.
-            encoder_hidden_states: text ``[B, T, D]``; its dtype is that of the matrix products.
+            encoder_hidden_states: text ``[B, T, D]``; its dtype is that of the matmuls.
             temb: ``[B, M, 6, D]``; tokens fall into M equal runs unless `token_frames` says otherwise.
             rotary_emb: cosines and sines ``[1, L, 1, head]``.
             token_frames: ``[L]``, the row of `temb` of each token, where the tokens are a part of the sequence.
-            kept_text: keys and values of this text, or the place to put them.
-            window: who attends to whom; None: all tokens to all.
+            kept_text: cached keys and values of this text, filled at the first use.
+            window: which tokens attend to which; None: all to all.
 
         Returns:
             ``[B, L, D]`` of the dtype of `hidden_states`, L the tokens that `window` wants.

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 _MULTIPLE = 32
 _SHARES = (1.0, 0.75, 0.5)
-"""Of the checkpoint's own width and height: the sizes that a preset may choose, the largest that fits."""
+"""Fractions of the checkpoint's width and height that a preset may choose; it takes the largest that fits."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Card:
 
     @property
     def label(self) -> str:
-        """As people choose it."""
+        """The label that people choose: 24 GB."""
         return f"{self.gigabytes} GB"
 
 

@@ -116,7 +116,7 @@ def library_view(queue: JobQueue, jobs: Sequence[Job], *, current: str) -> list[
 
 
 def headline(queue: JobQueue, job: Job) -> str:
-    """Say in a few words where a job is."""
+    """Return a few words on the state of a job."""
     if job.state is JobState.QUEUED:
         ahead = jobs_ahead(queue, job)
         return "Next in the queue" if ahead == 0 else f"In the queue, {ahead} ahead of it"

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from swifti2v.errors import OutputError
 from swifti2v.training.low_res.lora import LoraOptions, add_lora
 from swifti2v.training.low_res.lora_files import export_comfyui, lora_state, save_lora
-from swifti2v.wan.adapters import fuse, load_adapter, read_adapter_file
+from swifti2v.wan.lora import fuse, load_adapter, read_adapter_file
 
 RANK, ALPHA = 4, 10.0
 

@@ -9,8 +9,8 @@ import pytest
 
 from swifti2v.data.latent_cache import LatentCache
 from swifti2v.geometry import Size
-from swifti2v.wan.adapters import read_adapter_file
 from swifti2v.wan.checkpoints import resolve
+from swifti2v.wan.lora import read_adapter_file
 from tests.training.sliding_clips import write_clips
 from tests.training.torchrun import run_on_two
 

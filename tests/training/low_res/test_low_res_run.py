@@ -25,7 +25,7 @@ from swifti2v.memory.transformer_cost import WAN22_I2V_A14B_EXPERT
 from swifti2v.training.engine.loop import LoopOptions
 from swifti2v.training.low_res.lora import LoraOptions
 from swifti2v.training.low_res.run import LowResLoraRun, open_low_res_encoder, train_low_res_lora
-from swifti2v.wan.adapters import fuse, load_adapter, read_adapter_file
+from swifti2v.wan.lora import fuse, load_adapter, read_adapter_file
 
 RECIPE = Path(__file__).parents[3] / "recipes" / "wan2.2" / "stage_one_low_res_lora.yaml"
 SIZE, FRAMES, FPS = Size(64, 32), 9, 8.0

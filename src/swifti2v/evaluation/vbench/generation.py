@@ -3,7 +3,7 @@
 ```
 run/
   run.json              model, options, seed and suite, so that another run is not mixed in
-  clips*.jsonl          one line a video: seed, seconds, memory; a file for each shard
+  clips*.jsonl          one line a video: seed and seconds; a file for each shard
   videos/<prompt>-<index>.mp4
 ```
 
@@ -13,26 +13,19 @@ VBench takes the extension of all videos from whichever file it lists first, so 
 from __future__ import annotations
 
 import json
-import resource
-import sys
 import time
 from collections.abc import Callable
 from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from swifti2v.errors import (
-    InvalidInputError,
-    MemoryBudgetError,
-    OutputError,
-    VideoInputError,
-    WorkDirectoryError,
-)
+from swifti2v.errors import InvalidInputError, MemoryBudgetError, OutputError, VideoInputError, WorkDirectoryError
+from swifti2v.media.atomic_files import make_folder, write_atomically
 from swifti2v.memory.device_errors import is_out_of_memory
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
+    from pathlib import Path
 
     from swifti2v.evaluation.vbench.clips import Clip
     from swifti2v.evaluation.vbench.makers import ClipMaker, ClipShape, MakerSettings
@@ -53,11 +46,7 @@ class ClipRecord:
         prompt, index, seed: of the `Clip`.
         num_frames, size, fps: of the file; size as ``WIDTHxHEIGHT``.
         seconds: from the start of the generation to the finished file, without loading the model.
-        gpu_seconds: seconds that the card was held for it, times the number of cards (one); None without a card.
-        peak_gpu_bytes: largest amount allocated on the card during it; None without a card.
-        peak_process_bytes: largest resident memory of the process so far.
         clips_before: videos that the process made before it; the first pays for compiling and for filling caches.
-        device: name of the card, or `cpu`.
     """
 
     video: str
@@ -68,11 +57,7 @@ class ClipRecord:
     size: str
     fps: float
     seconds: float
-    gpu_seconds: float | None
-    peak_gpu_bytes: int | None
-    peak_process_bytes: int
     clips_before: int
-    device: str
 
 
 OnClip = Callable[[int, int, ClipRecord | None], None]
@@ -95,12 +80,8 @@ class VideoRun:
         self.folder = folder
         self.videos = folder / "videos"
         self._num_made = 0
-        try:
-            self.videos.mkdir(parents=True, exist_ok=True)
-            found = self._claimed(dict(identity))
-        except OSError as error:
-            msg = f"the folder {str(folder)!r} cannot be written ({error.strerror}); choose another or free space"
-            raise OutputError(msg) from error
+        make_folder(self.videos)
+        found = self._claimed(dict(identity))
         differing = sorted(name for name in found.keys() | identity.keys() if found.get(name) != identity.get(name))
         if differing:
             msg = f"folder {str(folder)!r} holds another run (unequal: {', '.join(differing)}); choose another folder"
@@ -140,9 +121,9 @@ class VideoRun:
         from swifti2v.media.video_writer import VideoWriter
 
         shape, path = maker.shape, self.videos / clip.file_name
+        started = time.perf_counter()
         with (
             memory_errors(f"to make {clip.file_name!r}; finished videos are kept"),
-            _Meter() as meter,
             VideoWriter(path, size=shape.size, fps=shape.fps, crf=CRF, keep_partial=False) as writer,
         ):
             with closing(maker.frames(clip)) as pieces:
@@ -160,31 +141,21 @@ class VideoRun:
             num_frames=shape.num_frames,
             size=str(shape.size),
             fps=shape.fps,
-            seconds=round(meter.seconds, 3),
-            gpu_seconds=None if meter.peak_gpu_bytes is None else round(meter.seconds, 3),
-            peak_gpu_bytes=meter.peak_gpu_bytes,
-            peak_process_bytes=_peak_process_bytes(),
+            seconds=round(time.perf_counter() - started, 3),
             clips_before=self._num_made - 1,
-            device=meter.device,
         )
 
     def _claimed(self, identity: dict[str, Any]) -> dict[str, Any]:
         """Write the identity unless there is one; return the one that is there."""
         path = self.folder / RUN_NAME
-        if not path.is_file():
-            part = path.with_name(f".{RUN_NAME}.{id(self)}")  # shards may begin at the same time
-            part.write_text(json.dumps(identity, indent=1, ensure_ascii=False, sort_keys=True) + "\n", encoding="utf-8")
-            part.replace(path)
+        if not path.is_file():  # shards may begin at the same time
+            text = json.dumps(identity, indent=1, ensure_ascii=False, sort_keys=True) + "\n"
+            write_atomically(path, text.encode(), writer=f".{id(self)}")
         try:
-            found = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError:
-            found = None
-        if not isinstance(found, dict):
-            msg = (
-                f"{str(path)!r} is damaged; remove it if the videos beside it are of the run that you want to continue"
-            )
-            raise WorkDirectoryError(msg)
-        return found
+            return dict(json.loads(path.read_text(encoding="utf-8")))
+        except (ValueError, TypeError) as error:
+            msg = f"{str(path)!r} is damaged; remove it if the videos beside it are of the run that is to continue"
+            raise WorkDirectoryError(msg) from error
 
 
 def open_run(folder: Path, settings: MakerSettings, *, seed: int) -> tuple[VideoRun, ClipMaker]:
@@ -255,46 +226,6 @@ def memory_errors(purpose: str) -> Iterator[None]:
             "segment_size in --options"
         )
         raise MemoryBudgetError(msg) from error
-
-
-class _Meter:
-    """Context manager: seconds, and the most that was allocated on the card that was used most, if any was."""
-
-    def __enter__(self) -> _Meter:
-        self.peak_gpu_bytes: int | None = None
-        self.device = "cpu"
-        self.seconds = 0.0
-        self._cuda = _cuda_in_use()
-        for card in _cards_in_use(self._cuda):
-            self._cuda.synchronize(card)
-            self._cuda.reset_peak_memory_stats(card)
-        self._started = time.perf_counter()
-        return self
-
-    def __exit__(self, *_error: object) -> None:
-        cards = _cards_in_use(self._cuda)
-        for card in cards:
-            self._cuda.synchronize(card)
-        self.seconds = time.perf_counter() - self._started
-        if cards:
-            self.peak_gpu_bytes, most_used = max((self._cuda.max_memory_allocated(card), card) for card in cards)
-            self.device = self._cuda.get_device_name(most_used)
-
-
-def _cuda_in_use() -> Any:
-    """`torch.cuda` if this process has begun to use it; a control made without a model needs no torch."""
-    torch = sys.modules.get("torch")
-    return torch.cuda if torch is not None and torch.cuda.is_initialized() else None
-
-
-def _cards_in_use(cuda: Any) -> list[int]:
-    """Return the cards on which this process holds memory; others would be begun to be used by a question."""
-    return [] if cuda is None else [card for card in range(cuda.device_count()) if cuda.memory_reserved(card)]
-
-
-def _peak_process_bytes() -> int:
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def _num_packets(path: Path) -> int:

@@ -109,16 +109,11 @@ class StillMaker:
     """The control that every table needs: the picture repeated. Scores near 1 wherever stillness counts as likeness."""
 
     def __init__(self, shape: ClipShape) -> None:
-        self._shape = shape
-
-    @property
-    def shape(self) -> ClipShape:
-        """Size, frames and rate of every video."""
-        return self._shape
+        self.shape = shape
 
     def identity(self) -> Mapping[str, Any]:
         """Return what makes it: nothing but its shape."""
-        size, num_frames, fps = self._shape
+        size, num_frames, fps = self.shape
         return {"model": STILL_MODEL, "size": str(size), "num_frames": str(num_frames), "fps": str(fps)}
 
     def frames(self, clip: Clip) -> Generator[np.ndarray[Any, Any], None, None]:
@@ -127,6 +122,6 @@ class StillMaker:
 
         from swifti2v.media.images import fit_image, load_image
 
-        picture = np.asarray(fit_image(load_image(clip.image).image, self._shape.size))[None]
-        for _ in range(self._shape.num_frames):
+        picture = np.asarray(fit_image(load_image(clip.image).image, self.shape.size))[None]
+        for _ in range(self.shape.num_frames):
             yield picture

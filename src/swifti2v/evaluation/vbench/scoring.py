@@ -17,14 +17,15 @@ from __future__ import annotations
 import json
 import subprocess
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING
 
-from swifti2v.errors import InvalidInputError, MemoryBudgetError, OutputError, VideoInputError
+from swifti2v.errors import InvalidInputError, MemoryBudgetError, VideoInputError
 from swifti2v.evaluation.interpreter import find_interpreter, last_line
 from swifti2v.evaluation.vbench.clips import NUM_SAMPLES, video_name
 from swifti2v.evaluation.vbench.suite import PROMPTS_PATH, checkout_commit
 from swifti2v.evaluation.vbench.total import DIMENSION_NAMES, RESULT_SUFFIX, check_dimensions, read_results, read_scores
+from swifti2v.media.atomic_files import make_folder, write_atomically
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
     from swifti2v.evaluation.vbench.suite import Suite
     from swifti2v.geometry import Size
 
-SCORING_NAME = "scoring.json"
+SCORING_NAME, VERSIONS_NAME = "scoring.json", "versions.json"
 
 _NEEDED_FILES = (
     "vbench/__init__.py",
@@ -41,8 +42,6 @@ _NEEDED_FILES = (
     "vbench2_beta_i2v/third_party/cotracker",
     PROMPTS_PATH,
 )
-_PACKAGES = ("torch", "torchvision", "numpy", "transformers", "timm", "peft", "pyiqa", "dreamsim", "decord")
-
 # What VBench's interpreter says, and what to do about it; the first that fits is told.
 _REMEDIES = (
     ("pkg_resources", "install 'setuptools<81' there"),
@@ -56,32 +55,18 @@ _REMEDIES = (
     ("ConnectionError", "let that process reach the network, or fetch the weights first"),
 )
 
-_PROBE = """
-import importlib, importlib.metadata, json, sys
-checkout, dimensions, packages = sys.argv[1], sys.argv[2].split(","), sys.argv[3].split(",")
-sys.path.insert(0, checkout)
-versions, failures = {"python": sys.version.split()[0]}, {}
-for name in packages:
-    try:
-        versions[name] = importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        pass
-for name in dimensions:
-    package = "vbench2_beta_i2v" if name in ("i2v_subject", "i2v_background", "camera_motion") else "vbench"
-    try:
-        importlib.import_module(package + "." + name)
-    except Exception as error:
-        failures[name] = type(error).__name__ + ": " + str(error)
-origin = getattr(sys.modules.get("vbench"), "__file__", "")
-print("\\nPROBE" + json.dumps({"versions": versions, "failures": failures, "origin": origin}))
-"""
-
 _EVALUATE = """
-import json, sys
+import importlib.metadata, json, sys
 job = json.loads(sys.argv[1])
 sys.path.insert(0, job["checkout"])
 import torch
+import vbench
 from vbench2_beta_i2v import VBenchI2V
+if not vbench.__file__.startswith(job["checkout"]):
+    raise ImportError("vbench is imported from " + vbench.__file__ + ", not from the checkout; uninstall it there")
+with open(job["versions"], "w") as file:
+    found = {package.metadata["Name"]: package.version for package in importlib.metadata.distributions()}
+    json.dump({"python": sys.version.split()[0], **found}, file)
 VBenchI2V(torch.device(job["device"]), job["prompts"], job["output"]).evaluate(
     videos_path=job["videos"],
     name=job["dimension"],
@@ -135,33 +120,12 @@ class Scoring:
     notes: tuple[str, ...] = ()
 
 
-def check_judge(judge: Judge, dimensions: Iterable[str]) -> dict[str, str]:
-    """Start VBench's interpreter and import what the dimensions need; return the versions of its packages.
-
-    Raises:
-        InvalidInputError: no such checkout or interpreter, or an import that fails; the message says how to mend it.
-    """
-    names = check_dimensions(dimensions)
+def check_checkout(checkout: Path) -> None:
+    """Raise `InvalidInputError` unless the folder is a git checkout of VBench with all its parts."""
     for part in _NEEDED_FILES:
-        if not (judge.checkout / part).exists():
-            msg = f"{str(judge.checkout)!r} lacks {part}; give a git checkout of Vchitect/VBench, not the PyPI package"
+        if not (checkout / part).exists():
+            msg = f"{str(checkout)!r} lacks {part}; give a git checkout of Vchitect/VBench, not the PyPI package"
             raise InvalidInputError(msg)
-    python = find_interpreter(judge.python, owner="VBench")
-    command = [python, "-c", _PROBE, str(judge.checkout.resolve()), ",".join(names), ",".join(_PACKAGES)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603 - the interpreter that the user named
-    marked = [line for line in done.stdout.splitlines() if line.startswith("PROBE")]
-    if done.returncode or not marked:
-        why = last_line(done.stderr)
-        msg = f"{judge.python!r} cannot run the check ({why}); name the Python of VBench's environment"
-        raise InvalidInputError(msg)
-    found = json.loads(marked[-1].removeprefix("PROBE"))
-    for name, failure in found["failures"].items():
-        msg = f"{name} cannot be scored by {judge.python!r} ({last_line(failure)}); {_remedy(failure)}"
-        raise InvalidInputError(msg)
-    if found["origin"] and not found["origin"].startswith(str(judge.checkout.resolve())):
-        msg = f"{judge.python!r} imports VBench from {found['origin']!r}, not from the checkout; uninstall vbench there"
-        raise InvalidInputError(msg)
-    return dict(found["versions"])
 
 
 def expected_videos(
@@ -256,14 +220,11 @@ def score_videos(
     names = check_dimensions(dimensions)
     expected = expected_videos(videos, suite, names, num_samples=num_samples, allow_missing=allow_missing)
     size = check_sizes(videos, sorted({video for present in expected.values() for video in present}), suite)
-    versions = check_judge(judge, names)
+    check_checkout(judge.checkout)
+    python = find_interpreter(judge.python, owner="VBench")
     results = output / "vbench"
-    try:
-        results.mkdir(parents=True, exist_ok=True)
-        (output / "logs").mkdir(exist_ok=True)
-    except OSError as error:
-        msg = f"the folder {str(output)!r} cannot be made ({error.strerror}); choose another"
-        raise OutputError(msg) from error
+    make_folder(results)
+    make_folder(output / "logs")
     _link_weights(judge, suite)
     seconds: dict[str, float] = {}
     for name in names:
@@ -271,7 +232,7 @@ def score_videos(
             if on_dimension is not None:
                 on_dimension(name, len(expected[name]))
             started = time.perf_counter()
-            _evaluate(name, videos, suite, judge, output)
+            _evaluate(name, videos, suite, replace(judge, python=python), output)
             seconds[name] = round(time.perf_counter() - started, 1)
         _check_result(results / f"{name}{RESULT_SUFFIX}", name, [videos.resolve() / video for video in expected[name]])
     every_score = read_scores(results)
@@ -279,13 +240,13 @@ def score_videos(
         scores={name: every_score[name] for name in names},
         num_videos={name: len(expected[name]) for name in names},
         seconds=seconds,
-        versions=versions,
+        versions=read_results(output / VERSIONS_NAME) if (output / VERSIONS_NAME).is_file() else {},
         commit=checkout_commit(judge.checkout),
         videos=str(videos),
         size=str(size),
         notes=_notes(names, size, num_samples, allow_missing=allow_missing),
     )
-    (output / SCORING_NAME).write_text(json.dumps(asdict(scoring), indent=1) + "\n", encoding="utf-8")
+    write_atomically(output / SCORING_NAME, (json.dumps(asdict(scoring), indent=1) + "\n").encode())
     return scoring
 
 
@@ -302,6 +263,7 @@ def _evaluate(name: str, videos: Path, suite: Suite, judge: Judge, output: Path)
         "prompts": str(judge.checkout.resolve() / PROMPTS_PATH),
         "videos": str(videos.resolve()),
         "output": str((output / "vbench").resolve()),
+        "versions": str((output / VERSIONS_NAME).resolve()),
         "dimension": name,
         "ratio": suite.ratio,
         "device": judge.device,
@@ -309,7 +271,7 @@ def _evaluate(name: str, videos: Path, suite: Suite, judge: Judge, output: Path)
     }
     log = output / "logs" / f"{name}.log"
     with log.open("wb") as file:
-        command = [find_interpreter(judge.python, owner="VBench"), "-c", _EVALUATE, json.dumps(job)]
+        command = [judge.python, "-c", _EVALUATE, json.dumps(job)]
         done = subprocess.run(command, cwd=suite.folder, stdout=file, stderr=subprocess.STDOUT, check=False)  # noqa: S603 - the interpreter that the user named
     if done.returncode == 0:
         return

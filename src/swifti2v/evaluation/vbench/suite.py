@@ -10,11 +10,12 @@ suite/
 ```
 
 The suite's four crops (1:1, 8:5, 7:4, 16:9) keep the subject. For a size between or beside them the nearest is taken
-and cut about its centre: 2560x1408 is 16:9 with 16 of 1440 rows cut away above and below. Nothing is squeezed.
+and cut about its center: 2560x1408 is 16:9 with 16 of 1440 rows cut away above and below. Nothing is squeezed.
 """
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import shutil
@@ -23,9 +24,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from swifti2v.errors import ImageInputError, InvalidInputError, OutputError
+from swifti2v.errors import ImageInputError, InvalidInputError
 from swifti2v.evaluation.vbench.total import DIMENSION_NAMES
 from swifti2v.geometry import Size
+from swifti2v.media.atomic_files import make_folder, write_atomically
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -43,7 +45,7 @@ CROPS: Mapping[str, float] = {"1-1": 1.0, "8-5": 8 / 5, "7-4": 7 / 4, "16-9": 16
 MAX_CUT = 0.1
 """Share of a crop that may be cut away to reach the video's aspect: beyond it, the subject may be lost."""
 
-_JPEG: Mapping[str, Any] = {"quality": 98, "subsampling": 0}
+_JPEG: Mapping[str, Any] = {"format": "JPEG", "quality": 98, "subsampling": 0}
 _IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png")
 
 
@@ -176,20 +178,21 @@ def prepare_suite(
     suite = Suite(folder, size, crop, prompts, checkout_commit(checkout), _suite_notes(prompts))
     _check_same_suite(suite)
     names = sorted({entry.image_name for entry in prompts})
-    try:
-        suite.images.mkdir(parents=True, exist_ok=True)
-        _write_suite(suite)  # first, so that an interrupted suite is not continued at another size
-        for done, name in enumerate(names, start=1):
-            target = suite.images / name
-            if not target.is_file():
-                _save(fit_image(source.picture(name, size), size), target)
-            if on_image is not None:
-                on_image(done, len(names))
-    except ImageInputError:
-        raise
-    except OSError as error:
-        msg = f"the suite cannot be written to {str(folder)!r} ({error.strerror}); choose another folder or free space"
-        raise OutputError(msg) from error
+    make_folder(suite.images)
+    # The list first, so that an interrupted suite is not continued at another size.
+    content = {"format": FORMAT, **asdict(suite)}
+    del content["folder"]
+    text = json.dumps(content, indent=1, ensure_ascii=False) + "\n"
+    write_atomically(folder / SUITE_NAME, text.encode())
+    for done, name in enumerate(names, start=1):
+        target = suite.images / name
+        if not target.is_file():
+            picture = fit_image(source.picture(name, size), size)
+            with io.BytesIO() as file:
+                picture.save(file, **({"format": "PNG"} if target.suffix.lower() == ".png" else _JPEG))
+                write_atomically(target, file.getvalue())
+        if on_image is not None:
+            on_image(done, len(names))
     return suite
 
 
@@ -327,16 +330,3 @@ def _check_same_suite(suite: Suite) -> None:
     if found.get("size") != list(suite.size) or found.get("crop") != suite.crop:
         msg = f"folder {str(suite.folder)!r} holds a suite of another size or source; choose another folder"
         raise InvalidInputError(msg)
-
-
-def _save(image: PIL.Image.Image, target: Path) -> None:
-    part = target.with_name(f".part-{target.name}")
-    image.save(part, **({} if target.suffix.lower() == ".png" else _JPEG))
-    part.replace(target)
-
-
-def _write_suite(suite: Suite) -> None:
-    content = asdict(suite)
-    del content["folder"]
-    text = json.dumps({"format": FORMAT, **content}, indent=1, ensure_ascii=False)
-    (suite.folder / SUITE_NAME).write_text(text + "\n", encoding="utf-8")

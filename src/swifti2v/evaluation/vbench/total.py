@@ -32,7 +32,7 @@ class Dimension:
     Args:
         name: as VBench's code and result files call it.
         group: the score that it is part of.
-        minimum, maximum: the bounds that its score, a fraction, is normalised by; not clipped to them.
+        minimum, maximum: the bounds that its score, a fraction, is normalized by; not clipped to them.
         weight: within its group.
     """
 
@@ -97,7 +97,7 @@ def total_scores(scores: Mapping[str, float], *, missing_as_zero: bool = False) 
 
     Args:
         scores: of the dimensions, fractions; `temporal_flickering` is left out, with a note.
-        missing_as_zero: take a missing dimension as 0, as VBench's script does: the normalised value is then negative
+        missing_as_zero: take a missing dimension as 0, as VBench's script does: the normalized value is then negative
             where the lower bound is above 0. Otherwise it is an error.
 
     Raises:
@@ -163,7 +163,7 @@ def read_results(file: Path) -> dict[str, Any]:
 
 
 def _score_of(file: Path, name: str, result: Any) -> float:
-    """Of ``[score, per video]``, of ``[score, per type, per video]`` (camera_motion), or of the plain score."""
+    """Read a score: plain, ``[score, per video]``, or ``[score, per type, per video]`` (camera_motion)."""
     score = result[0] if isinstance(result, list) and result else result
     if isinstance(score, bool) or not isinstance(score, int | float) or not math.isfinite(score):
         msg = f"{str(file)!r} has no number as the score of {name} ({score!r:.40}); score that dimension again"

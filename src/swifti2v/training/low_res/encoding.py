@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 
 from swifti2v.pixels import from_uint8
-from swifti2v.wan.vae import open_codec
+from swifti2v.wan.streaming import open_codec
 
 if TYPE_CHECKING:
     import numpy as np

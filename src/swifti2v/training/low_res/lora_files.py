@@ -10,10 +10,11 @@ from diffusers import WanImageToVideoPipeline
 from peft.utils import get_peft_model_state_dict
 from safetensors.torch import save_file
 
+from swifti2v.errors import AdapterError
 from swifti2v.training.engine.distributed import whole
 from swifti2v.training.engine.writing import writing
-from swifti2v.wan.adapter_keys import native_name
-from swifti2v.wan.adapters import load_adapter, read_adapter_file
+from swifti2v.wan.lora import LoraDelta, load_adapter, read_adapter_file
+from swifti2v.wan.lora_keys import native_name
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -67,7 +68,7 @@ def export_comfyui(lora: Path, transformer: Any, output: Path, *, dtype: torch.d
     """Write a LoRA with ComfyUI's keys: ``diffusion_model.blocks.0.self_attn.q.lora_down.weight``, ``.alpha``, ...
 
     Args:
-        lora: file or folder in any format that `swifti2v.wan.adapters` reads.
+        lora: file or folder in any format that `swifti2v.wan.lora` reads.
         transformer: the network it is for; its names are needed, so it may be on the meta device.
         output: the file.
         dtype: of the matrices.
@@ -79,6 +80,9 @@ def export_comfyui(lora: Path, transformer: Any, output: Path, *, dtype: torch.d
     adapter = load_adapter(read_adapter_file(lora), transformer)
     tensors: dict[str, Tensor] = {}
     for module, delta in adapter.deltas.items():
+        if not isinstance(delta, LoraDelta) or delta.magnitude is not None:
+            msg = f"{lora} changes {module} by a LoHa, LoKr or DoRA, and only plain LoRAs can be exported"
+            raise AdapterError(msg)
         stem = f"diffusion_model.{native_name(module)}"
         tensors[f"{stem}.lora_down.weight"] = delta.down.to(dtype).contiguous()
         tensors[f"{stem}.lora_up.weight"] = delta.up.to(dtype).contiguous()

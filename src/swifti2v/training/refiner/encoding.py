@@ -31,14 +31,14 @@ from swifti2v.training.refiner.transition import TransitionOptions, lightly_deno
 from swifti2v.training.refiner.window_source import LATENTS, PROMPT, REFERENCE
 from swifti2v.wan.checkpoint_files import read_json
 from swifti2v.wan.checkpoints import load_stage_one_pipeline, load_stage_two_vae, resolve
-from swifti2v.wan.vae import open_codec
+from swifti2v.wan.streaming import open_codec
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
     from swifti2v.stage_one import PromptEmbeds
-    from swifti2v.wan.vae import StreamingCodec
+    from swifti2v.wan.streaming import StreamingCodec
 
 
 EMPTY_PROMPT_NAME = "empty_prompt.safetensors"

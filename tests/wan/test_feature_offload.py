@@ -1,16 +1,16 @@
-"""Parked tensors come back as they were, and take hardly more pinned memory than they are large."""
+"""Offloaded tensors come back as they were, and take hardly more pinned memory than their size."""
 
 from __future__ import annotations
 
 import pytest
 import torch
+from diffusers import AutoencoderKLWan
 from hypothesis import given
 from hypothesis import strategies as st
 
-from swifti2v.geometry import Size
-from swifti2v.memory.codec_cost import WAN22_VAE
-from swifti2v.memory.ways import GRIDS, tile_size
-from swifti2v.wan.parked_features import SMALLEST_BYTES, SMALLEST_SHARE, piece_lengths, visit
+from benchmarks.full_size_networks import VAE22
+from swifti2v.wan.feature_offload import SMALLEST_BYTES, SMALLEST_SHARE, features_on, piece_lengths
+from swifti2v.wan.wan_chunked import ChunkedWanNetwork
 
 CPU = torch.device("cpu")
 
@@ -31,10 +31,10 @@ def test_tensors_of_any_layout_come_back_as_they_were() -> None:
     }
     expected = {name: tensor.clone() for name, tensor in cache.items()}
     strides = {name: cache[name].stride() for name in ("plain", "channels last")}
-    with visit(cache, CPU, parked=True):
+    with features_on(CPU, cache, offload=True):
         cache["made in it"] = torch.ones(3, dtype=torch.bfloat16)
     assert not any(isinstance(entry, torch.Tensor) for entry in cache.values())
-    with visit(cache, CPU, parked=True):
+    with features_on(CPU, cache, offload=True):
         for name, tensor in expected.items():
             assert torch.equal(cache[name], tensor), name
         assert torch.equal(cache["made in it"], torch.ones(3, dtype=torch.bfloat16))
@@ -43,9 +43,9 @@ def test_tensors_of_any_layout_come_back_as_they_were() -> None:
 
 def test_lists_keep_what_is_no_tensor() -> None:
     cache = [None, "Rep", torch.arange(5.0)]
-    with visit(cache, CPU, parked=True):
+    with features_on(CPU, cache, offload=True):
         pass
-    with visit(cache, CPU, parked=True):
+    with features_on(CPU, cache, offload=True):
         assert cache[:2] == [None, "Rep"]
         assert torch.equal(cache[2], torch.arange(5.0))  # type: ignore[arg-type]
 
@@ -59,14 +59,31 @@ def test_pieces_are_powers_of_two_but_for_a_small_rest(count: int, element_bytes
     assert last.bit_count() <= 1 or last <= max(count * element_bytes // SMALLEST_SHARE, SMALLEST_BYTES)
 
 
-@pytest.mark.parametrize("size", [Size(2560, 1408), Size(1280, 704)], ids=str)
-def test_the_features_of_a_codec_take_the_host_memory_that_they_are_planned_with(size: Size) -> None:
-    uncut = []
-    for columns, rows in GRIDS:
-        tile = tile_size(size, columns, rows, multiple=16)
-        layers = [layer for layer in (*WAN22_VAE._encoder(), *WAN22_VAE._decoder()) if layer.cached_frames]
-        needed = [2 * layer.cache_elements(tile) for layer in layers]
-        taken = [sum(rounded_up(2 * piece) for piece in piece_lengths(each // 2, 2)) for each in needed]
-        assert sum(taken) <= 1.02 * sum(needed)
-        uncut.append(sum(map(rounded_up, needed)) / sum(needed))
-    assert max(uncut) > 1.5  # why they are cut
+@pytest.mark.parametrize(
+    "tile", [(2560, 1408), (1344, 1408), (1344, 768), (944, 560), (1280, 704), (704, 416)], ids=str
+)
+def test_the_features_of_a_codec_take_hardly_more_host_memory_than_their_size(
+    tile: tuple[int, int], features_of_a_cell: list[float]
+) -> None:
+    cells = tile[0] * tile[1] // 256
+    needed = [2 * round(elements * cells) for elements in features_of_a_cell]
+    taken = [sum(rounded_up(2 * piece) for piece in piece_lengths(each // 2, 2)) for each in needed]
+    assert sum(taken) <= 1.02 * sum(needed)
+
+
+def test_uncut_they_would_take_half_as_much_again(features_of_a_cell: list[float]) -> None:
+    needed = [2 * round(elements * 59 * 35) for elements in features_of_a_cell]
+    assert sum(map(rounded_up, needed)) > 1.3 * sum(needed)
+
+
+@pytest.fixture(scope="module")
+def features_of_a_cell() -> list[float]:
+    """Elements of each cached tensor of Wan2.2's codec for a latent cell."""
+    with torch.device("meta"):
+        vae = AutoencoderKLWan(dim_mult=[1, 2, 4, 4], **VAE22).eval()
+        network, cache = ChunkedWanNetwork(vae), {}
+        with torch.no_grad():
+            for index in range(2):
+                network.decode(torch.empty(1, 48, 1, 4, 4), cache, first_chunk=index == 0)
+                network.encode(torch.empty(1, 12, 4 if index else 1, 32, 32), cache)
+    return [tensor.numel() / 16 for tensor in cache.values()]

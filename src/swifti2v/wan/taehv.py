@@ -1,9 +1,9 @@
-"""A small decoder in the place of a Wan codec's own: a two-hundredth of its work, at a lower fidelity.
+"""TAEHV: a small decoder in place of a Wan codec's own, with 1/200 of its work and lower fidelity.
 
 The network is TAEHV's (github.com/madebyollin/taehv, MIT), and its public weight files load by their own names:
 ``taew2_2`` and ``taew2_2_super`` (48 channels, Wan2.2-TI2V-5B), ``taew2_1`` (16 channels), and LightX2V's ``lighttae*``
-of the same layout. Its 2D convolutions see one frame at a time; all they know of the past is what each block saw of the
-frame before. So frames come one after the other, and memory depends neither on the length of the clip nor on how many
+of the same layout. Its 2D convolutions see one frame at a time; each block also sees its own input of the previous
+frame. So frames are made one after the other, and memory depends neither on the length of the clip nor on how many
 frames a latent frame becomes.
 
 Every latent frame becomes four frames, the first one too; of those of the first only the last is kept, as TAEHV does,
@@ -28,7 +28,7 @@ from swifti2v.errors import CheckpointError
 from swifti2v.pixels import stream_to_uint8
 from swifti2v.wan.checkpoint_files import Hub
 from swifti2v.wan.checkpoint_index import is_hub_id
-from swifti2v.wan.stream_checks import check_finite, check_latents, check_result
+from swifti2v.wan.streaming import check_finite, check_latents, check_result
 
 if TYPE_CHECKING:
     from collections.abc import Generator, Iterable, Iterator, Mapping
@@ -38,18 +38,18 @@ BLOCKS_PER_STAGE = 3
 LAST_LAYER = 22
 
 Memory = dict[nn.Module, Tensor]
-"""What each block saw of the frame before, ``[1, C, h, w]``."""
+"""Input of each block for the previous frame, ``[1, C, h, w]``."""
 
 
 @dataclass(frozen=True)
 class LightLayout:
-    """The sizes of a network, as its weights show them.
+    """The sizes of a network, as found in its weights.
 
     Args:
         num_channels: of the latents.
-        widths: channels of the three stages, and of what the last of them hands on.
+        widths: channels of the three stages, and of the output of the last.
         frame_factors: frames that each stage makes of one.
-        patch_size: pixels on either side of what the last layer gives for a cell.
+        patch_size: width and height in pixels of the patch that the last layer gives for each of its cells.
         is_wide: with the blocks of the ``_super`` files.
     """
 
@@ -71,13 +71,13 @@ class LightLayout:
 
     @classmethod
     def of(cls, weights: Mapping[str, Tensor]) -> Self:
-        """Read the sizes off a file's weights.
+        """Derive the sizes from the weights of a file.
 
         Raises:
-            CheckpointError: a weight that tells one of them is not there.
+            CheckpointError: a weight that is needed for this is missing.
         """
         is_wide = "decoder.0.weight" in weights
-        stride, shift = (7, 0) if is_wide else (6, 1)  # layers of a stage, and those that come before
+        stride, shift = (7, 0) if is_wide else (6, 1)  # layers of a stage, and layers before the first
         try:
             grown = [weights[f"decoder.{stride * stage + shift}.conv.weight"] for stage in (1, 2, 3)]
             inner = [matrix.shape[1] for matrix in grown]
@@ -135,7 +135,7 @@ class LightDecoder:
     Args:
         network: its weights; not copied, not moved.
         mean, std: of the codec's latents, where the network was trained on latents as the codec gives them (LightX2V's
-            ``lighttae*``) and not on normalised ones.
+            ``lighttae*``) and not on normalized ones.
     """
 
     def __init__(

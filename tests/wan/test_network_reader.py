@@ -9,27 +9,26 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
-from diffusers import WanTransformer3DModel
+from diffusers import AutoencoderKLWan, WanTransformer3DModel
 from safetensors.torch import load_file, save_file
-from transformers import UMT5Config, UMT5EncoderModel
+from transformers import UMT5EncoderModel
 
-from swifti2v.errors import AdapterError, CheckpointError
+from swifti2v.errors import CheckpointError
 from swifti2v.memory.live_bytes import LiveBytes
-from swifti2v.memory.placement import store_weights
 from swifti2v.wan.checkpoints import load_stage_one_pipeline, load_stage_two_transformer, resolve
-from swifti2v.wan.piecewise_reader import PiecewiseReader, read_stage_one_networks
+from swifti2v.wan.network_reader import NetworkReader
+from swifti2v.wan.quantized_linear import WeightDtype, store_weights
 from swifti2v.wan.transformer import StageTwoTransformer
 
 if TYPE_CHECKING:
     from torch import nn
 
-    from swifti2v.memory.budget import WeightDtype
 
-AS_LOADED = PiecewiseReader(lambda _: None)
+AS_LOADED = NetworkReader()
 
 
-def narrow(dtype: WeightDtype, compute_dtype: torch.dtype) -> PiecewiseReader:
-    return PiecewiseReader(partial(store_weights, dtype=dtype, compute_dtype=compute_dtype))
+def narrow(dtype: WeightDtype, compute_dtype: torch.dtype) -> NetworkReader:
+    return NetworkReader(partial(store_weights, dtype=dtype, compute_dtype=compute_dtype))
 
 
 def assert_equal(network: nn.Module, expected: nn.Module) -> None:
@@ -52,6 +51,7 @@ def assert_equal(network: nn.Module, expected: nn.Module) -> None:
         (StageTwoTransformer, "stage_two/transformer"),
         (StageTwoTransformer, "stock/transformer"),
         (UMT5EncoderModel, "stage_one/text_encoder"),
+        (AutoencoderKLWan, "stage_two/vae"),
     ],
 )
 def test_a_network_is_the_one_that_its_library_loads(
@@ -71,25 +71,13 @@ def test_what_is_stored_is_what_a_loaded_network_would_store(
     """LoRAs included: they are in the weights before these are rounded."""
     resolved = resolve(tiny_checkpoint)
     expected = load_stage_one_pipeline(resolved, dtype=dtype)
-    networks = read_stage_one_networks(resolved, narrow(stored, dtype), dtype=dtype)
-    pipeline = load_stage_one_pipeline(resolved, dtype=dtype, networks=networks)
+    pipeline = load_stage_one_pipeline(resolved, dtype=dtype, reader=narrow(stored, dtype))
     for name in ("text_encoder", "transformer", "transformer_2"):
-        other = getattr(expected, name)
-        store_weights(other, stored, compute_dtype=dtype)
-        assert_equal(getattr(pipeline, name), other)
-        assert getattr(pipeline, name) is networks[name]
+        store_weights(getattr(expected, name), stored, compute_dtype=dtype)
+        assert_equal(getattr(pipeline, name), getattr(expected, name))
     second = load_stage_two_transformer(resolved, dtype=dtype)
     store_weights(second, stored, compute_dtype=dtype)
-    assert_equal(load_stage_two_transformer(resolved, dtype=dtype, read=narrow(stored, dtype).read), second)
-
-
-def test_roles_choose_the_adapters(tiny_checkpoint: Path) -> None:
-    resolved = resolve(tiny_checkpoint)
-    for roles in (set(), {"few_step"}, {"low_res"}, None):
-        networks = read_stage_one_networks(resolved, AS_LOADED, dtype=torch.float32, roles=roles)
-        expected = load_stage_one_pipeline(resolved, dtype=torch.float32, roles=roles)
-        for name in ("transformer", "transformer_2"):
-            assert_equal(networks[name], getattr(expected, name))
+    assert_equal(load_stage_two_transformer(resolved, dtype=dtype, reader=narrow(stored, dtype)), second)
 
 
 def test_the_whole_network_is_never_there_as_it_was_saved(tmp_path: Path) -> None:
@@ -152,34 +140,3 @@ def test_weights_that_do_not_belong(
     folder = edited(tmp_path, tiny_checkpoint / "stage_one" / "transformer", **changes)
     with pytest.raises(CheckpointError, match=message):
         narrow(stored, torch.bfloat16).read(WanTransformer3DModel, folder, torch.bfloat16)
-
-
-def test_files_that_are_cut_short(tiny_checkpoint: Path, tmp_path: Path) -> None:
-    folder = edited(tmp_path, tiny_checkpoint / "stage_one" / "transformer")
-    file = next(folder.glob("*.safetensors"))
-    file.write_bytes(file.read_bytes()[:-100])
-    with pytest.raises(CheckpointError, match="damaged or cut short: get it again"):
-        AS_LOADED.read(WanTransformer3DModel, folder, torch.float32)
-
-
-def test_an_adapter_that_does_not_match_stops_before_anything_is_read(
-    checkpoint: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    save_file({"unknown.lora_A.weight": torch.zeros(1, 2)}, checkpoint / "adapters" / "small.safetensors")
-    monkeypatch.setattr(PiecewiseReader, "fill", lambda *_: pytest.fail("read"))
-    with pytest.raises(AdapterError):
-        read_stage_one_networks(resolve(checkpoint), AS_LOADED, dtype=torch.float32)
-
-
-@pytest.mark.parametrize("name", ["shared.weight", "encoder.embed_tokens.weight"])
-def test_a_table_of_words_under_either_of_its_names(tmp_path: Path, name: str) -> None:
-    config = UMT5Config(vocab_size=64, d_model=32, d_kv=8, d_ff=37, num_layers=1, num_heads=4)
-    encoder = UMT5EncoderModel(config).eval()
-    encoder.save_pretrained(tmp_path)
-    file = tmp_path / "model.safetensors"
-    tensors = load_file(file)
-    table = next(tensors.pop(key) for key in ("shared.weight", "encoder.embed_tokens.weight") if key in tensors)
-    save_file(tensors | {name: table}, file, metadata={"format": "pt"})
-    network = AS_LOADED.read(UMT5EncoderModel, tmp_path, torch.float32)
-    assert network.shared.weight is network.encoder.embed_tokens.weight
-    assert torch.equal(network.shared.weight, encoder.shared.weight)

@@ -1,11 +1,11 @@
-"""Wan's codec with a fraction of the memory: the weights and the numbers of diffusers, other bookkeeping.
+"""Wan's codec in a fraction of the memory: diffusers' weights and numbers, with other bookkeeping.
 
-Diffusers normalises a whole chunk in float32, copies it for the cache, joins it with the cache, and pads the result: at
+Diffusers normalizes a whole chunk in float32, copies it for the cache, joins it with the cache, and pads the result: at
 2560x1408 a decode holds 38 GiB. Here norm and SiLU are written, a band of rows at a time, into the one tensor that the
-convolution reads, which holds the remembered frames and the zero border already; residuals are added in place; nearest
-upsampling stays in the working dtype; and below the last change of frame rate frames pass one (or a few) at a time.
-Every value is computed by the same formula in the same dtype, so results differ by the rounding of a convolution that
-sees another number of frames, and on most CPUs not at all.
+convolution reads, which holds the cached frames and the zero border already; residuals are added in place; nearest
+upsampling stays in the working dtype; and at the highest frame rate frames pass one (or a few) at a time. Every value
+is computed by the same formula in the same dtype, so results differ only by the rounding of a convolution that sees
+another number of frames, and on most CPUs not at all.
 """
 
 from __future__ import annotations
@@ -36,15 +36,15 @@ FeatureCache = dict[nn.Module, "Tensor"]
 """The last input frames of each causal convolution, ``[1, C, 1 or 2, h, w]``; empty at the start of a stream."""
 
 BAND_ELEMENTS = {"cpu": 2**18, "cuda": 2**24}
-"""Elements that are normalised at once: on a CPU what its caches hold, on a GPU enough to fill it."""
+"""Elements that are normalized at once: on a CPU what its caches hold, on a GPU enough to fill it."""
 
 
-def is_lean_capable(vae: AutoencoderKLWan) -> bool:
-    """Return whether a codec can be run here with its own numbers.
+def can_run_chunked(vae: AutoencoderKLWan) -> bool:
+    """Return whether `ChunkedWanNetwork` gives the numbers of a codec.
 
-    Not where a hook stands on a part of it (sequential or leaf-level offloading brings the weights of a layer in when
-    its ``forward`` is called, and here it is not), nor with dropout switched on, nor with layers that diffusers 0.42
-    does not build.
+    It does not where a part of the codec has a hook (sequential or leaf-level offloading brings in the weights of a
+    layer when its ``forward`` is called, and here it is not called), with dropout switched on, or with layers that
+    diffusers 0.42 does not build.
     """
     for module in vae.modules():
         hooked = module._forward_hooks or module._forward_pre_hooks or hasattr(module, "_diffusers_hook")
@@ -58,13 +58,14 @@ def is_lean_capable(vae: AutoencoderKLWan) -> bool:
     )
 
 
-class LeanWanNetwork:
+class ChunkedWanNetwork:
     """Encoder and decoder of an `AutoencoderKLWan`, chunk by chunk.
 
     Args:
         vae: the weights, borrowed.
-        frames_per_step: frames at full resolution that pass together, >= 1: more of them read less memory over again,
-            and hold more of it. None: two on a CPU, where calls cost more, else one.
+        frames_per_step: frames at full resolution that pass together, >= 1: more of them read the weights less often
+        and
+            hold more memory. None: two on a CPU, where calls cost more, else one.
     """
 
     def __init__(self, vae: AutoencoderKLWan, *, frames_per_step: int | None = None) -> None:
@@ -92,7 +93,7 @@ class LeanWanNetwork:
         return self._convolve(encoder.conv_out, hidden, cache, norm=encoder.norm_out, activation=encoder.nonlinearity)
 
     def decode(self, hidden: Tensor, cache: FeatureCache, *, first_chunk: bool) -> Tensor:
-        """Decode one latent frame behind ``post_quant_conv`` to patchified pixels, and advance the cache."""
+        """Decode one latent frame after ``post_quant_conv`` to patchified pixels, and advance the cache."""
         decoder = self.vae.decoder
         hidden = self._convolve(decoder.conv_in, hidden, cache)
         held = [self._middle(decoder.mid_block, hidden, cache)]
@@ -103,7 +104,7 @@ class LeanWanNetwork:
         return self.frames_per_step or (2 if frames.device.type == "cpu" else 1)
 
     def _rise(self, index: int, held: list[Tensor], cache: FeatureCache, first_chunk: bool) -> Iterator[Tensor]:
-        """Yield the frames that the blocks from `index` on make of the one tensor in `held`, which is taken out."""
+        """Yield what the blocks from `index` on make of the one tensor in `held`, which is removed from it."""
         decoder = self.vae.decoder
         if index == len(decoder.up_blocks):
             yield self._convolve(
@@ -172,7 +173,7 @@ class LeanWanNetwork:
         norm: nn.Module | None = None,
         activation: nn.Module | None = None,
     ) -> Tensor:
-        """Run a causal convolution over ``activation(norm(frames))`` behind the frames that the cache remembers."""
+        """Run a causal convolution over ``activation(norm(frames))`` after the frames in the cache."""
         _, channels, count, height, width = frames.shape
         left, _, top, _, past, _ = convolution._padding
         shape = (1, channels, past + count, height + 2 * top, width + 2 * left)
@@ -182,18 +183,18 @@ class LeanWanNetwork:
                 padded.narrow(axis, 0, border).zero_()
                 padded.narrow(axis, shape[axis] - border, border).zero_()
         inside = padded[:, :, :, top : top + height, left : left + width]
-        remembered = cache.get(convolution)
-        if remembered is None:
+        cached = cache.get(convolution)
+        if cached is None:
             inside[:, :, :past].zero_()
         else:
-            inside[:, :, :past].copy_(remembered)
+            inside[:, :, :past].copy_(cached)
         _write_activated(inside[:, :, past:], frames, norm, activation)
         del frames  # whoever still needs them holds them
         result = F.conv3d(padded, convolution.weight, convolution.bias, convolution.stride)
-        if remembered is None:
+        if cached is None:
             cache[convolution] = inside[:, :, -past:].clone(memory_format=_layout(inside))
         else:
-            remembered.copy_(inside[:, :, -past:])
+            cached.copy_(inside[:, :, -past:])
         return result
 
     def _upsample(
@@ -225,14 +226,12 @@ class LeanWanNetwork:
         frames = [resample.resample(frame).unsqueeze(2) for frame in hidden.unbind(2)]
         if resample.mode != "downsample3d":
             return frames[0] if len(frames) == 1 else torch.cat(frames, dim=2)
-        remembered = cache.get(resample)
+        cached = cache.get(resample)
         cache[resample] = frames[-1].clone()
-        if remembered is None:  # the first frame of a clip stands alone
+        if cached is None:  # the first frame of a clip stands alone
             return frames[0]
         convolution = resample.time_conv
-        return F.conv3d(
-            torch.cat([remembered, *frames], dim=2), convolution.weight, convolution.bias, convolution.stride
-        )
+        return F.conv3d(torch.cat([cached, *frames], dim=2), convolution.weight, convolution.bias, convolution.stride)
 
 
 def _changes_rate(block: nn.Module) -> bool:

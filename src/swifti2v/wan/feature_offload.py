@@ -1,12 +1,12 @@
-"""Feature caches of a codec in host memory while another tile, or another network, has the device.
+"""Feature caches of a codec in host memory while another tile, or another network, uses the device.
 
-The caches of a 2560x1408 decode are 12 GiB, however it is tiled, and they live as long as the clip. Parked, only those
-of the tile at work are on the device; each visit costs their way there and back.
+The caches of a 2560x1408 decode are 12 GiB, however it is tiled, and they live as long as the clip. Offloaded, only
+those of the tile at work are on the device; each visit costs their transfer there and back.
 """
 
 from __future__ import annotations
 
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -15,15 +15,14 @@ from torch import Tensor
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-    from contextlib import AbstractContextManager
 
 SMALLEST_SHARE = 64
 SMALLEST_BYTES = 2**16
-"""A parked tensor is cut until what is left is no more than this, or than such a part of it."""
+"""A tensor is cut until the rest is at most `SMALLEST_BYTES`, or at most this fraction of it."""
 
 
 @dataclass(frozen=True)
-class _Parked:
+class _Offloaded:
     """A tensor in host memory: its numbers in the order of `shape`, in pieces, and its axes in terms of that order."""
 
     pieces: tuple[Tensor, ...]
@@ -31,34 +30,32 @@ class _Parked:
     axes: tuple[int, ...]
 
 
-def visit(cache: list[Any] | dict[Any, Any], device: torch.device, *, parked: bool) -> AbstractContextManager[None]:
-    """Have the tensors of `cache` on `device` within this context, and, if `parked`, on the host after it."""
-    return _visit(cache, device) if parked else nullcontext()
-
-
 @contextmanager
-def _visit(cache: list[Any] | dict[Any, Any], device: torch.device) -> Iterator[None]:
-    _replace(cache, lambda entry: _on_device(entry, device))
+def features_on(device: torch.device, cache: list[Any] | dict[Any, Any], *, offload: bool) -> Iterator[None]:
+    """Have the tensors of `cache` on `device` within this context, and on the host after it if `offload`."""
+    if offload:
+        _replace(cache, lambda entry: _on_device(entry, device))
     yield
-    _replace(cache, _on_host)
+    if offload:
+        _replace(cache, _on_host)
 
 
 def _replace(cache: list[Any] | dict[Any, Any], move: Any) -> None:
     entries = list(cache.items()) if isinstance(cache, dict) else list(enumerate(cache))
     for key, entry in entries:
-        if isinstance(entry, Tensor | _Parked):  # diffusers keeps None and a marker string beside them
+        if isinstance(entry, Tensor | _Offloaded):  # diffusers keeps None and a marker string beside them
             cache[key] = move(entry)
         del entry
 
 
-def _on_host(tensor: Tensor) -> Tensor | _Parked:
-    if tensor.is_meta:  # an account: elsewhere means that the device holds nothing of it
+def _on_host(tensor: Tensor) -> Tensor | _Offloaded:
+    if tensor.is_meta:  # memory is only counted, and the device holds nothing of it
         return tensor.new_empty(1).expand(tensor.shape)
     order = sorted(range(tensor.ndim), key=tensor.stride, reverse=True)
     dense = tensor.permute(order).contiguous()
     parts = torch.split(dense.view(-1), piece_lengths(dense.numel(), dense.element_size()))
     axes = tuple(order.index(axis) for axis in range(tensor.ndim))
-    return _Parked(tuple(_pinned_copy(part) for part in parts), dense.shape, axes)
+    return _Offloaded(tuple(_pinned_copy(part) for part in parts), dense.shape, axes)
 
 
 def _pinned_copy(part: Tensor) -> Tensor:
@@ -67,7 +64,7 @@ def _pinned_copy(part: Tensor) -> Tensor:
     return host.copy_(part, non_blocking=part.is_cuda)
 
 
-def _on_device(entry: Tensor | _Parked, device: torch.device) -> Tensor:
+def _on_device(entry: Tensor | _Offloaded, device: torch.device) -> Tensor:
     if isinstance(entry, Tensor):  # there already, or on the meta device
         return entry.clone(memory_format=torch.contiguous_format) if entry.is_meta else entry
     lengths = [len(piece) for piece in entry.pieces]

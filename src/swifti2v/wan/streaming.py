@@ -3,8 +3,8 @@
 The codec is causal (latent frame j depends on pixel frames 0..4j only), so a clip of any length passes through a
 constant amount of memory, the first latent frame is the encoding of the image alone, and a prefix of the latents
 decodes to a prefix of the video. Diffusers' own ``encode`` and ``decode`` compute the same numbers but keep the whole
-clip on the device; here each stream owns its feature caches and drops them when it ends, however it ends. What one step
-costs beside the caches is the matter of `lean_vae.py`.
+clip on the device; here each stream owns its feature caches and drops them when it ends, however it ends. How one step
+runs in little memory is in `wan_chunked.py`.
 """
 
 from __future__ import annotations
@@ -19,10 +19,9 @@ from diffusers.models.autoencoders.autoencoder_kl_wan import WanCausalConv3d, pa
 
 from swifti2v.errors import CheckpointError, InvalidInputError
 from swifti2v.pixels import stream_to_uint8
-from swifti2v.wan.lean_vae import LeanWanNetwork, is_lean_capable
-from swifti2v.wan.parked_features import visit
-from swifti2v.wan.stream_checks import check_finite, check_latents, check_result, check_same_size, describe
+from swifti2v.wan.feature_offload import features_on
 from swifti2v.wan.tiling import TileGrid, Tiling
+from swifti2v.wan.wan_chunked import ChunkedWanNetwork, can_run_chunked
 
 if TYPE_CHECKING:
     from collections.abc import Generator, Iterable, Iterator
@@ -36,23 +35,23 @@ class CodecSettings:
 
     Args:
         tiling: see `WanStreamingCodec`.
-        lean: run the weights through `LeanWanNetwork`, where that can be; False: through diffusers' own modules.
-        frames_per_step: frames at full resolution that the lean network takes at once; None: two on a CPU, else one.
-        park_features: keep the caches of tiles in host memory, and bring in those of the tile at work.
+        chunked: run the weights through `ChunkedWanNetwork` where possible; False: through diffusers' own modules.
+        frames_per_step: frames at full resolution that the chunked network takes at once; None: two on a CPU, else one.
+        offload_features: keep the feature caches in host memory, and bring in those of the tile at work.
 
     Raises:
         InvalidInputError: `frames_per_step` is less than 1.
     """
 
     tiling: Tiling | None = None
-    lean: bool = True
+    chunked: bool = True
     frames_per_step: int | None = None
-    park_features: bool = False
+    offload_features: bool = False
 
     def __post_init__(self) -> None:
         if self.frames_per_step is not None and self.frames_per_step < 1:
             msg = f"frames_per_step is {self.frames_per_step}; use 1 for the least memory, or 2 or 4"
-            raise InvalidInputError(msg)
+            raise InvalidInputError(msg, param="frames_per_step", value=self.frames_per_step)
 
 
 class VideoDecoder(Protocol):
@@ -62,7 +61,7 @@ class VideoDecoder(Protocol):
         """Decode latents as they come.
 
         Args:
-            latents: normalised, float ``[1, C, n, h, w]``, any n >= 1 per item.
+            latents: normalized, float ``[1, C, n, h, w]``, any n >= 1 per item.
 
         Yields:
             uint8 ``[f, H, W, 3]`` on the CPU, one per latent frame: f = 1 first, then `temporal_factor`.
@@ -92,7 +91,7 @@ class StreamingCodec(VideoDecoder, Protocol):
             chunks: float ``[1, 3, f, H, W]`` in [-1, 1], one per latent frame: f = 1 first, then `temporal_factor`.
 
         Yields:
-            Normalised latents, float32 ``[1, C, 1, h, w]``, one per chunk.
+            Normalized latents, float32 ``[1, C, 1, h, w]``, one per chunk.
         """
 
 
@@ -117,12 +116,14 @@ def open_codec(vae: object, *, tiling: Tiling | None = None, settings: CodecSett
 class _Stream:
     """What one stream remembers: its frame size and, per tile, the last inputs of every causal convolution."""
 
-    def __init__(self, height: int, width: int, grid: TileGrid, *, lean: LeanWanNetwork | None, num_slots: int) -> None:
+    def __init__(
+        self, height: int, width: int, grid: TileGrid, *, chunked: ChunkedWanNetwork | None, num_slots: int
+    ) -> None:
         self.size = (height, width)
         self.grid = grid
-        self.lean = lean
+        self.chunked = chunked
         # Diffusers stores tensors, None and a marker string in its lists; they belong to its modules.
-        self.caches: list[Any] = [{} if lean is not None else [None] * num_slots for _ in range(len(grid))]
+        self.caches: list[Any] = [{} if chunked is not None else [None] * num_slots for _ in range(len(grid))]
         self.num_done = 0
 
     def clear(self) -> None:
@@ -134,8 +135,8 @@ class WanStreamingCodec:
     """Streams an `AutoencoderKLWan`: Wan2.1's (16 channels, 8x8x4) or Wan2.2's (48 channels, 16x16x4).
 
     Without tiling, latents and pixels are those of ``vae.encode(...).latent_dist.mode()`` and ``vae.decode()`` before
-    rounding to uint8: bit by bit with diffusers' own modules (`CodecSettings.lean` False), to the rounding of its
-    convolutions with the lean network. The network runs in the dtype of `vae`; normalisation by the
+    rounding to uint8: bit by bit with diffusers' own modules (`CodecSettings.chunked` False), up to the rounding
+    of its convolutions with the chunked network. The network runs in the dtype of `vae`; normalization by the
     checkpoint's ``latents_mean`` and ``latents_std`` is float32. Any number of streams may be open at once: each has
     its own caches, and the ones inside `vae` are never touched. ``vae.enable_tiling()`` has no effect here.
 
@@ -144,9 +145,9 @@ class WanStreamingCodec:
 
     Args:
         vae: the codec's weights; not copied, not moved.
-        tiling: cut frames into tiles; every tile is advanced by one latent frame (with parked features: by one item of
-            the latents) before the next is taken, so that memory still does not depend on the length. Blended in pixels
-            by decode, in latents by encode.
+        tiling: cut frames into tiles; every tile is advanced by one latent frame (with offloaded features: by one item
+            of the latents) before the next is taken, so that memory still does not depend on the length. Blended in
+            pixels by decode, in latents by encode.
         settings: how the weights are run; its tiling counts where `tiling` is None.
 
     Raises:
@@ -213,7 +214,7 @@ class WanStreamingCodec:
                 )
                 if stream is None:
                     stream = self._open(self.vae.decoder, item.shape[-2], item.shape[-1])
-                for group in torch.split(item, item.shape[2] if self.settings.park_features else 1, dim=2):
+                for group in torch.split(item, item.shape[2] if self.settings.offload_features else 1, dim=2):
                     pieces = self._decode_group(group, stream)
                     while pieces:
                         yield pieces.pop(0)
@@ -227,15 +228,15 @@ class WanStreamingCodec:
         """Start a stream of `height` x `width` latent cells through the encoder or the decoder."""
         grid = TileGrid.plan(height, width, tiling=self.tiling, spatial_factor=self.spatial_factor)
         num_slots = sum(isinstance(module, WanCausalConv3d) for module in network.modules())
-        is_lean = self.settings.lean and is_lean_capable(self.vae)
-        lean = LeanWanNetwork(self.vae, frames_per_step=self.settings.frames_per_step) if is_lean else None
-        return _Stream(height, width, grid, lean=lean, num_slots=num_slots)
+        is_chunked = self.settings.chunked and can_run_chunked(self.vae)
+        chunked = ChunkedWanNetwork(self.vae, frames_per_step=self.settings.frames_per_step) if is_chunked else None
+        return _Stream(height, width, grid, chunked=chunked, num_slots=num_slots)
 
     # Gradients are switched off per step and not around the streams: a generator that is suspended inside such a
     # context would switch them off for its consumer too. Not inference_mode, whose tensors cannot be trained on.
     @torch.no_grad()
     def _encode_chunk(self, chunk: Tensor, stream: _Stream) -> Tensor:
-        """Encode one chunk to one normalised latent frame ``[1, C, 1, h, w]`` and advance the caches."""
+        """Encode one chunk to one normalized latent frame ``[1, C, 1, h, w]`` and advance the caches."""
         device = self._claim_device()
         check_finite(chunk, f"pixel chunk {stream.num_done}")
         pixels = chunk.to(device=device, dtype=self.vae.dtype)
@@ -248,7 +249,7 @@ class WanStreamingCodec:
 
     @torch.no_grad()
     def _decode_group(self, latents: Tensor, stream: _Stream) -> list[Tensor]:
-        """Decode normalised latent frames, tile after tile; return float32 pixels ``[1, 3, f, H, W]`` of each frame."""
+        """Decode normalized latent frames, tile after tile; return float32 pixels ``[1, 3, f, H, W]`` of each frame."""
         device = self._claim_device()
         check_finite(latents, f"latent frame {stream.num_done}")
         latents = latents.to(device=device, dtype=torch.float32)
@@ -265,12 +266,12 @@ class WanStreamingCodec:
         return [pixels[:, :, :head], *torch.split(pixels[:, :, head:], count, dim=2)][: latents.shape[2]]
 
     def _encode_tile(self, pixels: Tensor, cache: Any, stream: _Stream) -> Tensor:
-        """Return the posterior's mode of one tile of one chunk, not normalised."""
+        """Return the posterior's mode of one tile of one chunk, not normalized."""
         if self._patch_size > 1:
             pixels = patchify(pixels.contiguous(), patch_size=self._patch_size)
-        with visit(cache, pixels.device, parked=self.settings.park_features):
-            if stream.lean is not None:
-                hidden = stream.lean.encode(pixels, cache)
+        with features_on(pixels.device, cache, offload=self.settings.offload_features):
+            if stream.chunked is not None:
+                hidden = stream.chunked.encode(pixels, cache)
             else:
                 hidden = self.vae.encoder(pixels, feat_cache=cache, feat_idx=[0])
         moments: Tensor = self.vae.quant_conv(hidden)
@@ -279,12 +280,12 @@ class WanStreamingCodec:
     def _decode_tile(self, latents: Tensor, cache: Any, stream: _Stream) -> Tensor:
         """Return the pixels of one tile of some latent frames, not clamped."""
         pieces = []
-        with visit(cache, latents.device, parked=self.settings.park_features):
+        with features_on(latents.device, cache, offload=self.settings.offload_features):
             for index, latent in enumerate(torch.split(latents, 1, dim=2)):
                 first = stream.num_done + index == 0
                 hidden = self.vae.post_quant_conv(latent)
-                if stream.lean is not None:
-                    pixels = stream.lean.decode(hidden, cache, first_chunk=first)
+                if stream.chunked is not None:
+                    pixels = stream.chunked.decode(hidden, cache, first_chunk=first)
                 else:
                     pixels = self.vae.decoder(hidden, feat_cache=cache, feat_idx=[0], first_chunk=first)
                 pieces.append(unpatchify(pixels, patch_size=self._patch_size) if self._patch_size > 1 else pixels)
@@ -346,3 +347,64 @@ def _check_config(config: AutoencoderKLWan) -> None:
     if not all(std > 0 and math.isfinite(std) for std in config.latents_std):
         msg = "the codec's configuration has a value in latents_std that is not positive; correct config.json"
         raise CheckpointError(msg)
+
+
+# --------------------------------------------------------------------------------- what the streams of all codecs check
+
+
+def check_latents(latents: Tensor, channels: int, size: tuple[int, int] | None, index: int) -> None:
+    """Raise `InvalidInputError` unless `latents` can be an item of a stream.
+
+    Args:
+        latents: normalized, float ``[1, channels, n, h, w]``.
+        channels: of the codec.
+        size: height and width in cells with which the stream began; None: this is its first item.
+        index: of the item's first latent frame, for the message.
+    """
+    usable = latents.ndim == 5 and latents.shape[:2] == (1, channels) and latents.is_floating_point()
+    if not usable or 0 in latents.shape:
+        msg = (
+            f"latents of {describe(latents)} cannot be decoded; "
+            f"give normalized floats [1, {channels}, frames, height, width] of this codec"
+        )
+        raise InvalidInputError(msg)
+    if size is not None:
+        check_same_size(f"latent frame {index}", tuple(latents.shape[-2:]), size)
+
+
+def check_same_size(name: str, actual: tuple[int, ...], expected: tuple[int, int]) -> None:
+    """Raise `InvalidInputError` unless height and width are those with which the stream began."""
+    if actual != expected:
+        msg = (
+            f"{name} is {actual[1]}x{actual[0]} but the stream began with {expected[1]}x{expected[0]}; "
+            "use one stream per size"
+        )
+        raise InvalidInputError(msg)
+
+
+def check_finite(values: Tensor, name: str) -> None:
+    """Raise `InvalidInputError` if what is given to a codec holds NaN or infinity."""
+    if not is_finite(values):
+        msg = f"{name} holds NaN or infinity; it comes from the step before, run that in bfloat16 or float32"
+        raise InvalidInputError(msg)
+
+
+def check_result(values: Tensor, dtype: torch.dtype, source: str, index: int) -> None:
+    """Raise `CheckpointError` if a network in `dtype` produced NaN or infinity from finite `source` (a word)."""
+    if not is_finite(values):
+        msg = (
+            f"the codec in {dtype} made values that are not finite from the {source} of latent frame "
+            f"{index}; load it in bfloat16 or float32, or replace its weights"
+        )
+        raise CheckpointError(msg)
+
+
+def is_finite(values: Tensor) -> bool:
+    """Whether no value is NaN or infinity."""
+    # On the meta device, where costs are counted, there are no values.
+    return values.is_meta or bool(torch.isfinite(values).all())
+
+
+def describe(tensor: Tensor) -> str:
+    """Return shape and dtype, for messages."""
+    return f"shape {list(tensor.shape)} and {tensor.dtype}"

@@ -28,11 +28,11 @@ import torch
 
 from benchmarks import pictures
 from benchmarks.results import add_result_arguments, markdown_table, number, say, settings_of, write_results
+from swifti2v.data.procedural import PHRASES, Motion, MotionName, displacement, find_horizon
 from swifti2v.evaluation.motion import consecutive_pairs
 from swifti2v.evaluation.sources import FrameSource
 from swifti2v.evaluation.video import Standard, judge_video
 from swifti2v.geometry import Size
-from swifti2v.data.procedural import PHRASES, Motion, MotionName, displacement, find_horizon
 from swifti2v.runner.two_stage import TwoStagePipeline
 
 if TYPE_CHECKING:

@@ -20,10 +20,11 @@ from swifti2v.pixels import to_uint8
 from swifti2v.reference.hybrid import hybrid_reference
 from swifti2v.reference.options import ReferenceOptions
 from swifti2v.runs import Progress
+from swifti2v.settings import GenerationSettings
 from swifti2v.stage_one import PromptEmbeds
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Callable, Iterable, Iterator
 
     import torch
     from torch import Tensor
@@ -98,7 +99,15 @@ class SwiftI2V:
         """Bring a motion reference to the size of the output with the detail of the image; yield as `stream` does."""
         settings, image = request.settings, image_to_tensor(request.image).to(self.device)
         if settings.refiner == "light":
-            yield from refine_by_light(motion, image, work, segment_size=settings.segment_size)
+            num_segments = len(self.stage_two.plan(settings))
+            yield from refine_by_light(
+                motion,
+                image,
+                work,
+                segment_size=settings.segment_size,
+                flow_scale=settings.flow_scale,
+                on_segment=lambda number: report(Progress("stage_two", number, num_segments, number, num_segments)),
+            )
             return
         reference = hybrid_reference(
             motion,
@@ -128,7 +137,13 @@ class SwiftI2V:
 
 
 def refine_by_light(
-    motion: Iterable[Tensor], image: Tensor, work: WorkDirectory, *, segment_size: int = 3
+    motion: Iterable[Tensor],
+    image: Tensor,
+    work: WorkDirectory,
+    *,
+    segment_size: int = GenerationSettings.segment_size,
+    flow_scale: float = GenerationSettings.flow_scale,
+    on_segment: Callable[[int], None] | None = None,
 ) -> Iterator[Tensor]:
     """Refine any motion reference by `light`, segment by segment, without a checkpoint; yield as `SwiftI2V.stream`.
 
@@ -137,13 +152,22 @@ def refine_by_light(
         image: [3,H,W] in [-1,1], on the device where the work is to be done.
         work: what is finished.
         segment_size: latent frames that a segment makes (M of the paper).
+        flow_scale: size of the optical flow to frame 0, as a fraction of the output.
+        on_segment: told the number, from 1, of every segment made, once it is kept.
     """
+
+    def keep(segment: light.FinishedSegment) -> None:
+        work.keep_frames_of_segment(segment)
+        if on_segment is not None:
+            on_segment(segment.index + 1)
+
     frames = light.refine(
         motion,
         image,
         load_network(image.device),
-        latent_frames_per_segment=segment_size,
+        options=ReferenceOptions(flow_scale=flow_scale),
+        segment_size=segment_size,
         finished=work.frames_of_segment,
-        on_segment=work.keep_frames_of_segment,
+        on_segment=keep,
     )
     yield from map(to_uint8, frames)

@@ -212,6 +212,11 @@ class GenerationSettings:
         for name in _ADAPTERS:
             object.__setattr__(self, name, _checked(name, getattr(self, name)))
 
+    @property
+    def denoises_segments(self) -> bool:
+        """Whether Stage II runs its transformer and codec; `light` and `none` need neither."""
+        return self.refiner in {"concat", "training-free"}
+
     def settled(self, choices: Mapping[str, Any] | None = None) -> GenerationSettings:
         """Return these settings with every choice that is not None put in its place.
 
@@ -231,7 +236,7 @@ class GenerationSettings:
 
     def notes(self, choices: Mapping[str, Any]) -> tuple[str, ...]:
         """Say which of the choices that were settled have no effect beside the others."""
-        refines_with_guidance = self.refiner != "none" and self.guidance_scale > 1
+        refines_with_guidance = self.denoises_segments and self.guidance_scale > 1
         if not choices.get("negative_prompt") or refines_with_guidance or self.stage_one_guidance_scale > 1:
             return ()
         fix = f"{_STAGE_ONE_GUIDANCE}, or guidance_scale (--guidance)"
@@ -249,6 +254,8 @@ class GenerationSettings:
 
     def stage_two_identity(self) -> dict[str, str]:
         """Return what decides the finished segments, beyond `stage_one_identity`."""
+        if self.refiner == "light":  # no noise, no prompt, no window
+            return {name: str(getattr(self, name)) for name in ("refiner", "segment_size", "flow_scale")}
         identity = self._deciding("stage two", "both")
         identity["negative_prompt"] = self.negative_prompt if self.guidance_scale > 1 else ""
         if self.reference == "replace":

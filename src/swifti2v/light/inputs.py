@@ -19,10 +19,8 @@ Shapes: H, W output; h, w work grid; h', w' motion reference.
 
 from __future__ import annotations
 
-from collections import deque
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import cv2
 import numpy as np
@@ -31,15 +29,14 @@ import torch
 from swifti2v.reference.flow import CorrespondenceEstimator, dense_flow
 from swifti2v.reference.options import ReferenceOptions
 from swifti2v.reference.resample import enlarge, upsample, warp
+from swifti2v.reference.workers import ahead
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator
+    from collections.abc import Iterable, Iterator
 
     from torch import Tensor
 
 Array = np.ndarray[Any, Any]
-Item = TypeVar("Item")
-Result = TypeVar("Result")
 
 GRID = 4
 """Output pixels per pixel of the work grid, each way."""
@@ -99,6 +96,16 @@ class Frame:
     forward: Array | None = None
     correction: Array | None = None
 
+    @property
+    def to_previous(self) -> Array:
+        """`backward`, of a frame that has one before it."""
+        return _known(self.backward)
+
+    @property
+    def to_next(self) -> Array:
+        """`forward`, of a frame whose next one was read."""
+        return _known(self.forward)
+
 
 class Job(NamedTuple):
     """A frame between its neighbors; jobs are independent of each other."""
@@ -124,9 +131,11 @@ class Preparer:
         self.height, self.width = image.shape[-2:]
         self.grid_height, self.grid_width = self.height // GRID, self.width // GRID
         self.reduced = _resized(image.permute(1, 2, 0).cpu().numpy(), self.grid_height, self.grid_width)
+        # Of frame 0, once that is read.
         self.estimate: CorrespondenceEstimator
         self.detail: Tensor
         self.first_grid: Array
+        self.doubt = 1.0
 
     def jobs(self, motion: Iterable[Array], *, workers: int = 1) -> Iterator[Job]:
         """Yield frame by frame, `REACH` + `workers` + 2 frames behind what was read of `motion`.
@@ -148,7 +157,7 @@ class Preparer:
         """Prepare one frame."""
         frame, device = job.frame, self.image.device
         found, correction = self.estimate(frame.pixels), frame.correction
-        flow_to_first = self._on_grid(found.flow) * np.float32([self.grid_width, self.grid_height])
+        flow_to_first = self._on_grid(found.flow) * np.array((self.grid_width, self.grid_height), dtype=np.float32)
         confidence = self._on_grid(found.confidence)
         unit = _unit(frame.pixels)
         base = upsample(unit, self.height, self.width, device=device)
@@ -197,8 +206,7 @@ class Preparer:
         return frame
 
     def _begin(self, frame: Frame) -> None:
-        """Take frame 0: put on the image if it swims, and its detail against the image."""
-        self.doubt = 1.0
+        """Take frame 0: put it on the image if it swims, and find the detail that the image has beyond it."""
         if self.steady:
             image_gray = self._gray(np.rint((self.image.permute(1, 2, 0).cpu().numpy() + 1) * 127.5).astype(np.uint8))
             trust = np.ones((self.grid_height, self.grid_width), dtype=np.float32)
@@ -208,7 +216,7 @@ class Preparer:
         if frame.correction is not None:
             frame.grid = _moved(frame.grid, -frame.correction)
             height, width = first.shape[:2]
-            scale = np.float32([width / self.grid_width, height / self.grid_height])
+            scale = np.array((width / self.grid_width, height / self.grid_height), dtype=np.float32)
             shift = np.asarray(cv2.resize(frame.correction, (width, height))) * scale
             first = _moved(first, -shift)
         self.first_grid = frame.grid
@@ -272,22 +280,6 @@ def warped(picture: Tensor, flow: Tensor) -> Tensor:
     return torch.from_numpy(moved).permute(2, 0, 1)
 
 
-def ahead(function: Callable[[Item], Result], items: Iterator[Item], workers: int) -> Iterator[Result]:
-    """Yield ``function(item)`` in order, computed by threads at most ``workers + 1`` items ahead of the consumer."""
-    pending: deque[Future[Result]] = deque()
-    with ThreadPoolExecutor(workers, thread_name_prefix="light") as pool:
-        try:
-            for item in items:
-                pending.append(pool.submit(function, item))
-                if len(pending) > workers:
-                    yield pending.popleft().result()
-            while pending:
-                yield pending.popleft().result()
-        finally:
-            for future in pending:
-                future.cancel()
-
-
 def swim_correction(index: int, window: dict[int, Frame], *, doubt: float = 1.0) -> Array | None:
     """Return by how much what a frame shows is to be moved to lie on its own smooth path: [h, w, 2], or None.
 
@@ -305,13 +297,12 @@ def swim_correction(index: int, window: dict[int, Frame], *, doubt: float = 1.0)
     pairs = 0
     forward, backward = np.zeros_like(total), np.zeros_like(total)
     for step in range(1, REACH + 1):
-        ahead, behind = window.get(index + step), window.get(index - step)
-        if ahead is None or behind is None:
+        later, earlier = window.get(index + step), window.get(index - step)
+        if later is None or earlier is None:
             break
-        link, link_back = window[index + step - 1].forward, window[index - step + 1].backward
-        assert link is not None and link_back is not None and ahead.backward is not None and behind.forward is not None
-        trust *= _moved(_round_trip(link, ahead.backward), forward) < ROUND_TRIP
-        trust *= _moved(_round_trip(link_back, behind.forward), backward) < ROUND_TRIP
+        link, link_back = window[index + step - 1].to_next, window[index - step + 1].to_previous
+        trust *= _moved(_round_trip(link, later.to_previous), forward) < ROUND_TRIP
+        trust *= _moved(_round_trip(link_back, earlier.to_next), backward) < ROUND_TRIP
         forward, backward = forward + _moved(link, forward), backward + _moved(link_back, backward)
         total += forward + backward
         pairs += 1
@@ -348,14 +339,21 @@ def _believed(raw: Array, trust: Array, *, doubt: float = 1.0) -> tuple[Array | 
 
 def _between(frame: Frame, other: Frame) -> tuple[Array, Array]:
     """Return the flow from a steadied frame to a steadied neighbor and the error of its round trip [h, w]."""
-    flow, back = (frame.backward, other.forward) if other.index < frame.index else (frame.forward, other.backward)
-    assert flow is not None and back is not None
+    is_previous = other.index < frame.index
+    flow, back = (frame.to_previous, other.to_next) if is_previous else (frame.to_next, other.to_previous)
     error = _round_trip(flow, back) / 4
     if frame.correction is not None:
         flow = _moved(flow, -frame.correction) - frame.correction
     if other.correction is not None:
         flow = flow + _moved(other.correction, flow)
     return flow, error
+
+
+def _known(flow: Array | None) -> Array:
+    if flow is None:
+        msg = "a frame of the motion reference was used before its neighbor was read"
+        raise RuntimeError(msg)
+    return flow
 
 
 def _round_trip(flow: Array, back: Array) -> Array:

@@ -85,7 +85,9 @@ def frames_within_limits(
     """Yield the frames of a run; where the device runs out of memory, go on with the next tighter plan.
 
     Args:
-        parts: where they have no limits, the run is attempted once, as they are.
+        parts: where they have no limits, or none of their networks is to run, the run is attempted once, as they are.
+            Stage II is planned and placed only where the refiner runs it; `light` counts for nothing in a plan, as it
+            comes after Stage I and needs less.
         settings: of the run.
         attempt: the run from its start with placed parts, in the same pieces every time; it finds finished segments
             in its work directory. Pieces that were handed out are made again by a later attempt, and dropped.
@@ -93,7 +95,9 @@ def frames_within_limits(
     Raises:
         MemoryBudgetError: no plan fits, or none that is tighter than the one that failed.
     """
-    if parts.memory is None:
+    if not settings.denoises_segments:
+        parts = replace(parts, stages=tuple(stage for stage in parts.stages if stage != "stage_two"))
+    if parts.memory is None or not parts.stages:
         yield from attempt(parts)
         return
     plan = plan_for(parts, settings, parts.memory)

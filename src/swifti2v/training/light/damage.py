@@ -15,8 +15,9 @@ from typing import Any, Literal
 import av
 import cv2
 import numpy as np
-import torch
-import torch.nn.functional as F
+import PIL.Image
+
+from swifti2v.reference.resample import reduce_frame
 
 Array = np.ndarray[Any, Any]
 Reduction = Literal["bicubic", "area", "lanczos"]
@@ -74,21 +75,23 @@ def sample_damage(rng: np.random.Generator) -> Damage:
     )
 
 
-def reduce_frame(frame: Array, height: int, width: int, *, reduction: Reduction) -> Array:
+def reduced(frame: Array, height: int, width: int, *, reduction: Reduction) -> Array:
     """Reduce a frame uint8 [H, W, 3] with antialiasing; the result is uint8 [height, width, 3]."""
     if reduction == "area":
         return np.asarray(cv2.resize(frame, (width, height), interpolation=cv2.INTER_AREA))
     if reduction == "lanczos":
-        from PIL import Image
-
-        return np.asarray(Image.fromarray(frame).resize((width, height), Image.Resampling.LANCZOS))
-    pixels = torch.from_numpy(np.ascontiguousarray(frame)).permute(2, 0, 1)[None].float()
-    resized = F.interpolate(pixels, size=(height, width), mode="bicubic", antialias=True, align_corners=False)
-    return np.asarray(resized[0].permute(1, 2, 0).round().clamp(0, 255).byte().numpy())
+        return np.asarray(PIL.Image.fromarray(frame).resize((width, height), PIL.Image.Resampling.LANCZOS))
+    return reduce_frame(frame, height, width)
 
 
 def damaged(frames: Array, damage: Damage, rng: np.random.Generator) -> Array:
-    """Damage frames uint8 [F, h, w, 3] of a motion reference; the result has their form."""
+    """Damage frames uint8 [F, h, w, 3] of a motion reference; the result has their form.
+
+    Args:
+        frames: sRGB.
+        damage: kinds and strengths.
+        rng: the same state gives the same damage, to the bit.
+    """
     num_frames, height, width = frames.shape[:3]
     unit = frames.astype(np.float32) / 255
     shift = np.zeros((num_frames, height, width, 2), dtype=np.float32)

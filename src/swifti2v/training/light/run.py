@@ -1,290 +1,322 @@
-"""Trains `light` through sequences of its own output; resumes exactly.
+"""Train `light` from a recipe: prepare pairs once, train through sequences of its own output, write the weights.
 
-``python train.py --data DIR --output DIR --steps N [--warm-start FILE] [--spectral 0.3]``. Every sequence is a crop
-of an item of `pairs.py`, several frames long; the network's own last frame and hidden state go in, and the gradient goes
-through all of them. The next step goes on where it ended, with the state it left, to the end of the item: so errors that
-only many frames of its own output bring about are seen. (Sequences of three frames from a perfect start gave a network
-that lost 4 dB by frame 16.) A stream begins at frame 1, from the image, or later, from the transported frame before it,
-which is spoiled in half of the cases.
+```
+swifti2v train light recipes/light/light.yaml --data INDEX.csv --output RUN
+```
 
-Loss, in decibels: ``10 log10(mean squared error)`` per frame and sample, plus `temporal` times the same of the change of
-the error along the motion (which is what flickers), plus `spectral` times the mean absolute logarithm of the local
-high-frequency energy over the truth's.
+Every sequence is a crop of an item, several frames long; the network's own last frame and hidden state go in, and the
+gradient goes through all of them. The next step goes on where it ended, with the state it left, to the end of the item:
+so errors that only many frames of its own output bring about are seen. (Sequences of three frames from a perfect start
+gave a network that lost 4 dB by frame 16.) A stream begins at frame 1, from the image, or later, from the transported
+frame before it, which is spoiled in half of the cases.
 
-All randomness is drawn from (seed, step), so a run that was stopped goes on as if it had not been.
+The loop is its own, not `engine.loop`'s: there a batch depends on its number alone, and here it depends on what the
+network made in the step before. The streams are part of the checkpoint; everything else is drawn from (seed, step). So
+a run that was stopped goes on as if it had not been, to the bit.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
-import os
+import math
 import time
-from dataclasses import asdict
-from pathlib import Path
-from typing import Any
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
-from torch import Tensor
 
-from swifti2v.light.inputs import GRID
-from swifti2v.light.network import LightConfig, LightNetwork, LightState, aligned
+from swifti2v.errors import CheckpointError, ConfigurationError
+from swifti2v.light.network import LightConfig, LightNetwork, channels_last
+from swifti2v.light.refine import computes_half
+from swifti2v.light.weights import load_network, save_network
+from swifti2v.training.engine.checkpoints import CheckpointFolder
+from swifti2v.training.engine.interruption import interruption_as_request
+from swifti2v.training.engine.loop import StepReport
+from swifti2v.training.engine.observers import open_logs
+from swifti2v.training.light.losses import psnr_of, sequence_loss
+from swifti2v.training.light.pairs import PairOptions, prepare_pairs
+from swifti2v.training.light.sequences import Items, Stream, read, spoiled
 
-EMA = 0.998
-CLEAN_SHARE = 0.35
-"""Sequences drawn from undamaged items only; of the others a quarter is undamaged too."""
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
 
+    from torch import Tensor
 
-class Items:
-    """The items of a split, mapped into memory."""
+    from swifti2v.light.network import LightState
+    from swifti2v.training.engine.observers import NumbersLog
 
-    def __init__(self, folder: Path, split: str) -> None:
-        self.folders = sorted(path for path in folder.glob(f"{split}-*") if path.suffix != ".part")
-        self.arrays = [{p.stem: np.load(p, mmap_mode="r") for p in folder.glob("*.npy")} for folder in self.folders]
-        # `pairs.py` leaves the variant 0 of each source undamaged.
-        self.clean = [index for index, folder in enumerate(self.folders) if folder.name.endswith("_0")]
-        self.by_name = {folder.name: arrays for folder, arrays in zip(self.folders, self.arrays, strict=True)}
-
-    def draw(self, rng: np.random.Generator, crop: int, length: int) -> dict[str, Any]:
-        """Return where a new stream begins: item, first frame, place and flips; half of them begin from the image."""
-        index = int(rng.choice(self.clean)) if rng.random() < CLEAN_SHARE else int(rng.integers(len(self.arrays)))
-        count, height, width = self.arrays[index]["flow"].shape[0], *self.arrays[index]["flow"].shape[-2:]
-        return {
-            "item": self.folders[index].name,
-            "begin": 0 if rng.random() < 0.5 else int(rng.integers(0, count - length + 1)),
-            "top": int(rng.integers(0, height - crop + 1)),
-            "left": int(rng.integers(0, width - crop + 1)),
-            "flips": tuple(bool(flip) for flip in rng.random(3) < 0.5),
-        }
-
-    def cut(self, stream: dict[str, Any], crop: int, length: int) -> dict[str, Tensor] | None:
-        """Return the next `length` frames of a stream, or None at its end."""
-        arrays = self.by_name[stream["item"]]
-        if stream["begin"] + length > len(arrays["flow"]):
-            return None
-        return read(arrays, stream["begin"], length, stream["top"], stream["left"], crop, crop, flips=stream["flips"])
+_VALIDATION_HEIGHT, _VALIDATION_WIDTH = 64, 96  # of the cut that is validated, in pixels of the work grid
 
 
-def spoiled(first: Tensor, rng: np.random.Generator) -> Tensor:
-    """Return a frame [3, H, W] as a long run might have spoiled it: too sharp or too soft, its colors off."""
-    blurred = F.avg_pool2d(F.pad(first[None], (1, 1, 1, 1), mode="replicate"), 3, 1)[0]
-    sharper = first + float(rng.uniform(-0.7, 1.2)) * (first - blurred)
-    offsets = torch.from_numpy(rng.normal(0, rng.uniform(0, 0.03), (1, 3, 3, 3)).astype(np.float32))
-    return sharper + F.interpolate(offsets, size=first.shape[-2:], mode="bilinear", align_corners=False)[0]
+@dataclass(frozen=True)
+class LightRun:
+    """The recipe file.
+
+    Args:
+        num_steps: optimizer steps of the whole run.
+        learning_rate: peak; linear warm-up over `warmup_steps`, times half a cosine over the whole run.
+        batch_size: streams trained on at a time.
+        crop: side of a cut, in pixels of the work grid (a quarter of the output's).
+        length: frames of a sequence.
+        temporal, spectral: weights of two terms of the loss (`losses.sequence_loss`).
+        gradient_clip: largest norm of the gradient.
+        ema_decay: of the averaged weights, which are the result.
+        clean_share: streams drawn from undamaged items only; of the others `1 / pairs.variants` are undamaged too.
+        checkpoint_every: steps between checkpoints; the averaged weights are validated and written then.
+        log_every: steps between lines of ``log.jsonl``.
+        seed: of weights and streams.
+        network: sizes.
+        pairs: the items.
+    """
+
+    num_steps: int
+    learning_rate: float = 1e-3
+    warmup_steps: int = 50
+    batch_size: int = 2
+    crop: int = 40
+    length: int = 7
+    temporal: float = 0.15
+    spectral: float = 0.0
+    gradient_clip: float = 3.0
+    ema_decay: float = 0.998
+    clean_share: float = 0.35
+    checkpoint_every: int = 300
+    log_every: int = 50
+    seed: int = 0
+    network: LightConfig = field(default_factory=LightConfig)
+    pairs: PairOptions = field(default_factory=PairOptions)
+
+    def __post_init__(self) -> None:
+        for name in ("num_steps", "batch_size", "crop", "length", "checkpoint_every", "log_every", "warmup_steps"):
+            if getattr(self, name) < 1:
+                msg = f"{name} is {getattr(self, name)}; it must be at least 1"
+                raise ConfigurationError(msg, param=name, value=getattr(self, name))
+        if self.crop % 2:
+            msg = f"crop is {self.crop}; it must be even"
+            raise ConfigurationError(msg, param="crop", value=self.crop)
 
 
-def read(arrays, begin, length, top, left, high, wide, *, flips=(False, False, False)) -> dict[str, Tensor]:
-    """Cut a sequence out of the arrays of an item; sizes in pixels of the work grid."""
-
-    def cut(name: str, scale: int, first: int, last: int) -> np.ndarray:
-        return arrays[name][first:last, :, top * scale : (top + high) * scale, left * scale : (left + wide) * scale]
-
-    end = begin + length
-    found = {
-        "truth": cut("truth", GRID, begin, end + 1).astype(np.float32) / 127.5 - 1,
-        "base": cut("base", GRID, max(begin - 1, 0), end).astype(np.float32) / 127.5 - 1,
-        "detail": cut("detail", GRID, max(begin - 1, 0), end).astype(np.float32) / 127.5,
-        "evidence": cut("evidence", 1, max(begin - 1, 0), end).astype(np.float32) / 254,
-        "flow": cut("flow", 1, begin, end).astype(np.float32),
-    }
-    if begin == 0:
-        found["first"] = found["truth"][:1].copy()
-    else:
-        confidence = (found["evidence"][:1, :1] * 2).repeat(GRID, 2).repeat(GRID, 3)
-        found["first"] = found["base"][:1] + confidence * found["detail"][:1]
-        for name in ("base", "detail", "evidence"):
-            found[name] = found[name][1:]
-    if flips[0]:
-        found = {name: values[..., ::-1] for name, values in found.items()}
-        found["flow"] = found["flow"] * np.float32([-1, 1])[:, None, None]
-    if flips[1]:
-        found = {name: values[..., ::-1, :] for name, values in found.items()}
-        found["flow"] = found["flow"] * np.float32([1, -1])[:, None, None]
-    if flips[2] and high == wide:
-        found = {name: values.swapaxes(-1, -2) for name, values in found.items()}
-        found["flow"] = found["flow"][:, ::-1]
-    return {name: torch.from_numpy(np.ascontiguousarray(values)) for name, values in found.items()}
-
-
-def high_pass(picture: Tensor) -> Tensor:
-    """Return luma less its Gaussian blur of 2 pixels: [B, 1, H, W]."""
-    luma = (picture * picture.new_tensor((0.299, 0.587, 0.114))[:, None, None]).sum(1, keepdim=True)
-    taps = torch.exp(-0.5 * (torch.arange(-5, 6, dtype=torch.float32) / 2) ** 2)
-    taps = taps / taps.sum()
-    blurred = F.conv2d(F.pad(luma, (5, 5, 5, 5), mode="reflect"), taps.view(1, 1, 1, -1))
-    return luma - F.conv2d(blurred, taps.view(1, 1, -1, 1))
-
-
-def decibels(error: Tensor) -> Tensor:
-    return 10 * torch.log10(error + 2e-5)
-
-
-def sequence_loss(
-    network: LightNetwork,
-    batch: dict[str, Tensor],
+def train_light(
+    run: LightRun,
     *,
-    temporal: float,
-    spectral: float,
-    autocast: bool,
-    detached: bool = False,
-):
-    """Return the loss and, for the log, the mean decibels of the transported frames and of the network's."""
-    length = batch["flow"].shape[1]
-    state = LightState(batch["first"][:, 0], batch.get("hidden", network.initial_state(batch["first"][:, 0]).hidden))
-    earlier_error = None
-    total, made, given = 0.0, 0.0, 0.0
-    for index in range(length):
-        base, detail, evidence, flow = (batch[name][:, index] for name in ("base", "detail", "evidence", "flow"))
-        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-            if detached:
-                state = LightState(state.frame.detach(), state.hidden)
-            state = network.step(base, detail, evidence, flow, state)
-        truth = batch["truth"][:, index + 1]
-        error = state.frame - truth
-        squared = error.square().mean(dim=(1, 2, 3))
-        loss = decibels(squared).mean()
-        made += float(loss.detach())
-        with torch.no_grad():
-            confidence = F.interpolate(evidence[:, :1] * 2, scale_factor=4.0, mode="bilinear", align_corners=False)
-            given += float(decibels((base + confidence * detail - truth).square().mean(dim=(1, 2, 3))).mean())
-        if temporal > 0 and earlier_error is not None:
-            seen = (evidence[:, 1:2] < 0.25).float()
-            moved = aligned(
-                earlier_error, F.interpolate(flow, scale_factor=4.0, mode="nearest") * GRID, mode="bilinear"
-            )
-            weight = F.interpolate(seen, scale_factor=4.0, mode="nearest")
-            change = ((error - moved).square() * weight).mean(dim=(1, 2, 3))
-            loss = loss + temporal * decibels(change).mean()
-        if temporal > 0:
-            earlier_error = error
-        if spectral > 0:
-            mine, true = (F.avg_pool2d(high_pass(p).square(), 32, 16) + 4e-5 for p in (state.frame, truth))
-            loss = loss + spectral * 10 / np.log(10) * (mine / true).log().abs().mean()
-        total = total + loss
-    return total / length, given / length, made / length, state
+    index: Path,
+    output: Path,
+    initial: Path | None = None,
+    on_item: Callable[[int, int], None] | None = None,
+    on_step: Callable[[StepReport], None] | None = None,
+) -> Path:
+    """Prepare the pairs that are not there yet, train from the last checkpoint or the start, and write the weights.
+
+    Args:
+        run: the recipe.
+        index: of clips and photographs.
+        output: folder of the run.
+        initial: folder of weights to start from.
+        on_item: told how many pairs of how many are done.
+        on_step: told of every step.
+
+    Returns:
+        The folder of weights, which `light.weights.load_network` reads.
+
+    Raises:
+        ConfigurationError: the index has nothing to train on.
+        CheckpointError: a checkpoint, or `initial`, is damaged or of another network.
+        OutputError: something cannot be written.
+        KeyboardInterrupt: Ctrl-C or SIGTERM; a checkpoint has been written.
+    """
+    prepare_pairs(index, output / "pairs", run.pairs, on_item=on_item)
+    training = LightTraining(run, output, initial=initial)
+    training.run(on_step=on_step)
+    return training.weights_folder
 
 
-@torch.no_grad()
-def validate(network: LightNetwork, items: Items) -> dict[str, float]:
-    """Run whole items from the image and return mean PSNR (dB) by item, of transport and of the network."""
-    result = {}
-    for folder, arrays in zip(items.folders, items.arrays, strict=True):
-        count, height, width = arrays["flow"].shape[0], *arrays["flow"].shape[-2:]
-        top, left, high, wide = height // 4, width // 4, min(64, height), min(96, width)
-        high, wide = min(high, height - top) // 2 * 2, min(wide, width - left) // 2 * 2
-        batch = {k: v[None] for k, v in read(arrays, 0, count, top, left, high, wide).items()}
-        _, given, made, _ = sequence_loss(network, batch, temporal=0, spectral=0, autocast=True)
-        result[folder.name.removeprefix("val-")] = (round(6.0206 - given, 2), round(6.0206 - made, 2))
-    return result
+class LightTraining:
+    """The loop over prepared pairs; resumes from what `directory` holds.
 
+    Args:
+        run: the recipe.
+        directory: of the run, with the items in ``pairs``.
+        initial: folder of weights to start from where there is no checkpoint.
+    """
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--data", type=Path, required=True)
-    parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--steps", type=int, required=True)
-    parser.add_argument("--warm-start", type=Path)
-    parser.add_argument("--rate", type=float, default=1e-3)
-    parser.add_argument("--batch", type=int, default=2)
-    parser.add_argument("--crop", type=int, default=40)
-    parser.add_argument("--length", type=int, default=7)
-    parser.add_argument("--temporal", type=float, default=0.15)
-    parser.add_argument("--spectral", type=float, default=0.0)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--every", type=int, default=300, help="steps between checkpoints")
-    parser.add_argument("--config", type=json.loads, default={})
-    arguments = parser.parse_args()
-    torch.set_num_threads(1)
-    torch.manual_seed(arguments.seed)
-    arguments.output.mkdir(parents=True, exist_ok=True)
-    items, held = Items(arguments.data, "train"), Items(arguments.data, "val")
-    network = LightNetwork(LightConfig(**arguments.config)).to(memory_format=torch.channels_last)
-    if arguments.warm_start:
-        network.load_state_dict(torch.load(arguments.warm_start, weights_only=False)["ema"])
-    average = {name: value.clone() for name, value in network.state_dict().items()}
-    optimizer = torch.optim.AdamW(network.parameters(), arguments.rate, weight_decay=0, betas=(0.9, 0.99))
-    step, spent = 0, 0.0
-    streams: dict[int, dict[str, Any]] = {}
-    checkpoint = arguments.output / "latest.pt"
-    if checkpoint.exists():
-        saved = torch.load(checkpoint, weights_only=False)
-        network.load_state_dict(saved["network"])
-        optimizer.load_state_dict(saved["optimizer"])
-        average, step, spent = saved["ema"], saved["step"], saved["seconds"]
-        streams = saved.get("streams", {})
-    print(
-        f"{sum(p.numel() for p in network.parameters())} parameters, {len(items.arrays)} items, step {step}", flush=True
-    )
-    begun, sums = time.time() - spent, np.zeros(3)
-    while step < arguments.steps:
-        share = step / arguments.steps
-        rate = float(arguments.rate * min(1, (step + 1) / 50) * (0.5 * (1 + np.cos(np.pi * share)) + 0.01))
-        for group in optimizer.param_groups:
-            group["lr"] = rate
-        rng = np.random.default_rng((arguments.seed, step))
-        cuts = []
-        for slot in range(arguments.batch):
-            stream = streams.get(slot)
-            found = items.cut(stream, arguments.crop, arguments.length) if stream else None
-            if stream is None or found is None:
-                stream = streams[slot] = items.draw(rng, arguments.crop, arguments.length)
-                found = items.cut(stream, arguments.crop, arguments.length)
-                assert found is not None
-                if stream["begin"] > 0 and rng.random() < 0.5:
-                    found["first"] = spoiled(found["first"][0], rng)[None]
-                found["hidden"] = torch.zeros(network.config.hidden, arguments.crop, arguments.crop)
-            else:
-                found["first"], found["hidden"] = stream["frame"][None], stream["hidden"]
-            cuts.append(found)
-        batch = {name: torch.stack([cut[name] for cut in cuts]) for name in cuts[0]}
-        loss, given, made, state = sequence_loss(
-            network,
-            batch,
-            temporal=arguments.temporal,
-            spectral=arguments.spectral,
-            autocast=True,
-            detached=step % 2 == 1,
+    def __init__(self, run: LightRun, directory: Path, *, initial: Path | None = None) -> None:
+        self.options = run
+        self.directory = directory
+        self.weights_folder = directory / "weights"
+        self.items, self.held_back = (Items(directory / "pairs", split) for split in ("train", "val"))
+        torch.manual_seed(run.seed)
+        self.network = channels_last(LightNetwork(run.network))
+        if initial is not None:
+            self._start_from(initial)
+        self.average = {name: value.clone() for name, value in self.network.state_dict().items()}
+        self.optimizer = torch.optim.AdamW(
+            self.network.parameters(), run.learning_rate, weight_decay=0, betas=(0.9, 0.99)
         )
-        for slot in range(arguments.batch):
-            streams[slot]["begin"] += arguments.length
-            streams[slot]["frame"], streams[slot]["hidden"] = (
-                state.frame[slot].detach().clone(),
-                state.hidden[slot].detach().clone(),
-            )
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(network.parameters(), 3.0)
-        optimizer.step()
-        step += 1
-        decay = min(EMA, step / (step + 20))
+        self.step = 0
+        self.streams: list[Stream] = []
+        self._autocast = computes_half(torch.device("cpu"))
+        self._checkpoints = CheckpointFolder(directory)
+        self._stopping = False
+        self._resume()
+
+    def run(self, *, on_step: Callable[[StepReport], None] | None = None) -> None:
+        """Train to the end; errors as in `train_light`."""
+        options, saved_step = self.options, self.step
+        logs = open_logs(self.directory, (), resumed_step=self.step)
+        window: list[dict[str, float]] = []
+        try:
+            with interruption_as_request(self._stop):
+                while self.step < options.num_steps and not self._stopping:
+                    started = time.monotonic()
+                    numbers = self.train_step()
+                    window.append(numbers)
+                    if on_step is not None:
+                        on_step(StepReport(self.step, options.num_steps, numbers, time.monotonic() - started))
+                    if self.step % options.log_every == 0:
+                        means = {name: sum(each[name] for each in window) / len(window) for name in numbers}
+                        _write(logs, self.step, means)
+                        window.clear()
+                    if self.step % options.checkpoint_every == 0:
+                        self._checkpoint(logs)
+                        saved_step = self.step
+                if saved_step != self.step or not self.weights_folder.exists():
+                    self._checkpoint(logs)
+        finally:
+            for log in logs:
+                log.close()
+        if self._stopping and self.step < options.num_steps:
+            msg = f"stopped after step {self.step}; start it again to go on"
+            raise KeyboardInterrupt(msg)
+
+    def train_step(self) -> dict[str, float]:
+        """Take one step; return its loss and the decibels that the network gains over the transported frames."""
+        options = self.options
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.learning_rate_at(self.step)
+        batch = self._batch(np.random.default_rng((options.seed, self.step)))
+        loss, given, made, state = sequence_loss(
+            self.network,
+            batch,
+            temporal=options.temporal,
+            spectral=options.spectral,
+            autocast=self._autocast,
+            detached=self.step % 2 == 1,
+        )
+        self._leave(state)
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()  # type: ignore[no-untyped-call]
+        torch.nn.utils.clip_grad_norm_(self.network.parameters(), options.gradient_clip)
+        self.optimizer.step()
+        self.step += 1
+        decay = min(options.ema_decay, self.step / (self.step + 20))
         with torch.no_grad():
-            for name, value in network.state_dict().items():
-                average[name].lerp_(value, 1 - decay)
-        sums += (given - made, made, float(loss.detach()))
-        if step % 50 == 0:
-            print(
-                f"{time.time() - begun:.0f} s step {step} gain {sums[0] / 50:.2f} loss {sums[2] / 50:.3f}", flush=True
+            for name, value in self.network.state_dict().items():
+                self.average[name].lerp_(value, 1 - decay)
+        return {"loss": float(loss.detach()), "gained_decibels": given - made}
+
+    def learning_rate_at(self, step: int) -> float:
+        """Learning rate of step `step` (from 0)."""
+        options = self.options
+        warmed = min(1, (step + 1) / options.warmup_steps)
+        return options.learning_rate * warmed * (0.5 * (1 + math.cos(math.pi * step / options.num_steps)) + 0.01)
+
+    def validate(self) -> dict[str, float]:
+        """Run the middle of whole items from the image with the averaged weights.
+
+        Returns:
+            By item its mean PSNR in dB; ``gained_clean`` and ``gained_damaged``: dB over the transported frames.
+        """
+        network = channels_last(LightNetwork(self.options.network))
+        network.load_state_dict(self.average)
+        found: dict[str, float] = {}
+        gains: dict[str, list[float]] = {"clean": [], "damaged": []}
+        for name, arrays in self.held_back.arrays.items():
+            length, _, height, width = arrays["flow"].shape
+            top, left = height // 4, width // 4
+            tall, wide = (
+                min(most, side - start) // 2 * 2
+                for most, side, start in ((_VALIDATION_HEIGHT, height, top), (_VALIDATION_WIDTH, width, left))
             )
-            with (arguments.output / "curve.csv").open("a") as file:
-                file.write(f"{step},{time.time() - begun:.0f},{sums[0] / 50:.4f},{sums[2] / 50:.4f}\n")
-            sums[:] = 0
-        if step % arguments.every == 0 or step == arguments.steps:
-            saved = {
-                "network": network.state_dict(), "ema": average, "optimizer": optimizer.state_dict(), "step": step,
-                "seconds": time.time() - begun, "config": asdict(network.config), "streams": streams,
-            }  # fmt: skip
-            torch.save(saved, checkpoint.with_suffix(".part"))
-            os.replace(checkpoint.with_suffix(".part"), checkpoint)
-            judge = LightNetwork(network.config).to(memory_format=torch.channels_last)
-            judge.load_state_dict(average)
-            found = validate(judge, held)
-            gains = {
-                kind: np.mean([m - g for name, (g, m) in found.items() if name.endswith(kind)]) for kind in ("_0", "_1")
-            }
-            print(f"  validation: clean {gains['_0']:+.2f} damaged {gains['_1']:+.2f} {found}", flush=True)
+            batch = {key: value[None] for key, value in read(arrays, 0, length, top, left, tall, wide).items()}
+            with torch.no_grad():
+                judged = sequence_loss(network, batch, temporal=0, spectral=0, autocast=self._autocast)
+            found[name.removeprefix("val-")] = psnr_of(judged.made)
+            gains["clean" if name.endswith("_0") else "damaged"].append(judged.given - judged.made)
+        return found | {f"gained_{kind}": sum(each) / len(each) for kind, each in gains.items() if each}
+
+    def _batch(self, rng: np.random.Generator) -> dict[str, Tensor]:
+        """Cut the next sequence of every stream; one that has come to the end of its item begins elsewhere."""
+        options, cuts = self.options, []
+        for slot in range(options.batch_size):
+            stream = self.streams[slot] if slot < len(self.streams) else None
+            found = self.items.cut(stream, crop=options.crop, length=options.length) if stream else None
+            if stream is None or found is None or stream.frame is None or stream.hidden is None:
+                stream, found = self._begun(rng)
+                self.streams[slot : slot + 1] = [stream]
+            else:
+                found["first"], found["hidden"] = stream.frame[None], stream.hidden
+            cuts.append(found)
+        return {name: torch.stack([cut[name] for cut in cuts]) for name in cuts[0]}
+
+    def _begun(self, rng: np.random.Generator) -> tuple[Stream, dict[str, Tensor]]:
+        options = self.options
+        stream = self.items.draw(rng, crop=options.crop, length=options.length, clean_share=options.clean_share)
+        found = self.items.cut(stream, crop=options.crop, length=options.length)
+        if found is None:
+            msg = f"length is {options.length}, and {stream.item} has fewer frames; lower it"
+            raise ConfigurationError(msg, param="length", value=options.length)
+        if stream.begin > 0 and rng.random() < 0.5:
+            found["first"] = spoiled(found["first"][0], rng)[None]
+        found["hidden"] = torch.zeros(options.network.hidden, options.crop, options.crop)
+        return stream, found
+
+    def _leave(self, state: LightState) -> None:
+        """Keep what the network made, for the next sequence of each stream."""
+        for slot, stream in enumerate(self.streams):
+            stream.begin += self.options.length
+            stream.frame, stream.hidden = state.frame[slot].detach().clone(), state.hidden[slot].detach().clone()
+
+    def _stop(self) -> None:
+        self._stopping = True
+
+    def _start_from(self, initial: Path) -> None:
+        network = load_network(torch.device("cpu"), initial)
+        if network.config != self.options.network:
+            msg = f"{initial} has a network of {network.config}, and the recipe one of {self.options.network}"
+            raise CheckpointError(msg)
+        self.network.load_state_dict(network.state_dict())
+
+    def _checkpoint(self, logs: list[NumbersLog]) -> None:
+        state: dict[str, Any] = {
+            "step": self.step,
+            "module": self.network.state_dict(),
+            "average": self.average,
+            "optimizer": self.optimizer.state_dict(),
+            "streams": [vars(stream) for stream in self.streams],
+        }
+        self._checkpoints.save(state)
+        save_network(self.options.network, self.average, self.weights_folder)
+        _write(logs, self.step, {f"validation/{name}": value for name, value in self.validate().items()})
+
+    def _resume(self) -> None:
+        state = self._checkpoints.load()
+        if state is None:
+            return
+        try:
+            self.network.load_state_dict(state["module"])
+            self.optimizer.load_state_dict(state["optimizer"])
+            self.average = {name: value.clone() for name, value in state["average"].items()}
+            self.streams = [Stream(**stream) for stream in state["streams"]]
+            self.step = state["step"]
+        except (KeyError, ValueError, RuntimeError, TypeError) as error:
+            msg = (
+                f"{self._checkpoints.newest} is of another network or recipe ({str(error).splitlines()[0]}); "
+                "resume with the recipe that wrote it, or train in a new folder"
+            )
+            raise CheckpointError(msg) from error
 
 
-if __name__ == "__main__":
-    main()
+def _write(logs: list[NumbersLog], step: int, numbers: dict[str, float]) -> None:
+    for log in logs:
+        log.write(step, numbers)

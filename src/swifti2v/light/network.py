@@ -29,6 +29,10 @@ PICTURE_CHANNELS = 3 * GRID * GRID
 GATES_PER_SIDE = 2
 # Scales that bring the inputs to about unit size.
 DETAIL_SCALE, EVIDENCE_SCALE = 6.0, 6.0
+LEAK = 0.2
+"""Share of the transported frame in what the network is given as its last frame. Without it a still, noisy scene ran
+away: 4 to 9 dB below transport by frame 48 of a clip that training had shown for 16 frames; with 0.25 it stays 0.6 dB
+above, with 0.1 it ends 0.7 dB below (measured without training it in)."""
 
 
 @dataclass(frozen=True)
@@ -109,17 +113,9 @@ class LightNetwork(nn.Module):
             previous: [B, 3, H, W], the last finished frame, aligned.
             hidden: [B, hidden, h, w], the hidden state, aligned.
         """
-        change = previous - base
-        joined = torch.cat(
-            (
-                F.pixel_unshuffle(base, GRID),
-                F.pixel_unshuffle(detail, GRID) * DETAIL_SCALE,
-                F.pixel_unshuffle(change, GRID) * DETAIL_SCALE,
-                evidence * EVIDENCE_SCALE,
-                hidden,
-            ),
-            dim=1,
-        )
+        trusted = F.interpolate(evidence[:, :1] * 2, scale_factor=float(GRID), mode="bilinear", align_corners=False)
+        previous = torch.lerp(previous, base + trusted * detail, LEAK)
+        joined = _joined(base, detail, previous, evidence, hidden)
         shallow = self.encode(F.relu(self.enter(F.relu(self.join(joined)))))
         deep = self.deep(self.down(shallow))
         values = self.decode(shallow + F.pixel_shuffle(self.up(deep), 2))
@@ -149,6 +145,32 @@ def aligned(picture: Tensor, flow: Tensor, *, mode: str) -> Tensor:
     grid = torch.stack((columns + flow[:, 0], rows + flow[:, 1]), dim=-1)
     grid = (grid * 2 + 1) / grid.new_tensor((width, height)) - 1
     return F.grid_sample(picture, grid, mode=mode, padding_mode="reflection", align_corners=False)
+
+
+def _joined(base: Tensor, detail: Tensor, previous: Tensor, evidence: Tensor, hidden: Tensor) -> Tensor:
+    """Return the inputs joined on the work grid, [B, C, h, w], pictures space-to-depth.
+
+    Without gradients they are written once, in the type and order of the convolutions: half the time of the network at
+    2560x1408 went into copies.
+    """
+    if torch.is_grad_enabled():
+        pictures = (base, detail * DETAIL_SCALE, (previous - base) * DETAIL_SCALE)
+        parts = [F.pixel_unshuffle(picture, GRID) for picture in pictures]
+        return torch.cat((*parts, evidence * EVIDENCE_SCALE, hidden), dim=1)
+    batch, _, height, width = evidence.shape
+    autocast = torch.is_autocast_enabled(base.device.type)
+    kind = torch.get_autocast_dtype(base.device.type) if autocast else base.dtype
+    count = 3 * PICTURE_CHANNELS + EVIDENCE_CHANNELS + hidden.shape[1]
+    joined = torch.empty((batch, height, width, count), dtype=kind, device=base.device)
+    first = 0
+    for picture, scale in ((base, 1.0), (detail, DETAIL_SCALE), (previous - base, DETAIL_SCALE)):
+        scaled = picture if scale == 1 else picture * scale
+        cells = scaled.to(kind).reshape(batch, 3, height, GRID, width, GRID).permute(0, 2, 4, 1, 3, 5)
+        joined[..., first : first + PICTURE_CHANNELS].view(batch, height, width, 3, GRID, GRID).copy_(cells)
+        first += PICTURE_CHANNELS
+    joined[..., first : first + EVIDENCE_CHANNELS] = (evidence * EVIDENCE_SCALE).permute(0, 2, 3, 1)
+    joined[..., first + EVIDENCE_CHANNELS :] = hidden.permute(0, 2, 3, 1)
+    return joined.permute(0, 3, 1, 2)
 
 
 def multiply_adds(config: LightConfig) -> int:

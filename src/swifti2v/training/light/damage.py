@@ -21,6 +21,8 @@ from swifti2v.reference.resample import reduce_frame
 
 Array = np.ndarray[Any, Any]
 Reduction = Literal["bicubic", "area", "lanczos"]
+# One thread for the look-ahead too: with its own, x264 does not write the same file every time.
+_ENCODER = {"preset": "fast", "x264-params": "threads=1:lookahead-threads=1:sliced-threads=0"}
 REDUCTIONS: tuple[Reduction, ...] = ("bicubic", "area", "lanczos")
 
 
@@ -128,7 +130,7 @@ def compressed(frames: Array, crf: int) -> Array:
     padded = np.pad(frames, ((0, 0), (0, height % 2), (0, width % 2), (0, 0)), mode="edge")
     file = io.BytesIO()
     with av.open(file, "w", format="mp4") as container:
-        stream: Any = container.add_stream("libx264", rate=Fraction(24), options={"crf": str(crf), "preset": "fast"})
+        stream: Any = container.add_stream("libx264", rate=Fraction(24), options=_ENCODER | {"crf": str(crf)})
         stream.height, stream.width, stream.pix_fmt = *padded.shape[1:3], "yuv420p"
         stream.thread_count = 1
         for frame in padded:

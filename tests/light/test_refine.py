@@ -81,9 +81,7 @@ def test_memory_does_not_grow_with_length(motion: torch.Tensor, image: torch.Ten
     assert most[57] <= most[29] < 20
 
 
-@pytest.mark.parametrize(
-    "stop", [1, 5, 6, 8]
-)  # chunks read: before, at and beyond the end of a segment, and near the end
+@pytest.mark.parametrize("stop", [1, 5, 6, 8])  # chunks read
 def test_a_stopped_run_goes_on_to_the_same_frames(
     motion: torch.Tensor, image: torch.Tensor, network: LightNetwork, expected: torch.Tensor, stop: int
 ) -> None:

@@ -56,7 +56,6 @@ def run(tiny_checkpoint: Path, tmp_path: Path, picture: PIL.Image.Image) -> Run:
 @pytest.fixture
 def nothing_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
     """Weights of the full system take minutes: what can be found wrong without them is to be found before."""
-
     load_parts = two_stage.load_parts
 
     def load(*arguments: Any, stages: tuple[Part, ...], **options: Any) -> Parts:
@@ -197,7 +196,9 @@ def test_refiner_that_the_checkpoint_has_not(run: Run) -> None:
 
 def test_memory_that_is_too_little_is_named_as_it_was_given(run: Run) -> None:
     result = run("--memory", "10MiB", "--prompt", "left", *SHORT)
-    refused(result, "no plan fits into 10.0 MiB: ", " needs at least ", "MiB; allow that", notes=1)  # of the picture's aspect
+    refused(
+        result, "no plan fits into 10.0 MiB: ", " needs at least ", "MiB; allow that", notes=1
+    )  # of the picture's aspect
 
 
 def test_device_that_there_is_not(run: Run) -> None:

@@ -26,8 +26,6 @@ from swifti2v.wan.checkpoint_index import WAN_NEGATIVE_PROMPT
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from swifti2v.runner.parts import Parts
-
 
 @pytest.fixture
 def edited(tiny_checkpoint: Path, tmp_path: Path) -> Callable[..., Path]:

@@ -119,7 +119,7 @@ def cell_centers(rows: int, columns: int, aspect: float) -> tuple[FloatArray, Fl
     """Return x and y of the cells of a grid [h,w] over a picture of `aspect` = height / width."""
     x = (np.arange(columns, dtype=np.float32) + 0.5) / columns - 0.5
     y = ((np.arange(rows, dtype=np.float32) + 0.5) / rows - 0.5) * aspect
-    along, down = np.meshgrid(x, y)
+    along, down = np.meshgrid(x.astype(np.float32), y.astype(np.float32))
     return along, down
 
 

@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
-from swifti2v.training.embedded.motion_examples import path_of
 
 from swifti2v.geometry import Size
+from swifti2v.mini.motion_examples import path_of
 from swifti2v.mini.procedural import PHRASES, Motion, displacement
 
 if TYPE_CHECKING:

@@ -120,7 +120,7 @@ def cell_centers(rows: int, columns: int, aspect: float) -> tuple[FloatArray, Fl
     x = (np.arange(columns, dtype=np.float32) + 0.5) / columns - 0.5
     y = ((np.arange(rows, dtype=np.float32) + 0.5) / rows - 0.5) * aspect
     along, down = np.meshgrid(x, y)
-    return along, down
+    return along.astype(np.float32), down.astype(np.float32)
 
 
 def _sampled(values: FloatArray, points: FloatArray, aspect: float) -> FloatArray:

@@ -169,7 +169,7 @@ def plot(kinds: Mapping[str, Kind]) -> Array:
 def main() -> None:
     """Read the command line, measure, print, write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="mini", help="name or folder of a checkpoint")
+    parser.add_argument("--model", required=True, help="name or folder of a checkpoint with a Stage I of Wan")
     parser.add_argument("--clips", type=Path, required=True, help="folder with INDEX.csv")
     parser.add_argument("--size", default="1280x704", help="of the output; the motion reference follows from it")
     parser.add_argument("--frames", type=int, default=33, help="4k+1")

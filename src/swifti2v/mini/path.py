@@ -119,8 +119,8 @@ def cell_centers(rows: int, columns: int, aspect: float) -> tuple[FloatArray, Fl
     """Return x and y of the cells of a grid [h,w] over a picture of `aspect` = height / width."""
     x = (np.arange(columns, dtype=np.float32) + 0.5) / columns - 0.5
     y = ((np.arange(rows, dtype=np.float32) + 0.5) / rows - 0.5) * aspect
-    along, down = np.meshgrid(x.astype(np.float32), y.astype(np.float32))
-    return along, down
+    along, down = np.meshgrid(x, y)
+    return along.astype(np.float32), down.astype(np.float32)
 
 
 def _sampled(values: FloatArray, points: FloatArray, aspect: float) -> FloatArray:

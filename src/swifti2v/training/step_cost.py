@@ -123,7 +123,7 @@ def measured_bytes(trained: TrainedNetwork, latent_shape: tuple[int, int, int, i
     return StepBytes(peak, num_trained, frozen, block=block_frozen + 4 * block_trained, block_trained=4 * block_trained)
 
 
-def _backward(made: Tensor) -> None:
+def _backward(made: torch.Tensor) -> None:
     made.float().square().mean().backward()  # type: ignore[no-untyped-call]
 
 

@@ -21,8 +21,8 @@ from swifti2v.reference.resample import reduce_frame
 
 Array = np.ndarray[Any, Any]
 Reduction = Literal["bicubic", "area", "lanczos"]
-# One thread for the look-ahead too: with its own, x264 does not write the same file every time.
-_ENCODER = {"preset": "fast", "x264-params": "threads=1:lookahead-threads=1:sliced-threads=0"}
+# Without cpu-independent, x264 does not write the same bytes every time, even with one thread.
+_ENCODER = {"preset": "fast", "x264-params": "threads=1:cpu-independent=1"}
 REDUCTIONS: tuple[Reduction, ...] = ("bicubic", "area", "lanczos")
 
 

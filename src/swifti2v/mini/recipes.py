@@ -261,7 +261,7 @@ def _index() -> CheckpointIndex:
             guidance_scale=1.0,
             negative_prompt="",
         ),
-        stage_two=StageTwoEntry(source="./stage_two", num_inference_steps=1, uses_prompt=False),
+        stage_two=StageTwoEntry(source="./stage_two", refiner="light", num_inference_steps=1, uses_prompt=False),
         defaults=DefaultsEntry(width=1280, height=704, num_frames=81, fps=16.0),
         licence="Apache-2.0",
         attribution="Trained by recipes/mini; sources of the training data in docs/mini.md.",

@@ -23,6 +23,7 @@ from swifti2v.media.images import as_loaded_image, image_to_tensor
 from swifti2v.media.video_reader import VideoReader
 from swifti2v.pipeline import refine_by_light
 from swifti2v.reference.alignment import align
+from swifti2v.runner.loading import open_device
 from swifti2v.runs import FinishedFrames, Progress, Video
 from swifti2v.work_directory import WorkDirectory
 
@@ -73,10 +74,13 @@ class VideoRefiner:
 
     Args:
         device: where to work; None: the CUDA device if there is one, else the CPU.
+
+    Raises:
+        InvalidInputError: there is no such device.
     """
 
     def __init__(self, device: str | torch.device | None = None) -> None:
-        self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        self.device = open_device(device)
 
     def __call__(
         self,

@@ -56,7 +56,6 @@ def run(tiny_checkpoint: Path, tmp_path: Path, picture: PIL.Image.Image) -> Run:
 @pytest.fixture
 def nothing_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
     """Weights of the full system take minutes: what can be found wrong without them is to be found before."""
-
     load_parts = two_stage.load_parts
 
     def load(*arguments: Any, stages: tuple[Part, ...], **options: Any) -> Parts:
@@ -168,15 +167,15 @@ def test_images_that_are_handled_and_said(
         (("--size", "1280x720"), "the nearest is 1280x704"),
         (("--size", "big"), "WIDTHxHEIGHT; write for instance"),
         (("--size", "0x0"), "multiple of 32"),
-        (("--size", "99968x99968"), "width is 99968; it must be from"),
+        (("--size", "99968x99968"), "size is 99968x99968; a side has at most"),
         (("--frames", "80"), "4k+1 frames, for instance 77 or 81"),
         (("--frames", "-3"), "4k+1"),
-        (("--fps", "0"), "fps is 0.0; it must be from 1 to 240"),
+        (("--fps", "0"), "fps is 0.0; it should be greater than or equal to 1"),
         (("--seed", "-1"), "seed is -1"),
         (("--steps", "0"), "num_inference_steps is 0"),
         (("--sigma-start", "2"), "sigma_start is 2"),
         (("--guidance", "0.5"), "guidance_scale is 0.5"),
-        (("--segment-size", "0"), "segment_size is 0; it must be at least 1"),
+        (("--segment-size", "0"), "segment_size is 0; it should be greater than or equal to 1"),
         (("--neighbors-before", "-1"), "neighbors_before is -1"),
         (("--flow-scale", "0"), "flow_scale is 0"),
         (("--stage-one-flow-shift", "3"), "stage_one_flow_shift has no effect with few steps; ask for many"),
@@ -197,7 +196,9 @@ def test_refiner_that_the_checkpoint_has_not(run: Run) -> None:
 
 def test_memory_that_is_too_little_is_named_as_it_was_given(run: Run) -> None:
     result = run("--memory", "10MiB", "--prompt", "left", *SHORT)
-    refused(result, "no plan fits into 10.0 MiB: ", " needs at least ", "MiB; allow that", notes=1)  # of the picture's aspect
+    refused(
+        result, "no plan fits into 10.0 MiB: ", " needs at least ", "MiB; allow that", notes=1
+    )  # of the picture's aspect
 
 
 def test_device_that_there_is_not(run: Run) -> None:

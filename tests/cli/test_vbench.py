@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     Run = Callable[..., Result]
 
-STILL = ("--model", "still", "--frames", "3", "--fps", "8")
+STILL = ("--model", "still", "--frames", "5", "--fps", "8")
 
 
 @pytest.fixture

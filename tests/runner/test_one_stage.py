@@ -93,7 +93,9 @@ def test_what_a_pipeline_cannot_do_alone_is_refused(of_stage: Callable[..., TwoS
         next(one.stream(request))
     with pytest.raises(InvalidInputError, match="Stage II alone"):
         next(two.preview(request))
-    with pytest.raises(WorkDirectoryError, match="no finished motion reference; run Stage I there first"):
+    with pytest.raises(
+        WorkDirectoryError, match="no finished motion reference of this prompt; run Stage I there first"
+    ):
         next(two.stream(request, work_dir=tmp_path / "empty"))
     work = tmp_path / "work"
     list(one.preview(request, work_dir=work))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import pytest
@@ -61,7 +62,8 @@ def test_more_memory_is_never_slower_nor_smaller() -> None:
 
 
 def test_what_does_not_fit_is_said_with_what_would() -> None:
-    text = summary("12 GB", WAN22, DEFAULTS, size=Size(8192, 8192))
+    whole_clip = replace(DEFAULTS, num_frames=157, segment_size=40)
+    text = summary("12 GB", WAN22, whole_clip)
     assert text.startswith("Does not fit 12 GB: no plan fits")
     assert re.search(r"needs at least [\d.]+ GiB", text)
 

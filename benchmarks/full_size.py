@@ -87,10 +87,10 @@ def measured(arguments: argparse.Namespace, size: Size) -> tuple[list[Row], dict
     import torch
     from PIL import Image
 
+    from swifti2v.memory.limits import MemoryLimits
     from swifti2v.memory.networks import WAN22
     from swifti2v.memory.ways import RunCosts
     from swifti2v.runner.acceleration import Acceleration, accelerated
-    from swifti2v.runner.fitting import MemoryLimits
     from swifti2v.runner.two_stage import TwoStagePipeline
     from swifti2v.wan.streaming import WanStreamingCodec
     from swifti2v.wan.taehv import LightDecoder

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from diffusers import AutoencoderKLWan, WanImageToVideoPipeline, WanTransformer3DModel
     from transformers import PreTrainedTokenizerFast
 
-    from swifti2v.runner.fitting import MemoryLimits
+    from swifti2v.memory.limits import MemoryLimits
     from swifti2v.runner.parts import Parts
     from swifti2v.wan.taehv import LightDecoder
     from swifti2v.wan.transformer import StageTwoTransformer

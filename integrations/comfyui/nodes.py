@@ -17,10 +17,11 @@ from PIL import Image
 from swifti2v import InvalidInputError, Size, TwoStagePipeline
 from swifti2v.media.images import image_to_tensor
 from swifti2v.media.video_writer import VideoWriter
+from swifti2v.memory.limits import MemoryLimits
 from swifti2v.memory.placement import PlacedNetworks
 from swifti2v.reference.hybrid import hybrid_reference
 from swifti2v.reference.options import ReferenceOptions
-from swifti2v.runner.fitting import MemoryLimits, place, plan_for
+from swifti2v.runner.fitting import place, plan_for
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator

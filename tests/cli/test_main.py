@@ -16,7 +16,7 @@ from swifti2v.errors import GenerationCancelled, ImageInputError, OutputError
 
 HEAVY = ("torch", "diffusers", "transformers", "peft", "accelerate", "numpy", "cv2", "av", "PIL")
 # Light each, but only commands need them, and help should take little more than typer's own.
-FOR_COMMANDS = ("yaml", "rich.progress", "swifti2v.config", "swifti2v.memory.plan", "swifti2v.settings")
+FOR_COMMANDS = ("yaml", "rich.progress", "swifti2v.config", "swifti2v.memory.plan")
 # Imports every module of the command line and shows the help, then names what was loaded.
 HELP = f"""
 import pkgutil, sys

@@ -13,9 +13,10 @@ import pytest
 import torch
 
 from swifti2v.geometry import Size
+from swifti2v.memory.limits import MemoryLimits
 from swifti2v.memory.placement import PlacedNetworks
 from swifti2v.runner.acceleration import Acceleration, compile_blocks
-from swifti2v.runner.fitting import MemoryLimits, place, plan_for
+from swifti2v.runner.fitting import place, plan_for
 from swifti2v.runner.loading import load_parts
 from swifti2v.runner.two_stage import TwoStagePipeline
 from swifti2v.stage_two import StageTwo

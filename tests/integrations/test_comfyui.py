@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 
 from swifti2v import InvalidInputError, Size, TwoStagePipeline
-from swifti2v.runner.fitting import MemoryLimits
+from swifti2v.memory.limits import MemoryLimits
 
 FOLDER = Path(__file__).parents[2] / "integrations" / "comfyui"
 WIDTH, HEIGHT, NUM_FRAMES, SEED, PROMPT = 64, 32, 9, 3, "the camera zooms in"

@@ -10,10 +10,11 @@ import torch
 
 from swifti2v.errors import CheckpointError, InvalidInputError
 from swifti2v.geometry import Size
+from swifti2v.memory.limits import MemoryLimits
 from swifti2v.memory.placement import PlacedNetworks
 from swifti2v.runner.acceleration import Acceleration
 from swifti2v.runner.decoders import Undecoded, open_light_decoder
-from swifti2v.runner.fitting import MemoryLimits, networks_of, place, plan_for
+from swifti2v.runner.fitting import networks_of, place, plan_for
 from swifti2v.runner.loading import load_parts
 from swifti2v.runner.two_stage import TwoStagePipeline
 from swifti2v.wan.streaming import WanStreamingCodec

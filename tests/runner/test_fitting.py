@@ -13,11 +13,13 @@ import torch
 from swifti2v.errors import InvalidInputError, MemoryBudgetError
 from swifti2v.geometry import Size
 from swifti2v.memory import plan as plan_module
+from swifti2v.memory.limits import MemoryLimits
 from swifti2v.memory.placement import PlacedNetworks
+from swifti2v.memory.plan import CONTEXT_BYTES
 from swifti2v.memory.ways import stored_bytes
 from swifti2v.runner import fitting, loading
 from swifti2v.runner.acceleration import Acceleration
-from swifti2v.runner.fitting import MemoryLimits, networks_of, place, plan_for
+from swifti2v.runner.fitting import networks_of, place, plan_for
 from swifti2v.runner.loading import load_parts
 from swifti2v.runner.two_stage import TwoStagePipeline
 from swifti2v.stage_one import StageOne
@@ -323,7 +325,7 @@ def test_automatic_limits_are_what_is_free_on_the_device_of_the_run(monkeypatch:
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: asked.append(device) or (5 * 2**30, 0))
     second = torch.device("cuda:1")
     limits = MemoryLimits.parse("auto", "64GiB").on(second)
-    assert limits == MemoryLimits(5 * 2**30 + fitting.CONTEXT_BYTES, 64 * 2**30)
+    assert limits == MemoryLimits(5 * 2**30 + CONTEXT_BYTES, 64 * 2**30)
     # What PyTorch keeps of a model that was there before is no other program's.
     assert asked == ["given back", second]
     assert MemoryLimits.parse("auto").on(torch.device("cpu")) == LIMITLESS

@@ -12,9 +12,10 @@ import pytest
 import torch
 
 from swifti2v.errors import MemoryBudgetError, WorkDirectoryError
+from swifti2v.memory.limits import MemoryLimits
 from swifti2v.memory.ways import stored_bytes
 from swifti2v.runner import two_stage
-from swifti2v.runner.fitting import MemoryLimits, networks_of
+from swifti2v.runner.fitting import networks_of
 from swifti2v.runner.loading import load_parts
 from swifti2v.runner.two_stage import TwoStagePipeline
 from swifti2v.wan.checkpoints import PARTS

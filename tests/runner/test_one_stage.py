@@ -12,9 +12,10 @@ import pytest
 import torch
 
 from swifti2v.errors import InvalidInputError, WorkDirectoryError
+from swifti2v.memory.limits import MemoryLimits
 from swifti2v.memory.ways import stored_bytes
 from swifti2v.runner.acceleration import Acceleration
-from swifti2v.runner.fitting import MemoryLimits, networks_of, plan_for
+from swifti2v.runner.fitting import networks_of, plan_for
 from swifti2v.runner.two_stage import TwoStagePipeline
 from swifti2v.wan.taehv import LightDecoder
 from tests.runner.light_weights import write_light_weights
@@ -93,14 +94,16 @@ def test_what_a_pipeline_cannot_do_alone_is_refused(of_stage: Callable[..., TwoS
         next(one.stream(request))
     with pytest.raises(InvalidInputError, match="Stage II alone"):
         next(two.preview(request))
-    with pytest.raises(WorkDirectoryError, match="no finished motion reference; run Stage I there first"):
+    with pytest.raises(
+        WorkDirectoryError, match="no finished motion reference of this prompt; run Stage I there first"
+    ):
         next(two.stream(request, work_dir=tmp_path / "empty"))
     work = tmp_path / "work"
     list(one.preview(request, work_dir=work))
     with pytest.raises(WorkDirectoryError, match="a run with another prompt"):
         next(two.stream(replace(request, prompt="pan right"), work_dir=work))
     guided = replace(request, settings=replace(request.settings, guidance_scale=2.0))
-    with pytest.raises(WorkDirectoryError, match="no such prompt"):
+    with pytest.raises(WorkDirectoryError, match="of this prompt"):
         next(two.stream(guided, work_dir=work))
     list(one.preview(guided, work_dir=work))  # with the negative prompt, and without Stage I again
     assert frames_of(two.stream(guided, work_dir=work)).shape == (13, 64, 64, 3)

@@ -10,9 +10,10 @@ import pytest
 import torch
 
 from swifti2v.geometry import Size
+from swifti2v.memory.limits import MemoryLimits
 from swifti2v.memory.placement import PlacedNetworks
 from swifti2v.runner.acceleration import Acceleration
-from swifti2v.runner.fitting import MemoryLimits, networks_of, place, plan_for
+from swifti2v.runner.fitting import networks_of, place, plan_for
 from swifti2v.runner.loading import load_parts
 from swifti2v.runner.two_stage import TwoStagePipeline
 from swifti2v.wan.quantized_linear import quantization_of, store_weights, stored_narrow, use_quantized_matmul

@@ -44,7 +44,8 @@ def train(*arguments: str | Path) -> Result:
 def refused(result: Result, *words: str) -> None:
     assert result.exit_code == 2, result.output
     assert isinstance(result.exception, SystemExit)
-    (line,) = result.stderr.splitlines()
+    *progress, line = result.stderr.splitlines()
+    assert all("% (" in each for each in progress)
     for word in words:
         assert word in line
 

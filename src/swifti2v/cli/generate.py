@@ -157,7 +157,7 @@ class _Command:
         quiet_libraries()
 
         from swifti2v.memory.heap import map_large_blocks
-        from swifti2v.runner.fitting import MemoryLimits
+        from swifti2v.memory.limits import MemoryLimits
         from swifti2v.runner.loading import open_device
         from swifti2v.runner.two_stage import TwoStagePipeline
         from swifti2v.work_directory import WorkDirectory

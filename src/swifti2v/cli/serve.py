@@ -270,7 +270,7 @@ def _run_on_ray(settings: ServiceSettings, address: tuple[str, int], cluster: Cl
 
 def _check_worker(device: str | None, decode_device: str | None, memory: str | None) -> None:
     """Raise `InvalidInputError` for options with which every worker would end, and be started again, for ever."""
-    from swifti2v.runner.fitting import MemoryLimits
+    from swifti2v.memory.limits import MemoryLimits
     from swifti2v.runner.loading import open_device
 
     open_device(device)

@@ -68,7 +68,7 @@ class PipelineRunner:
             few_step: as in `TwoStagePipeline.from_pretrained`; to be the same for the workers of a job's two stages.
         """
         from swifti2v.memory.heap import map_large_blocks
-        from swifti2v.runner.fitting import MemoryLimits
+        from swifti2v.memory.limits import MemoryLimits
         from swifti2v.runner.two_stage import TwoStagePipeline
 
         map_large_blocks()

@@ -5,18 +5,19 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing
-from dataclasses import asdict, dataclass, replace
-from typing import TYPE_CHECKING, Any, Self, cast
+from dataclasses import asdict, replace
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
 from swifti2v.errors import MemoryBudgetError
-from swifti2v.memory.amounts import format_bytes, parse_bytes
+from swifti2v.memory.amounts import format_bytes
 from swifti2v.memory.device_errors import is_out_of_memory
 from swifti2v.memory.devices import device_rates
+from swifti2v.memory.limits import MemoryLimits
 from swifti2v.memory.networks import LIGHT_DECODER, PATH, STAGE_TWO, Network, PipelineNetworks
 from swifti2v.memory.placement import PlacedNetworks
-from swifti2v.memory.plan import CONTEXT_BYTES, MemoryPlan, plan_memory, tighter_budget
+from swifti2v.memory.plan import MemoryPlan, plan_memory, tighter_budget
 from swifti2v.stage_one import StageOne
 from swifti2v.stage_two import StageTwo
 from swifti2v.wan.quantized_linear import quantization_of, storages_of, store_weights, stored_narrow
@@ -37,42 +38,6 @@ if TYPE_CHECKING:
 LOGGER = logging.getLogger("swifti2v")
 ASSUMED_RATES = device_rates("RTX 4090")
 """Which plan is fastest hardly depends on the card."""
-
-
-@dataclass(frozen=True)
-class MemoryLimits:
-    """What a run may take.
-
-    Args:
-        device_bytes: of the device; None: no limit.
-        host_bytes: of the host; None: no limit.
-        is_automatic: `device_bytes` is to be what is free on the device, once it is known which.
-    """
-
-    device_bytes: int | None = None
-    host_bytes: int | None = None
-    is_automatic: bool = False
-
-    @classmethod
-    def parse(cls, device: str, host: str | None = None) -> Self:
-        """Read ``24GiB`` and the like; ``auto`` is what is free on the CUDA device, no limit on another.
-
-        Raises:
-            InvalidInputError: an amount has another form.
-        """
-        is_automatic = device == "auto"
-        limit = None if is_automatic else parse_bytes(device)
-        return cls(limit, None if host is None else parse_bytes(host), is_automatic)
-
-    def on(self, device: torch.device) -> MemoryLimits:
-        """Return the limits in bytes, read off `device` now where they are automatic."""
-        if not self.is_automatic:
-            return self
-        if device.type != "cuda":
-            return MemoryLimits(None, self.host_bytes)
-        torch.cuda.empty_cache()  # what PyTorch keeps of networks that are gone counts as taken otherwise
-        # Plans keep bytes for the driver's own, and those are taken already.
-        return MemoryLimits(torch.cuda.mem_get_info(device)[0] + CONTEXT_BYTES, self.host_bytes)
 
 
 def frames_within_limits(

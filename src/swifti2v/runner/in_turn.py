@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from swifti2v.memory.limits import MemoryLimits
 from swifti2v.memory.plan import plan_stages
-from swifti2v.runner.fitting import ASSUMED_RATES, MemoryLimits, networks_of
+from swifti2v.runner.fitting import ASSUMED_RATES, networks_of
 from swifti2v.wan.checkpoints import PARTS
 from swifti2v.wan.quantized_linear import storages_of
 

@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 
     from diffusers import WanImageToVideoPipeline
 
-    from swifti2v.runner.fitting import MemoryLimits
+    from swifti2v.memory.limits import MemoryLimits
     from swifti2v.settings import GenerationSettings, Refiner
     from swifti2v.stage_one import MotionStage
     from swifti2v.wan.checkpoint_index import CheckpointIndex, StageOneEntry

@@ -15,8 +15,8 @@ from swifti2v.wan.checkpoints import PARTS
 if TYPE_CHECKING:
     from diffusers import WanImageToVideoPipeline
 
+    from swifti2v.memory.limits import MemoryLimits
     from swifti2v.runner.ahead import Overlap
-    from swifti2v.runner.fitting import MemoryLimits
     from swifti2v.runs import GenerationRequest
     from swifti2v.settings import GenerationSettings, Quantization
     from swifti2v.stage_one import MotionStage

@@ -35,8 +35,8 @@ from swifti2v.work_directory import WorkDirectory
 if TYPE_CHECKING:
     import PIL.Image
 
+    from swifti2v.memory.limits import MemoryLimits
     from swifti2v.runner.acceleration import Acceleration
-    from swifti2v.runner.fitting import MemoryLimits
     from swifti2v.runner.parts import Parts
     from swifti2v.runs import OnProgress
     from swifti2v.settings import GenerationSettings

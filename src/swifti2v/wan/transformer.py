@@ -66,6 +66,8 @@ class StageTwoTransformer(WanTransformer3DModel):
         ConfigurationError: the channels do not add up, or another argument is not of the above.
     """
 
+    __module__ = "swifti2v"  # of the public name; of `swifti2v.wan` diffusers would make its own pipelines.wan
+
     _no_split_modules = ["StageTwoBlock"]  # noqa: RUF012 - diffusers declares these as plain class attributes
     _repeated_blocks = ["StageTwoBlock"]  # noqa: RUF012 - as above
     _keep_in_fp32_modules = [*WanTransformer3DModel._keep_in_fp32_modules, _KIND_TABLE]  # noqa: RUF012 - as above

@@ -12,6 +12,8 @@ from swifti2v.training.engine.interruption import SIGNALS, interruption_as_reque
 
 def test_the_first_signal_asks_and_the_second_interrupts() -> None:
     asked = []
+    # Who starts the tests in the background may have told them to ignore Ctrl-C.
+    former = signal.signal(signal.SIGINT, signal.default_int_handler)
 
     def interrupted_twice() -> None:
         with interruption_as_request(lambda: asked.append(1)):
@@ -21,6 +23,7 @@ def test_the_first_signal_asks_and_the_second_interrupts() -> None:
 
     with pytest.raises(KeyboardInterrupt):
         interrupted_twice()
+    signal.signal(signal.SIGINT, former)
     assert asked == [1]
 
 

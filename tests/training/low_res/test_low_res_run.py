@@ -121,7 +121,7 @@ def test_a_folder_of_videos_becomes_a_cache(tiny_checkpoint, tmp_path) -> None:
     folder = ["--data", str(tmp_path / "videos"), "-o", str(tmp_path / "cache")]
     result = CliRunner().invoke(app, ["train", "low-res-cache", str(recipe), *folder])
     assert result.exit_code == 0, result.output
-    assert result.output == f"2 clips in {tmp_path / 'cache'}, 0 skipped\n"
+    assert result.stdout == f"2 clips in {tmp_path / 'cache'}, 0 skipped\n"
     made = LatentCache.open(tmp_path / "cache")
     assert made[0].tensors["latents"].shape == (16, 3, 16, 16)
     report = json.loads((tmp_path / "cache" / "data.json").read_text())

@@ -219,15 +219,15 @@ class TestOptions:
     @pytest.mark.parametrize(
         ("given", "message"),
         [
-            ({"objective": "consistency"}, r"objective: 'consistency' is not one of 'trajectory', 'distribution_match"),
-            ({"critic_steps_per_step": 3}, "distillation: unknown key 'critic_steps_per_step'"),
+            ({"objective": "consistency"}, r"objective: 'trajectory' or 'distribution_matching'"),
+            ({"critic_steps_per_step": 3}, "distillation.DistillationOptions: unknown key 'critic_steps_per_step'"),
             (
                 {"objective": "distribution_matching", "teacher_steps_per_step": 3},
-                "distillation: unknown key 'teacher_steps_per_step'",
+                "distillation.DistributionMatchingOptions: unknown key 'teacher_steps_per_step'",
             ),
             (
                 {"objective": "distribution_matching", "critic_learning_rate": "low"},
-                "distillation.critic_learning_rate: 'low' is not float",
+                "distillation.DistributionMatchingOptions.critic_learning_rate: 'low' cannot be used",
             ),
         ],
     )

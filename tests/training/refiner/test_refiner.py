@@ -108,7 +108,7 @@ def test_cache_holds_the_usable_clips(cache: Path) -> None:
 
 def test_cache_of_other_settings_is_refused(transition: TransitionRun, videos: Path, cache: Path) -> None:
     other = replace(transition, encoding=replace(transition.encoding, seed=1))
-    with pytest.raises(LatentCacheError, match="setting"):
+    with pytest.raises(LatentCacheError, match="seed"):
         build_references(other, data=videos, output=cache)
 
 
@@ -281,7 +281,9 @@ def test_processes_divide_the_clips_and_run_as_many_forwards(cache: Path, tiny_c
             return found
 
     for rank in range(2):
-        own = RefinerValidation(network, samples=samples, indices=[0, 1, 2], **options, processes=Recorded(rank, 2))
+        own = RefinerValidation(
+            network, samples=samples, indices=[0, 1, 2], options=options, processes=Recorded(rank, 2)
+        )
         hook = network.register_forward_hook(lambda *_, rank=rank: forwards.__setitem__(rank, forwards[rank] + 1))
         together = own(0)
         hook.remove()

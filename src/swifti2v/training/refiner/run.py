@@ -11,7 +11,9 @@ Under torchrun the same commands divide the videos, and then the batches and the
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
+
+from pydantic import Discriminator, Tag
 
 from swifti2v.config import to_mapping
 from swifti2v.data.batches import BucketBatches
@@ -98,6 +100,23 @@ class RefinerRun:
         self.validation.check_shift(self.flow.flow_shift)
 
 
+def _class_of_objective(given: Any) -> str | None:
+    classes = {"trajectory": "DistillationOptions", "distribution_matching": "DistributionMatchingOptions"}
+    return classes.get(given.get("objective", "trajectory")) if isinstance(given, dict) else None
+
+
+Distillation = Annotated[
+    Annotated[DistillationOptions, Tag("DistillationOptions")]
+    | Annotated[DistributionMatchingOptions, Tag("DistributionMatchingOptions")],
+    Discriminator(
+        _class_of_objective,
+        custom_error_type="objective",
+        custom_error_message="give it objective: 'trajectory' or 'distribution_matching'",
+    ),
+]
+"""Which of the two a recipe means: what its `objective` says, and a trajectory where it has none."""
+
+
 @dataclass(frozen=True)
 class DistillationRun:
     """The recipe file of a few-step Stage II.
@@ -120,7 +139,7 @@ class DistillationRun:
     checkpoint: str = "wan2.2"
     batch_size: int = 1
     network: NetworkOptions = field(default_factory=NetworkOptions)
-    distillation: DistillationOptions | DistributionMatchingOptions = field(default_factory=DistillationOptions)
+    distillation: Distillation = field(default_factory=DistillationOptions)
     validation: ValidationOfRefiner = field(default_factory=ValidationOfRefiner)
     student: str | None = None
 

@@ -17,7 +17,8 @@ from swifti2v.cli.main import EXIT_ERROR, EXIT_INTERRUPTED, app
 from swifti2v.errors import GenerationCancelled, InvalidInputError
 from swifti2v.geometry import Size
 from swifti2v.media.video_reader import VideoReader
-from swifti2v.runner.fitting import dimensions_of
+from swifti2v.memory.ways import stored_bytes
+from swifti2v.runner.fitting import networks_of
 from swifti2v.runner.loading import load_parts
 from swifti2v.runner.two_stage import TwoStagePipeline
 from tests.runner.light_weights import write_light_weights
@@ -239,7 +240,7 @@ def test_stages_are_loaded_in_turn_where_the_host_is_short(run: Run, tmp_path: P
     assert run("--prompt", "pan left", *SHORT).exit_code == 0
     expected = (tmp_path / "out.mp4").read_bytes()
     weights = load_parts(tiny_checkpoint, device="cpu", stages=("stage_one",))
-    host = f"{(dimensions_of(weights).stored_bytes('float32') + 2**10) / 2**20:.4f}MiB"
+    host = f"{(stored_bytes(networks_of(weights), 'float32') + 2**10) / 2**20:.4f}MiB"
     result = run("--prompt", "pan left", *SHORT, "--memory", "2GiB", "--host-memory", host)
     assert result.exit_code == 0, result.output
     assert result.stderr == "note: the host has room for one stage at a time; each is loaded when it is its turn\n"

@@ -157,7 +157,7 @@ def test_weights_in_four_bits_are_placed_as_others_are(
         assert {stored_narrow(network) for network in each.transformers} == {"nf4"}
     settings = parts.defaults.settled(OPTIONS)
     plan = plan_for(parts, settings, MemoryLimits())
-    assert plan.weight_dtype == "nf4"
+    assert plan.storage == "nf4"
     moved = replace(plan, ways=tuple(replace(way, placement=placement) for way in plan.ways))
     expected = frames_of(replace(here, memory=None))
     for _run in range(2):

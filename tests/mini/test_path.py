@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pytest
 
+from swifti2v.data.procedural import PHRASES, Motion, displacement
 from swifti2v.geometry import Size
 from swifti2v.mini.motion_examples import path_of
-from swifti2v.mini.procedural import PHRASES, Motion, displacement
 
 if TYPE_CHECKING:
     from swifti2v.mini.path import MotionPath

@@ -13,7 +13,7 @@ from swifti2v.geometry import Size
 from swifti2v.memory.placement import PlacedNetworks
 from swifti2v.runner.acceleration import Acceleration
 from swifti2v.runner.decoders import Undecoded, open_light_decoder
-from swifti2v.runner.fitting import MemoryLimits, dimensions_of, place, plan_for
+from swifti2v.runner.fitting import MemoryLimits, networks_of, place, plan_for
 from swifti2v.runner.loading import load_parts
 from swifti2v.runner.two_stage import TwoStagePipeline
 from swifti2v.wan.streaming import WanStreamingCodec
@@ -116,10 +116,10 @@ def test_the_plan_of_loaded_parts_knows_the_light_decoder(tiny_checkpoint: Path,
         device="cpu",
         acceleration=Acceleration("native", decoder="light", decoder_weights=str(weights)),
     )
-    dimensions = dimensions_of(parts)
-    assert dimensions.light_decoder is not None
-    assert dimensions.light_decoder.widths == (8, 8, 4, 4)
-    assert dimensions.light_decoder.spatial_factor == dimensions.stage_two_codec.spatial_factor
+    decoder = networks_of(parts).light_decoder
+    assert decoder is not None
+    assert decoder.config["widths"] == [8, 8, 4, 4]
+    assert decoder.class_name == "LightDecoderNetwork"
 
 
 def test_latents_that_are_not_normalised_are_for_the_files_of_that_name(tmp_path: Path) -> None:

@@ -12,8 +12,9 @@ import pytest
 import torch
 
 from swifti2v.errors import MemoryBudgetError, WorkDirectoryError
+from swifti2v.memory.ways import stored_bytes
 from swifti2v.runner import two_stage
-from swifti2v.runner.fitting import MemoryLimits, dimensions_of
+from swifti2v.runner.fitting import MemoryLimits, networks_of
 from swifti2v.runner.loading import load_parts
 from swifti2v.runner.two_stage import TwoStagePipeline
 from swifti2v.wan.checkpoints import PARTS
@@ -50,8 +51,8 @@ def loads(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, ...]]:
 def room_for_one(checkpoint: Path) -> MemoryLimits:
     """Host memory for the larger stage in float32, and not for both."""
     parts = load_parts(checkpoint, device="cpu", stages=())
-    dimensions = [load_parts(checkpoint, device="cpu", stages=(stage,)) for stage in PARTS]
-    needed = max(dimensions_of(each).stored_bytes("float32") for each in dimensions)
+    stages = [load_parts(checkpoint, device="cpu", stages=(stage,)) for stage in PARTS]
+    needed = max(stored_bytes(networks_of(each), "float32") for each in stages)
     assert not parts.transformers
     return MemoryLimits(2**30, needed + 2**10)
 

@@ -89,18 +89,18 @@ def test_many_step_way_leaves_the_few_step_adapters_out(tiny_checkpoint: Path) -
     assert many.defaults.few_step is False
     assert (many.defaults.stage_one_steps, many.defaults.stage_one_guidance_scale) == (40, 3.5)
     assert (few.few_step_ways, many.few_step_ways) == ((True,), (False,))
-    few.check_few_step(True)
-    many.check_few_step(False)
+    few.check(few.defaults)
+    many.check(many.defaults)
     with pytest.raises(InvalidInputError, match="are part of the loaded weights; load with few_step=False"):
-        few.check_few_step(False)
+        few.check(many.defaults)
     with pytest.raises(InvalidInputError, match="left out of the loaded weights; load with few_step=True"):
-        many.check_few_step(True)
+        many.check(few.defaults)
 
 
 def test_checkpoint_without_few_step_adapters_samples_both_ways(edited: Callable[..., Path]) -> None:
     parts = load_parts(edited(stage_one={"adapters": []}), device="cpu")
     for way in (True, False):
-        parts.check_few_step(way)
+        parts.check(parts.defaults_of(way))
 
 
 @pytest.mark.parametrize("own", [False, True], ids=["checkpoint with UniPC", "checkpoint with its own"])

@@ -12,8 +12,9 @@ import pytest
 import torch
 
 from swifti2v.errors import InvalidInputError, WorkDirectoryError
+from swifti2v.memory.ways import stored_bytes
 from swifti2v.runner.acceleration import Acceleration
-from swifti2v.runner.fitting import MemoryLimits, dimensions_of, plan_for
+from swifti2v.runner.fitting import MemoryLimits, networks_of, plan_for
 from swifti2v.runner.two_stage import TwoStagePipeline
 from swifti2v.wan.taehv import LightDecoder
 from tests.runner.light_weights import write_light_weights
@@ -137,7 +138,7 @@ def test_a_memory_plan_counts_what_is_held(of_stage: Callable[..., TwoStagePipel
     whole = TwoStagePipeline.from_pretrained(tiny_checkpoint, device="cpu").parts
     settings = whole.defaults.settled(OPTIONS)
     one, two = (of_stage(stage).parts for stage in ("stage_one", "stage_two"))
-    held = [dimensions_of(parts).stored_bytes("float32") for parts in (one, two, whole)]
+    held = [stored_bytes(networks_of(parts), "float32") for parts in (one, two, whole)]
     assert held[0] + held[1] == held[2]
     phases = [[way.phase for way in plan_for(parts, settings, MemoryLimits(2**30)).ways] for parts in (one, two, whole)]
     assert phases == [["text encoding", "stage one"], ["refinement"], ["text encoding", "stage one", "refinement"]]

@@ -12,7 +12,7 @@ import torch
 from swifti2v.geometry import Size
 from swifti2v.memory.placement import PlacedNetworks
 from swifti2v.runner.acceleration import Acceleration
-from swifti2v.runner.fitting import MemoryLimits, dimensions_of, place, plan_for
+from swifti2v.runner.fitting import MemoryLimits, networks_of, place, plan_for
 from swifti2v.runner.loading import load_parts
 from swifti2v.runner.two_stage import TwoStagePipeline
 from swifti2v.wan.quantized_linear import quantization_of, store_weights, stored_narrow, use_quantized_matmul
@@ -63,20 +63,20 @@ def test_eight_and_four_bits_change_the_video_of_mini_a_little(way: str) -> None
 
 
 @pytest.mark.parametrize("kind", ["float8", "int8"])
-def test_a_plan_counts_products_in_eight_bits_and_stores_nothing_twice(kind: Quantization) -> None:
+def test_a_plan_counts_a_quantized_matmul_and_stores_nothing_twice(kind: Quantization) -> None:
     unlimited = MemoryLimits()
     exact = load_parts("mini", device=CPU, memory=unlimited)
     parts = load_parts("mini", device=CPU, memory=unlimited, acceleration=Acceleration("native", quantization=kind))
     assert {quantization_of(network) for network in parts.transformers} == {kind}
-    assert dimensions_of(exact).products == "none"
-    assert dimensions_of(parts).products == kind
+    assert networks_of(exact).quantization == "none"
+    assert networks_of(parts).quantization == kind
     settings = parts.defaults.settled(OPTIONS)
     before, plan = (plan_for(each, settings, unlimited) for each in (exact, parts))
-    assert plan.weight_dtype == before.weight_dtype == "float32"
+    assert plan.storage == before.storage == "float32"
     assert plan.host_bytes < before.host_bytes
     weights = {name: tensor.clone() for name, tensor in parts.stage_two.transformer.state_dict().items()}
     tight = plan_for(parts, settings, MemoryLimits(None, plan.host_bytes - 1))
-    assert tight.weight_dtype == "float8"  # the text encoder's alone
+    assert tight.storage == "float8"  # the text encoder's alone
     networks = PlacedNetworks(parts.device)
     place(parts, tight, networks)
     networks.release()
@@ -84,4 +84,4 @@ def test_a_plan_counts_products_in_eight_bits_and_stores_nothing_twice(kind: Qua
     after = parts.stage_two.transformer.state_dict()
     assert all(after[name].dtype == tensor.dtype for name, tensor in weights.items())
     assert all(torch.equal(after[name].float(), tensor.float()) for name, tensor in weights.items())
-    assert plan_for(parts, settings, unlimited).weight_dtype == "float8"
+    assert plan_for(parts, settings, unlimited).storage == "float8"

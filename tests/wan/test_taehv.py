@@ -202,11 +202,8 @@ def test_statistics_undo_the_normalisation() -> None:
 
 
 @pytest.mark.parametrize(
-    ("layout", "tflop", "gib"),
-    [
-        (LightLayout(48, patch_size=2), 1.2285, 0.53),
-        (LightLayout(48, (512, 256, 128, 64), (1, 2, 2), 2, True), 1.7467, 0.99),
-    ],
+    "layout",
+    [LightLayout(48, patch_size=2), LightLayout(48, (512, 256, 128, 64), (1, 2, 2), 2, True)],
     ids=["plain", "wide"],
 )
 def test_memory_and_work_of_a_frame_at_full_size_do_not_grow(layout: LightLayout) -> None:

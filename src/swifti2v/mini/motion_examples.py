@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, NamedTuple
 import cv2
 import numpy as np
 
+from swifti2v.data.procedural import find_horizon
 from swifti2v.mini.network import grid_of, picture_features, to_latents
 from swifti2v.mini.path import MAP_CHANNELS, MotionPath, cell_centers
-from swifti2v.mini.procedural import find_horizon
 from swifti2v.mini.words import JOINTS, MotionName, distractor, phrase_of, speed_of, with_place
 
 if TYPE_CHECKING:

@@ -15,8 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from swifti2v.data.procedural import displacement, find_horizon, render, sample_motions
 from swifti2v.geometry import Size
-from swifti2v.mini.procedural import displacement, find_horizon, render, sample_motions
 from swifti2v.pixels import from_uint8
 from swifti2v.reference.hybrid import hybrid_reference
 from swifti2v.reference.options import ReferenceOptions

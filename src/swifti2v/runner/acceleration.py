@@ -140,7 +140,7 @@ def check_shared(parts: Parts, settings: GenerationSettings, num_processes: int)
     if parts.pipeline is not None:  # that of `mini` is not shared: every process runs all of it
         motion = one.geometry.tokens_per_frame(parts.motion_size(settings.size))
         windows += [motion * one.geometry.latent_frames(len(window)) for window in one.plan(settings.num_frames)]
-    if settings.refiner != "none":
+    if settings.denoises_segments:
         windows += [two.geometry.tokens_per_frame(settings.size) * len(each.window) for each in two.plan(settings)]
     for num_tokens in windows:
         _check_divides(num_tokens, num_processes)

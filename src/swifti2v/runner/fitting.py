@@ -81,7 +81,9 @@ def frames_within_limits(
     """Yield the frames of a run; where the device runs out of memory, go on with the next tighter plan.
 
     Args:
-        parts: where they have no limits, or nothing that a plan is made for, the run is attempted once, as they are.
+        parts: where they have no limits, or none of their networks is to run, the run is attempted once, as they are.
+            Stage II is planned and placed only where the refiner runs it; `light` counts for nothing in a plan, as it
+            comes after Stage I and needs less.
         settings: of the run.
         attempt: the run from its start with placed parts, in the same pieces every time; it finds finished segments
             in its work directory. Pieces that were handed out are made again by a later attempt, and dropped.
@@ -89,6 +91,8 @@ def frames_within_limits(
     Raises:
         MemoryBudgetError: no plan fits, or none that is tighter than the one that failed.
     """
+    if not settings.denoises_segments:
+        parts = replace(parts, stages=tuple(stage for stage in parts.stages if stage != "stage_two"))
     if parts.memory is None or not networks_of(parts).planned:
         yield from attempt(parts)
         return

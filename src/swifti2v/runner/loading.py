@@ -275,9 +275,9 @@ def settings_of(
 
 
 def trained_refiner(checkpoint: ResolvedCheckpoint) -> Refiner:
-    """Return how the network can run; an index whose default is to run none says nothing about it."""
+    """Return how the network can run; an index whose default runs no transformer says nothing about it."""
     entry = checkpoint.index.stage_two
-    if entry.refiner != "none":
+    if entry.refiner not in {"light", "none"}:
         return entry.refiner
     config = read_json(checkpoint.folder_of("stage_two") / entry.transformer_subfolder / "config.json")
     return "concat" if config.get("reference_channels") else "training-free"

@@ -385,8 +385,8 @@ def load_stage_two_transformer(
         CheckpointError: missing or damaged files, another class, a network that cannot be run as `refiner`.
     """
     refiner = refiner or resolved.index.stage_two.refiner
-    if refiner == "none":
-        msg = f"refiner none of {resolved.index.name} uses no transformer; do not load one"
+    if refiner in {"light", "none"}:
+        msg = f"refiner {refiner} of {resolved.index.name} uses no transformer; do not load one"
         raise CheckpointError(msg)
     folder = resolved.folder_of("stage_two") / resolved.index.stage_two.transformer_subfolder
     name = _class_name_in(folder)

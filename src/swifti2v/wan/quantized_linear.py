@@ -149,7 +149,9 @@ class Nf4Linear(QuantizedLinear):
         """Return a weight of any shape in NF4: pairs of codes ``[ceil(n / 64) * 32]`` as int8, scales as bfloat16."""
         flat = weight.flatten()
         flat = nn.functional.pad(flat, (0, -len(flat) % NF4_BLOCK))
-        parts = torch.split(flat.view(-1, NF4_BLOCK), BLOCKS_AT_ONCE)
+        blocks = flat.view(-1, NF4_BLOCK)
+        # Small parts keep temporaries in the cache; on the meta device there are none.
+        parts = [blocks] if weight.is_meta else torch.split(blocks, BLOCKS_AT_ONCE)
         codes, scales = zip(*map(_nf4_codes, parts), strict=True)
         return torch.cat(codes), torch.cat(scales)
 

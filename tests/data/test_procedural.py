@@ -5,9 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from swifti2v.errors import InvalidInputError
-from swifti2v.geometry import Size
-from swifti2v.mini.procedural import (
+from swifti2v.data.procedural import (
     CAMERA_MOTIONS,
     PHRASES,
     SCENE_MOTIONS,
@@ -17,6 +15,8 @@ from swifti2v.mini.procedural import (
     render,
     sample_motions,
 )
+from swifti2v.errors import InvalidInputError
+from swifti2v.geometry import Size
 
 SIZE = Size(64, 36)
 

@@ -40,7 +40,7 @@ def pipeline_and_image() -> tuple[TwoStagePipeline, PIL.Image.Image]:
 @pytest.mark.slow
 @pytest.mark.parametrize("way", ["float8", "int8", "nf4"])
 def test_eight_and_four_bits_change_the_video_of_mini_a_little(way: str) -> None:
-    """Stage II, the only one with large weights, in dB when this was written: float8 82.6, int8 86.6, four bits 80.2."""
+    """Of Stage II; in dB when this was written: float8 82.6, int8 86.6, four bits 80.2."""
     pipeline, image = pipeline_and_image()
 
     def frames() -> torch.Tensor:

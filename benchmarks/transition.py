@@ -1,6 +1,6 @@
 """Do synthetic references look like what Stage I really makes? Spectra of motion references, and pictures.
 
-Command: ``python -m benchmarks.transition --model mini --clips DIR --frames 33 [--pictures DIR]``.
+Command: ``python -m benchmarks.transition --model wan2.2 --clips DIR --frames 33 [--pictures DIR]``.
 Clips: the held-back ones of ``DIR/INDEX.csv``, cropped at the center. For each clip, at Stage I's size:
 
 - reduced: the clip itself, what a Stage II without stage-transition is trained on;

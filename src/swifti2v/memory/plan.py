@@ -180,7 +180,7 @@ def _plan_stored(costs: RunCosts, rates: DeviceRates, budget_bytes: int | None, 
         raise _refusal(costs, rates, budget_bytes, host_bytes, fits_host, fits_device)
     resident = costs.resident_ways(rates)
     if all(map(fits_device, resident)):
-        ways = min(ways, resident, key=lambda group: sum(way.seconds for way in group))
+        ways = min(resident, ways, key=lambda group: sum(way.seconds for way in group))
     of_stages = {"stage_one": ("text encoding", "stage one"), "stage_two": ("reference encode", "stage two", "decode")}
     tasks = tuple(costs.tasks[name] for stage in costs.networks.planned for name in of_stages[stage])
     plan = MemoryPlan(

@@ -22,7 +22,7 @@ from swifti2v.data.sources import read_index
 from swifti2v.errors import ConfigurationError
 from swifti2v.mini.network import MotionNetwork
 from swifti2v.mini.reference_pairs import PairOptions, ReferencePair, clip_pairs, read_clip
-from swifti2v.mini.stage_one import PathStageOne
+from swifti2v.mini.stage_one import PathStageOne, write_settings
 from swifti2v.mini.text import make_text_encoder, train_tokenizer
 from swifti2v.mini.train_stage_one import StageOneObjective, StageOneRecipe
 from swifti2v.mini.train_stage_two import (
@@ -169,8 +169,9 @@ def train_stage_one(
     )
 
     def save(_step: int) -> None:
-        stage = PathStageOne(network, text_encoder, tokenizer, max_sequence_length=run.model.max_sequence_length)
-        stage.save_pretrained(folder, dtype=torch.float32)
+        network.save_pretrained(folder / "network")
+        text_encoder.save_pretrained(folder / "text_encoder")
+        write_settings(folder, max_sequence_length=run.model.max_sequence_length)
 
     TrainingLoop(objective, folder, run.loop).run(on_step=on_step, on_checkpoint=save)
 

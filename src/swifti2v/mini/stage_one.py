@@ -39,6 +39,12 @@ if TYPE_CHECKING:
 _SETTINGS = "settings.json"
 
 
+def write_settings(folder: Path, *, max_sequence_length: int) -> None:
+    """Write what of a Stage I stands beside its networks."""
+    settings = {"max_sequence_length": max_sequence_length}
+    (folder / _SETTINGS).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+
+
 @dataclass(frozen=True)
 class PlannedMotion:
     """What a clip will do, known before its first frame.
@@ -97,8 +103,7 @@ class PathStageOne:
         self.network.to(dtype).save_pretrained(folder / "network")
         self.text_encoder.to(dtype).save_pretrained(folder / "text_encoder")
         self.tokenizer.save_pretrained(folder / "tokenizer")
-        settings = {"max_sequence_length": self.max_sequence_length}
-        (folder / _SETTINGS).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+        write_settings(folder, max_sequence_length=self.max_sequence_length)
         self.network.float()
         self.text_encoder.float()
 

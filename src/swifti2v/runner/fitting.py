@@ -96,7 +96,7 @@ def plan_for(parts: Parts, settings: GenerationSettings, limits: MemoryLimits) -
     # Where there is a text encoder, it is stored whenever the transformers are, and it is never quantized.
     stored = transformer if parts.pipeline is None else parts.pipeline.text_encoder
     storages = storages_of(transformer.dtype)
-    held = stored_narrow(stored)
+    held = stored_narrow(stored) if quantization_of(stored) == "none" else None
     return plan_memory(
         networks_of(parts),
         replace(settings, keep_context=parts.stage_two.keeps_context(settings)),

@@ -51,9 +51,8 @@ from swifti2v.evaluation.metrics import high_frequency_ratio, psnr
 from swifti2v.evaluation.motion import consecutive_pairs
 from swifti2v.evaluation.seams import frame_change, seam_ratio
 from swifti2v.geometry import Size
-from swifti2v.mini.motion_codec import MotionCodec
 from swifti2v.mini.recipes import StageTwoRun, train_stage_two
-from swifti2v.mini.reference_pairs import through_codec
+from swifti2v.mini.reference_pairs import damaged
 from swifti2v.pixels import from_uint8
 from swifti2v.reference.replace import replace_first_frame
 from swifti2v.reference.resample import reduce_frames
@@ -95,7 +94,7 @@ class Network:
 
 BIDIRECTIONAL = Network("bidirectional")
 FROZEN = Network("frozen", model={"context_attention": "frozen"})
-WITH_ARTIFACTS = Network("artifacts", pairs={"coded_share": 1.0})
+WITH_ARTIFACTS = Network("artifacts", pairs={"damaged_share": 1.0})
 CLEAN_CONTEXT = Network("clean_context", model={"context_noise": 0.0})
 OWN = {"own_context_share": 0.5, "own_context_segments": 2}
 OWN_CONTEXT = Network("own_context", model=OWN)
@@ -138,9 +137,9 @@ def trained(network: Network, seed: int, *, clips: Path, runs: Path) -> Path:
     model, pairs = replace(recipe.model, seed=seed, **network.model), replace(recipe.pairs, **network.pairs)
     recipe = replace(recipe, model=model, pairs=pairs)
     if not (output / "finished").exists():
-        _copy_codecs(output)
+        _copy_codec(output)
         # What is learned from does not change with the seed, and takes longer to make than to link.
-        shared = runs / f"pairs_{pairs.coded_share:g}.pt"
+        shared = runs / f"pairs_{pairs.damaged_share:g}.pt"
         own = output / "stage_two" / "pairs.pt"
         if shared.exists() and not own.exists():
             os.link(shared, own)
@@ -170,9 +169,9 @@ def to_and_fro(frames: Array) -> Array:
     return np.concatenate([frames, frames[-2::-1]])
 
 
-def with_artifacts(clip: KnownClip, codec: MotionCodec) -> KnownClip:
-    """Return the clip with a reference whose motion has passed through Stage I's codec."""
-    motion = through_codec(clip.motion, codec)
+def with_artifacts(clip: KnownClip) -> KnownClip:
+    """Return the clip with a motion reference that JPEG has damaged."""
+    motion = damaged(clip.motion)
     image = from_uint8(clip.truth[:1])[0, :, 0]
     return replace(clip, motion=motion, reference=list(replace_first_frame([torch.from_numpy(motion)], image)))
 
@@ -259,15 +258,13 @@ def seeds_table(found: Mapping[str, Mapping[str, Sequence[float]]]) -> str:
     return markdown_table(("context, mean and range over seeds", *SEED_COLUMNS.values()), rows)
 
 
-def judge_artifacts(
-    parts_of: Mapping[tuple[str, int], Parts], clips: Path, codec: MotionCodec
-) -> dict[str, dict[str, list[float]]]:
+def judge_artifacts(parts_of: Mapping[tuple[str, int], Parts], clips: Path) -> dict[str, dict[str, list[float]]]:
     """Return ``{fed with: {network: PSNR for each seed}}``, means over the clips."""
     decibels: dict[tuple[str, str, int], list[float]] = {}
     settings = settings_for(next(iter(parts_of.values())), SHORT_FRAMES)
     for name, truth in small_clips(clips, SHORT_FRAMES):
         clean = known_clip(truth, settings)
-        for fed, clip in (("clean", clean), ("with artifacts", with_artifacts(clean, codec))):
+        for fed, clip in (("clean", clean), ("with artifacts", with_artifacts(clean))):
             for (network, seed), parts in parts_of.items():
                 made, _ = made_frames(Baseline(network, network, "stage_two"), clip, parts, settings, None)
                 error = mean(psnr(frame, true) for frame, true in zip(made[1:], truth[1:], strict=True))
@@ -350,11 +347,10 @@ def main() -> None:
         for each in (BIDIRECTIONAL, FROZEN, WITH_ARTIFACTS)
         for seed in range(arguments.seeds)
     }
-    codec = MotionCodec.from_pretrained(_codec_folder("stage_one"))
     with torch.no_grad():
         short = judge_short(first, arguments.clips)
         seeds = judge_seeds(_without(every, WITH_ARTIFACTS), arguments.clips)
-        artifacts = judge_artifacts(_without(every, FROZEN), arguments.clips, codec)
+        artifacts = judge_artifacts(_without(every, FROZEN), arguments.clips)
     sections = [table(short, SHORT), seeds_table(seeds), artifacts_table(artifacts)]
     sections += [f"{length} frames:\n\n{long_table(results)}" for length, results in long.items()]
     print("\n\n".join(sections))
@@ -374,15 +370,10 @@ def _mean_and_range(values: Sequence[float], digits: int = 3) -> str:
     return f"{np.mean(values):.{digits}f} ({min(values):.{digits}f} .. {max(values):.{digits}f})"
 
 
-def _codec_folder(stage: str) -> Path:
-    part: Any = stage
-    return Path(resolve("mini", parts=(part,)).folder_of(part)) / "vae"
-
-
-def _copy_codecs(output: Path) -> None:
-    """Let a run use the codecs of `mini`, so that its network can take the place of the one there."""
-    for stage in ("stage_one", "stage_two"):
-        shutil.copytree(_codec_folder(stage), output / stage / "vae", dirs_exist_ok=True)
+def _copy_codec(output: Path) -> None:
+    """Let a run use the codec of `mini`, so that its network can take the place of the one there."""
+    codec = Path(resolve("mini", parts=("stage_two",)).folder_of("stage_two")) / "vae"
+    shutil.copytree(codec, output / "stage_two" / "vae", dirs_exist_ok=True)
 
 
 if __name__ == "__main__":

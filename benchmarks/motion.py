@@ -3,7 +3,7 @@
 Command: ``python -m benchmarks.motion --model mini --image PHOTO --size 1280x704 --frames 81 [--pictures DIR]``.
 
 Motion: for each procedural prompt Stage I alone is run, and the optical flow (DIS) between neighboring frames of the
-motion reference is compared with the motion that the prompt's words stand for (`swifti2v.mini.procedural`, default
+motion reference is compared with the motion that the prompt's words stand for (`swifti2v.data.procedural`, default
 speed). A field is the motion of the content between neighboring frames, [F-1, H, W, 2] float32 in pixels, x to the
 right and y down, given at the later frame's pixels. Ratio: of the mean lengths of the vectors. Agreement: cosine
 between both fields over all pixels and frames. Judder, first step and steps backward as `swifti2v evaluate` has them.
@@ -28,11 +28,11 @@ import torch
 
 from benchmarks import pictures
 from benchmarks.results import add_result_arguments, markdown_table, number, say, settings_of, write_results
+from swifti2v.data.procedural import PHRASES, Motion, MotionName, displacement, find_horizon
 from swifti2v.evaluation.motion import consecutive_pairs
 from swifti2v.evaluation.sources import FrameSource
 from swifti2v.evaluation.video import Standard, judge_video
 from swifti2v.geometry import Size
-from swifti2v.mini.procedural import PHRASES, Motion, MotionName, displacement, find_horizon
 from swifti2v.runner.two_stage import TwoStagePipeline
 
 if TYPE_CHECKING:

@@ -18,7 +18,6 @@ import argparse
 import hashlib
 import json
 import runpy
-import shutil
 import sys
 import tempfile
 from contextlib import redirect_stdout
@@ -52,14 +51,13 @@ def training_losses(folder: Path, checkpoint: str | None = None) -> dict[str, di
     start = checkpoint or str(Path(swifti2v.__file__).parent / "presets" / "mini")
     videos = folder / "videos"
     _write_videos(videos)
-    shutil.copytree(Path(start) / "stage_one" / "vae", folder / "mini" / "stage_one" / "vae")
     mini = {
         "loop": LOOP,
         "model": {
             "num_channels": 48, "width": 128, "num_layers": 1, "ffn_width": 64, "local_detail_width": 32,
             "batch_size": 2, "crops": [[8, 8]], "own_context_share": 0.5, "own_context_segments": 2, "segment_size": 2,
         },
-        "pairs": {"num_frames": 17, "procedural_per_photograph": 0, "coded_share": 0.0},
+        "pairs": {"num_frames": 17, "procedural_per_photograph": 0},
     }  # fmt: skip
     _train(folder, "stage-two", mini, "--data", videos / "index.csv", "--output", folder / "mini")
     encoding = {"unchanged": True, "modes": ["transport"], "transition": None}

@@ -1,6 +1,6 @@
 """Do synthetic references look like what Stage I really makes? Spectra of motion references, and pictures.
 
-Command: ``python -m benchmarks.transition --model mini --clips DIR --frames 33 [--pictures DIR]``.
+Command: ``python -m benchmarks.transition --model wan2.2 --clips DIR --frames 33 [--pictures DIR]``.
 Clips: the held-back ones of ``DIR/INDEX.csv``, cropped at the center. For each clip, at Stage I's size:
 
 - reduced: the clip itself, what a Stage II without stage-transition is trained on;
@@ -169,7 +169,7 @@ def plot(kinds: Mapping[str, Kind]) -> Array:
 def main() -> None:
     """Read the command line, measure, print, write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="mini", help="name or folder of a checkpoint")
+    parser.add_argument("--model", required=True, help="name or folder of a checkpoint with a Stage I of Wan")
     parser.add_argument("--clips", type=Path, required=True, help="folder with INDEX.csv")
     parser.add_argument("--size", default="1280x704", help="of the output; the motion reference follows from it")
     parser.add_argument("--frames", type=int, default=33, help="4k+1")

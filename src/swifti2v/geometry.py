@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import re
+import reprlib
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -32,6 +33,21 @@ class Size(NamedTuple):
             msg = f"size {text!r} is not of the form WIDTHxHEIGHT; write for instance 1280x704"
             raise InvalidInputError(msg, param="size", value=text)
         return cls(int(match[1]), int(match[2]))
+
+    @classmethod
+    def of(cls, value: object) -> Size:
+        """Return a size given as `Size`, ``(width, height)`` or ``"WIDTHxHEIGHT"``.
+
+        Raises:
+            InvalidInputError: `value` is none of these.
+        """
+        match value:
+            case str():
+                return cls.parse(value)
+            case [int() as width, int() as height] if not isinstance(width, bool) and not isinstance(height, bool):
+                return cls(width, height)
+        msg = f"size is {reprlib.repr(value)}; give width and height, for instance 1280x704 or (1280, 704)"
+        raise InvalidInputError(msg, param="size", value=value)
 
 
 class LatentShape(NamedTuple):

@@ -20,7 +20,7 @@ from swifti2v.errors import InvalidInputError
 from swifti2v.geometry import CodecGeometry, Size
 from swifti2v.segments import PositionMode  # noqa: TC001 - annotations that pydantic reads while it runs
 
-Refiner = Literal["concat", "training-free", "none"]
+Refiner = Literal["concat", "training-free", "light", "none"]
 ReferenceMode = Literal["replace", "transport"]
 SolverName = Literal["euler", "renoise"]
 Quantization = Literal["none", "float8", "int8"]
@@ -58,14 +58,7 @@ class Option:
 
 
 def _size(value: object) -> Size:
-    match value:
-        case str():
-            size = Size.parse(value)
-        case [int() as width, int() as height] if not isinstance(width, bool) and not isinstance(height, bool):
-            size = Size(width, height)
-        case _:
-            msg = f"size is {reprlib.repr(value)}; give width and height, for instance 1280x704 or (1280, 704)"
-            raise InvalidInputError(msg)
+    size = Size.of(value)
     CodecGeometry().check_size(size)
     if max(size) > MAX_SIDE:
         msg = f"size is {size}; a side has at most {MAX_SIDE} pixels"
@@ -106,7 +99,8 @@ class GenerationSettings:
         Refiner,
         Field(
             description="How Stage II works: a network trained with the reference as channels (concat, the paper's), a "
-            "public image-to-video network started from the noised reference (training-free), or not at all (none)."
+            "public image-to-video network started from the noised reference (training-free), a small trained network "
+            "in pixel space (light), or not at all (none)."
         ),
         Option("--refiner", "Stage II", "stage two"),
     ] = "concat"
@@ -224,6 +218,11 @@ class GenerationSettings:
         for name in _ADAPTERS:
             object.__setattr__(self, name, _checked(name, getattr(self, name)))
 
+    @property
+    def denoises_segments(self) -> bool:
+        """Whether Stage II runs its transformer and codec; `light` and `none` need neither."""
+        return self.refiner in {"concat", "training-free"}
+
     def settled(self, choices: Mapping[str, Any] | None = None) -> GenerationSettings:
         """Return these settings with every choice that is not None put in its place.
 
@@ -243,7 +242,7 @@ class GenerationSettings:
 
     def notes(self, choices: Mapping[str, Any]) -> tuple[str, ...]:
         """Say which of the choices that were settled have no effect beside the others."""
-        refines_with_guidance = self.refiner != "none" and self.guidance_scale > 1
+        refines_with_guidance = self.denoises_segments and self.guidance_scale > 1
         if not choices.get("negative_prompt") or refines_with_guidance or self.stage_one_guidance_scale > 1:
             return ()
         fix = f"{_STAGE_ONE_GUIDANCE}, or guidance_scale (--guidance)"
@@ -261,6 +260,8 @@ class GenerationSettings:
 
     def stage_two_identity(self) -> dict[str, str]:
         """Return what decides the finished segments, beyond `stage_one_identity`."""
+        if self.refiner == "light":  # no noise, no prompt, no window
+            return {name: str(getattr(self, name)) for name in ("refiner", "segment_size", "flow_scale")}
         identity = self._deciding("stage two", "both")
         identity["negative_prompt"] = self.negative_prompt if self.guidance_scale > 1 else ""
         if self.reference == "replace":

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import PIL.Image
 import torch
@@ -50,6 +50,41 @@ class PromptEmbeds:
     def tensors(self) -> dict[str, Tensor]:
         """Return what there is of them, by name."""
         return {"prompt": self.prompt} | ({} if self.negative is None else {"negative": self.negative})
+
+
+class MotionStage(Protocol):
+    """What every Stage I offers: `StageOne`, and `swifti2v.mini.stage_one.PathStageOne`; see there."""
+
+    geometry: CodecGeometry
+    max_sequence_length: int
+
+    def plan(self, num_frames: int) -> tuple[range, ...]:
+        """Return the windows of a clip; raise `InvalidInputError` unless it has 4k+1 frames."""
+
+    def check_settings(self, settings: GenerationSettings) -> None:
+        """Raise `InvalidInputError` for settings that this stage does not have."""
+
+    def encode_prompt(self, prompt: str, negative_prompt: str | None = None) -> PromptEmbeds:
+        """Encode a prompt, and a negative one if given."""
+
+    def generate(
+        self,
+        image: PIL.Image.Image,
+        prompt: str | PromptEmbeds,
+        settings: GenerationSettings,
+        *,
+        size: Size,
+        on_step: OnStageOneStep | None = None,
+    ) -> Iterator[Tensor]:
+        """Make the motion reference, uint8 [n,h,w,3] a piece."""
+
+    def notes_of(self, prompt: str, negative_prompt: str | None = None) -> tuple[str, ...]:
+        """Say what of the texts will have no effect."""
+
+    def motion_notes(
+        self, image: PIL.Image.Image, prompt: str, settings: GenerationSettings, *, size: Size
+    ) -> tuple[str, ...]:
+        """Say of the motion itself what is known before the first frame."""
 
 
 class StageOne:
@@ -231,6 +266,13 @@ class StageOne:
         """Say what of the texts will have no effect: what is cut at the encoder's limit."""
         named = (("prompt", prompt), ("negative prompt", negative_prompt or ""))
         return tuple(note for name, text in named if (note := self.cut_note(name, text)))
+
+    def motion_notes(
+        self, _image: PIL.Image.Image, _prompt: str, _settings: GenerationSettings, *, size: Size
+    ) -> tuple[str, ...]:
+        """Return nothing: what moves is known when there are frames, and not before."""
+        del size
+        return ()
 
     def cut_note(self, name: str, text: str) -> str | None:
         """Say that a text, called `name`, is longer than the encoder reads; None if it is not."""

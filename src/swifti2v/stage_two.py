@@ -101,7 +101,7 @@ class StageTwo:
         # Asked here, or a long clip would fail after Stage I, deep in its refinement.
         limit = self.transformer.config.rope_max_seq_len
         last = max((segment.positions(settings.positions)[-1] for segment in segments), default=0)
-        if settings.refiner != "none" and last >= limit:
+        if settings.denoises_segments and last >= limit:
             longest = self.geometry.pixel_frames(limit)
             msg = (
                 f"this Stage II has {limit} positions in time, and {settings.num_frames} frames with positions "

@@ -6,6 +6,7 @@ work-dir/
   prompt_*.safetensors      the prompt as the networks read it; the name tells the texts apart
   motion_reference/         uint8 frames, a piece for each chunk of Stage I (`media/frame_store.py`)
   segments/segment_0000.safetensors   targets of a segment, float32
+  segments/segment_0000_frames.safetensors   of `light`: its frames, uint8, and the network's hidden state
 ```
 Every file is written beside its name and renamed, so that a run that is killed leaves whole files only.
 """
@@ -24,6 +25,7 @@ import torch
 from safetensors import SafetensorError
 
 from swifti2v.errors import OutputError, WorkDirectoryError
+from swifti2v.light.refine import FinishedSegment
 from swifti2v.media.atomic_files import write_atomically
 from swifti2v.media.directory_lock import directory_lock
 from swifti2v.media.frame_store import FrameStore
@@ -48,8 +50,9 @@ class WorkDirectory:
         OutputError: the directory cannot be made or written.
     """
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, *, is_temporary: bool = False) -> None:
         self.directory = directory
+        self.is_temporary = is_temporary
         try:
             (directory / "segments").mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -72,7 +75,7 @@ class WorkDirectory:
             msg = f"no temporary directory can be made ({error.strerror}); give a writable --work-dir"
             raise OutputError(msg) from error
         with temporary:
-            yield cls(Path(temporary.name))
+            yield cls(Path(temporary.name), is_temporary=True)
 
     def claim_motion(self, identity: Mapping[str, Any]) -> None:
         """Record what decides the motion reference, or check that it is what was recorded.
@@ -141,6 +144,28 @@ class WorkDirectory:
             msg = f"{path} is damaged; remove it and run again, and this segment is made anew"
             raise WorkDirectoryError(msg) from error
 
+    def keep_frames_of_segment(self, segment: FinishedSegment) -> None:
+        """Keep a segment that `light` has finished; a temporary directory keeps none, as nobody can go on from it."""
+        if not self.is_temporary:
+            tensors = {"frames": segment.frames.contiguous(), "hidden": segment.hidden.contiguous()}
+            write_atomically(self._frames_path(segment.index), safetensors.torch.save(tensors))
+
+    def frames_of_segment(self, index: int) -> FinishedSegment | None:
+        """Return a segment of `light` that is kept, or None if it was not finished.
+
+        Raises:
+            WorkDirectoryError: the file is damaged.
+        """
+        path = self._frames_path(index)
+        if not path.exists():
+            return None
+        try:
+            kept = safetensors.torch.load_file(path)
+            return FinishedSegment(index, kept["frames"], kept["hidden"])
+        except (SafetensorError, KeyError, OSError) as error:
+            msg = f"{path} is damaged; remove it and those after it and run again, and they are made anew"
+            raise WorkDirectoryError(msg) from error
+
     def has_stage_one(self, texts: Sequence[str | None]) -> bool:
         """Whether a Stage II that has no text encoder can go on from here with these texts."""
         return self.motion.is_complete and self._prompt_path(texts).exists()
@@ -178,6 +203,9 @@ class WorkDirectory:
     def _prompt_path(self, texts: Sequence[str | None]) -> Path:
         digest = hashlib.sha256(json.dumps(list(texts)).encode()).hexdigest()
         return self.directory / f"prompt_{digest[:16]}.safetensors"
+
+    def _frames_path(self, index: int) -> Path:
+        return self.directory / "segments" / f"segment_{index:04d}_frames.safetensors"
 
     def _segment_path(self, segment: Segment) -> Path:
         return self.directory / "segments" / f"segment_{segment.index:04d}.safetensors"

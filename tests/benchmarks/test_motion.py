@@ -21,10 +21,10 @@ from benchmarks.motion import (
     summarize,
     videos_table,
 )
+from swifti2v.data.procedural import Motion, displacement, render
 from swifti2v.evaluation.motion import consecutive_pairs
 from swifti2v.evaluation.seams import frame_change, seam_ratio
 from swifti2v.geometry import Size
-from swifti2v.mini.procedural import Motion, displacement, render
 
 SIZE = Size(192, 112)
 NUM_FRAMES = 5

@@ -15,7 +15,7 @@ import torch
 from swifti2v.geometry import Size
 from swifti2v.memory.limits import MemoryLimits
 from swifti2v.memory.placement import PlacedNetworks
-from swifti2v.runner.acceleration import Acceleration, compile_blocks, transformers_of
+from swifti2v.runner.acceleration import Acceleration, compile_blocks
 from swifti2v.runner.fitting import place, plan_for
 from swifti2v.runner.loading import load_parts
 from swifti2v.runner.two_stage import TwoStagePipeline
@@ -86,7 +86,7 @@ def test_placed_networks_make_the_frames_of_resident_ones(
         frames = frames_of(replace(placed, memory=None, overlap="none"))
         networks.release()
         assert decibels(frames, expected) > 45
-    assert {next(network.parameters()).device.type for network in transformers_of(parts)} == {"cpu"}
+    assert {next(network.parameters()).device.type for network in parts.transformers} == {"cpu"}
 
 
 def test_parked_features_come_back_whole(device: torch.device, tiny_checkpoint: Path) -> None:
@@ -129,7 +129,7 @@ def test_compiled_blocks_make_the_same_video_in_the_thread_of_stage_two(
     parts = load_parts(tiny_checkpoint, device=device)
     expected = frames_of(parts)
     torch._dynamo.reset()
-    compile_blocks(transformers_of(parts))
+    compile_blocks(parts.transformers)
     assert decibels(frames_of(parts), expected) > 30
 
 
@@ -142,7 +142,7 @@ def test_products_in_eight_bits(device: torch.device, quantization: Quantization
     torch._dynamo.reset()
     acceleration = Acceleration("native", quantization=quantization, compile_blocks=compiled)
     parts = load_parts("mini", device=device, acceleration=acceleration)
-    assert {quantization_of(network) for network in transformers_of(parts)} == {quantization}
+    assert {quantization_of(network) for network in parts.transformers} == {quantization}
     expected = frames_of(load_parts("mini", device=device))
     assert decibels(frames_of(parts), expected) > 30
 
@@ -155,7 +155,7 @@ def test_weights_in_four_bits_are_placed_as_others_are(
     here = load_parts(tiny_checkpoint, device="cpu", memory=no_room)
     parts = load_parts(tiny_checkpoint, device=device, dtype=exact, memory=no_room)
     for each in (here, parts):
-        assert {stored_narrow(network) for network in transformers_of(each)} == {"nf4"}
+        assert {stored_narrow(network) for network in each.transformers} == {"nf4"}
     settings = parts.defaults.settled(OPTIONS)
     plan = plan_for(parts, settings, MemoryLimits())
     assert plan.storage == "nf4"

@@ -16,7 +16,6 @@ from swifti2v.jobs.pictures import Spritesheet, _shrunk, save_thumbnail
 from swifti2v.jobs.runner import PipelineRunner, ProgressGauge
 from swifti2v.jobs.worker import Outcome, Task, Worker, WorkerOptions
 from swifti2v.media.video_reader import VideoReader
-from swifti2v.runner.acceleration import transformers_of
 from swifti2v.runner.two_stage import TwoStagePipeline
 from swifti2v.runs import Progress
 from tests.jobs.conftest import QUICK, Reporting, files_of, submit_real
@@ -131,7 +130,7 @@ def test_one_pipeline_is_held_at_a_time(tiny_checkpoint: Path, picture: PIL.Imag
         assert all(network() is None for network in held)
         names.append(name)
         loaded = TwoStagePipeline.from_pretrained(tiny_checkpoint, device="cpu")
-        held.extend(weakref.ref(network) for network in transformers_of(loaded.parts))
+        held.extend(weakref.ref(network) for network in loaded.parts.transformers)
         return loaded
 
     runner = PipelineRunner(load)

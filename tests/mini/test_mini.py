@@ -13,7 +13,7 @@ import torch
 from swifti2v.errors import ConfigurationError
 from swifti2v.geometry import Size
 from swifti2v.media.video_writer import VideoWriter
-from swifti2v.mini.motion_transformer import MotionTransformer
+from swifti2v.mini.network import MotionNetwork
 from swifti2v.mini.recipes import (
     SourceOptions,
     StageOneRun,
@@ -23,7 +23,7 @@ from swifti2v.mini.recipes import (
     train_stage_two,
 )
 from swifti2v.mini.reference_pairs import PairOptions
-from swifti2v.mini.train_stage_one import ClipShape, StageOneRecipe
+from swifti2v.mini.train_stage_one import Phase, StageOneRecipe
 from swifti2v.mini.train_stage_two import StageTwoRecipe
 from swifti2v.runner.loading import settings_of
 from swifti2v.runner.two_stage import TwoStagePipeline
@@ -37,7 +37,17 @@ LOOP = LoopOptions(num_steps=2, warmup_steps=1, checkpoint_every=2, log_every=1,
 SOURCES = SourceOptions(photograph_width=480)
 STAGE_ONE = StageOneRun(
     LOOP,
-    StageOneRecipe(width=128, num_layers=1, ffn_width=64, num_steps=2, shapes=(ClipShape(3, 48, 32, 2, 1.0),)),
+    StageOneRecipe(
+        width=32,
+        num_layers=1,
+        num_heads=2,
+        text_width=16,
+        text_layers=1,
+        vocabulary_size=300,
+        phases=(Phase(0.0, 4, 6),),
+        num_views=2,
+        num_steps=2,
+    ),
     SOURCES,
 )
 STAGE_TWO = StageTwoRun(
@@ -92,9 +102,26 @@ def test_what_was_trained_generates(checkpoint: Path) -> None:
     assert error < 100
 
 
-def test_guidance_of_what_was_trained_leads_away_from_no_words(checkpoint: Path) -> None:
+def test_what_was_trained_has_no_guidance_either_way(checkpoint: Path) -> None:
     settings = settings_of(checkpoint, few_step=False)
-    assert (settings.negative_prompt, settings.stage_one_guidance_scale) == ("", 3.5)
+    assert (settings.negative_prompt, settings.stage_one_guidance_scale, settings.stage_one_steps) == ("", 1.0, 4)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "said"),
+    [
+        ("panda eats bamboo", "knows no motion"),
+        ("flowers bloom", "knows no motion"),
+        ("the movie star smiles", "knows no motion"),
+        ("\u6444\u50cf\u673a\u5411\u5de6", "another script"),
+        ("the camera zooms in, blurry", None),
+        ("The camera pans slowly to the right.", None),
+    ],
+)
+def test_prompts_that_name_no_motion_are_said(prompt: str, said: str | None) -> None:
+    pipe = TwoStagePipeline.describe("mini")
+    notes = pipe.parts.stage_one.notes_of(prompt)
+    assert any(said in note for note in notes) if said else not any("knows no" in note for note in notes)
 
 
 def test_training_goes_on_from_a_checkpoint(checkpoint: Path, index: Path, tmp_path: Path) -> None:
@@ -108,9 +135,9 @@ def test_training_goes_on_from_a_checkpoint(checkpoint: Path, index: Path, tmp_p
         output=tmp_path,
         initial=str(checkpoint),
     )
-    for part, network in (("stage_one", MotionTransformer), ("stage_two", StageTwoTransformer)):
+    for part, network in (("stage_one/network", MotionNetwork), ("stage_two/transformer", StageTwoTransformer)):
         start, trained = (
-            network.from_pretrained(folder / part / "transformer", torch_dtype=torch.float32).state_dict()
+            network.from_pretrained(folder / part, torch_dtype=torch.float32).state_dict()
             for folder in (checkpoint, tmp_path)
         )
         assert all(torch.equal(trained[name], weight) for name, weight in start.items())

@@ -19,7 +19,6 @@ from swifti2v.runner.acceleration import (
     check_shared,
     compile_blocks,
     share_sequence,
-    transformers_of,
 )
 from swifti2v.runner.ahead import made_ahead
 from swifti2v.runner.loading import load_parts
@@ -43,7 +42,7 @@ def test_settings_that_cannot_be() -> None:
 def test_parts_are_set_up_as_asked(tiny_checkpoint: Path) -> None:
     parts = load_parts(tiny_checkpoint, device="cpu")
     assert (parts.overlap, accelerated(parts, Acceleration(overlap=False)).overlap) == ("decode", "none")
-    assert len(transformers_of(parts)) == 3
+    assert len(parts.transformers) == 3
     with pytest.raises(InvalidInputError, match="2 processes are to share the work and 1 are there; start them with"):
         accelerated(parts, Acceleration(num_processes=2))
 

@@ -18,7 +18,7 @@ from swifti2v.memory.placement import PlacedNetworks
 from swifti2v.memory.plan import CONTEXT_BYTES
 from swifti2v.memory.ways import stored_bytes
 from swifti2v.runner import fitting, loading
-from swifti2v.runner.acceleration import Acceleration, transformers_of
+from swifti2v.runner.acceleration import Acceleration
 from swifti2v.runner.fitting import networks_of, place, plan_for
 from swifti2v.runner.loading import load_parts
 from swifti2v.runner.two_stage import TwoStagePipeline
@@ -178,7 +178,7 @@ def test_weights_are_stored_narrower_where_the_host_has_no_room_and_the_video_st
     room = stored_bytes(described, wider)
     by_run = opened(tiny_checkpoint, MemoryLimits(None, room)).parts
     by_run = replace(by_run, memory=MemoryLimits(budget, room + parked - 1))
-    networks = (*transformers_of(by_loader), by_loader.stage_one.pipeline.text_encoder)
+    networks = (*by_loader.transformers, by_loader.stage_one.pipeline.text_encoder)
     assert [stored_narrow(network) for network in networks] == [stored] * 4
     assert stored_narrow(by_run.stage_two.transformer) == (None if wider == "float32" else wider)
     for parts in (by_loader, by_run):
@@ -349,7 +349,7 @@ def test_a_device_that_is_full_while_networks_are_placed(
     monkeypatch.setattr(fitting.PlacedNetworks, "place", full_once)
     torch.testing.assert_close(frames_of(pipeline).int(), expected.int(), rtol=0, atol=1)
     assert len(calls) > 3
-    for network in (*transformers_of(pipeline.parts), pipeline.parts.stage_one.pipeline.text_encoder):
+    for network in (*pipeline.parts.transformers, pipeline.parts.stage_one.pipeline.text_encoder):
         modules = list(network.modules())
         assert not any(hasattr(module, "_hf_hook") for module in modules)
         assert not any(module._diffusers_hook.hooks for module in modules if hasattr(module, "_diffusers_hook"))

@@ -15,7 +15,6 @@ from swifti2v.errors import MemoryBudgetError, WorkDirectoryError
 from swifti2v.memory.limits import MemoryLimits
 from swifti2v.memory.ways import stored_bytes
 from swifti2v.runner import two_stage
-from swifti2v.runner.acceleration import transformers_of
 from swifti2v.runner.fitting import networks_of
 from swifti2v.runner.loading import load_parts
 from swifti2v.runner.two_stage import TwoStagePipeline
@@ -43,7 +42,7 @@ def loads(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, ...]]:
         assert not [network for network in alive if network() is not None]
         parts = load_parts(*arguments, **options)
         stages.append(parts.stages)
-        alive.extend(map(weakref.ref, transformers_of(parts)))
+        alive.extend(map(weakref.ref, parts.transformers))
         return parts
 
     monkeypatch.setattr(two_stage, "load_parts", load)
@@ -55,7 +54,7 @@ def room_for_one(checkpoint: Path) -> MemoryLimits:
     parts = load_parts(checkpoint, device="cpu", stages=())
     stages = [load_parts(checkpoint, device="cpu", stages=(stage,)) for stage in PARTS]
     needed = max(stored_bytes(networks_of(each), "float32") for each in stages)
-    assert not transformers_of(parts)
+    assert not parts.transformers
     return MemoryLimits(2**30, needed + 2**10)
 
 

@@ -7,7 +7,6 @@ import json
 import math
 import shutil
 from dataclasses import replace
-from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,19 +16,15 @@ import torch
 
 from swifti2v.errors import CheckpointError, InvalidInputError
 from swifti2v.geometry import Size
-from swifti2v.mini.procedural import MOTION_WORDS, PHRASES
 from swifti2v.runner import loading
 from swifti2v.runner.loading import load_parts, open_device, settings_of
 from swifti2v.runner.two_stage import TwoStagePipeline
 from swifti2v.schedulers import FixedSigmaScheduler
 from swifti2v.wan.checkpoint_files import write_checksums
 from swifti2v.wan.checkpoint_index import WAN_NEGATIVE_PROMPT
-from swifti2v.wan.checkpoints import resolve
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-
-    from swifti2v.runner.parts import Parts
 
 
 @pytest.fixture
@@ -155,22 +150,6 @@ def test_an_option_for_an_expert_that_there_is_not_is_refused_before_work(edited
     parts.stage_one.pipeline.register_to_config(boundary_ratio=None)
     with pytest.raises(InvalidInputError, match="for the second expert, and this checkpoint has one expert"):
         pipe.request(image, stage_one_guidance_scale_2=2.0)
-
-
-def test_prompts_without_a_known_motion_are_said(tiny_checkpoint: Path) -> None:
-    known = resolve("mini").index.stage_one.known_motions
-    assert known == MOTION_WORDS
-    parts = replace(load_parts(tiny_checkpoint, device="cpu"), known_motions=known)
-
-    def notes(prompt: str, parts: Parts = parts) -> tuple[str, ...]:
-        request = TwoStagePipeline(parts).request(PIL.Image.new("RGB", (64, 64)), prompt)
-        return tuple(note for note in request.notes if "motion" in note)
-
-    (note,) = notes("A dragon flies in.")
-    assert note.startswith("the model knows no motion in this prompt; it knows pan, tilt, zoom")
-    for phrase in (*chain.from_iterable(PHRASES.values()), "", "The dragon is ZOOMED out of."):
-        assert notes(phrase) == (), phrase
-    assert notes("A dragon flies in.", replace(parts, known_motions=())) == ()
 
 
 def test_motion_size(edited: Callable[..., Path]) -> None:

@@ -14,7 +14,7 @@ import torch
 from swifti2v.errors import InvalidInputError, WorkDirectoryError
 from swifti2v.memory.limits import MemoryLimits
 from swifti2v.memory.ways import stored_bytes
-from swifti2v.runner.acceleration import Acceleration, transformers_of
+from swifti2v.runner.acceleration import Acceleration
 from swifti2v.runner.fitting import networks_of, plan_for
 from swifti2v.runner.two_stage import TwoStagePipeline
 from swifti2v.wan.taehv import LightDecoder
@@ -66,7 +66,7 @@ def test_only_the_networks_of_the_stage_hold_numbers(
                 total, held = num_parameters(network)
                 assert total > 0
                 assert held == (total if owner == stage else 0)
-        assert len(transformers_of(parts)) == (2 if stage == "stage_one" else 1)
+        assert len(parts.transformers) == (2 if stage == "stage_one" else 1)
         assert (parts.defaults, parts.stage_two.geometry) == (whole.defaults, whole.stage_two.geometry)
         assert (parts.stage_one.geometry, parts.name) == (whole.stage_one.geometry, whole.name)
         assert parts.stage_two.transformer.dtype == whole.stage_two.transformer.dtype

@@ -9,14 +9,15 @@ import PIL.Image
 import pytest
 import torch
 
+from swifti2v.errors import MemoryBudgetError
 from swifti2v.geometry import Size
 from swifti2v.memory.limits import MemoryLimits
 from swifti2v.memory.placement import PlacedNetworks
-from swifti2v.runner.acceleration import Acceleration, transformers_of
+from swifti2v.runner.acceleration import Acceleration
 from swifti2v.runner.fitting import networks_of, place, plan_for
 from swifti2v.runner.loading import load_parts
 from swifti2v.runner.two_stage import TwoStagePipeline
-from swifti2v.wan.quantized_linear import quantization_of, store_weights, stored_narrow, use_quantized_matmul
+from swifti2v.wan.quantized_linear import quantization_of, store_weights, use_quantized_matmul
 
 if TYPE_CHECKING:
     from swifti2v.settings import Quantization
@@ -40,27 +41,21 @@ def pipeline_and_image() -> tuple[TwoStagePipeline, PIL.Image.Image]:
 @pytest.mark.slow
 @pytest.mark.parametrize("way", ["float8", "int8", "nf4"])
 def test_eight_and_four_bits_change_the_video_of_mini_a_little(way: str) -> None:
-    """Stage II alone, whose reference is the same, then both stages, in dB when this was written:
-
-    float8 82.6 and 46.1, int8 86.6 and 51.1, weights in four bits 80.2 and 44.7.
-    """
+    """Of Stage II; in dB when this was written: float8 82.6, int8 86.6, four bits 80.2."""
     pipeline, image = pipeline_and_image()
 
     def frames() -> torch.Tensor:
         return pipeline(image, "the camera pans left", **OPTIONS).frames
 
     exact = frames()
-    for network, least in (
-        (pipeline.parts.stage_two.transformer, 70),
-        (pipeline.parts.stage_one.pipeline.transformer, 40),
-    ):
-        if way == "nf4":
-            store_weights(network, "nf4", compute_dtype=torch.float32)
-        else:
-            use_quantized_matmul([network], "float8" if way == "float8" else "int8", device=CPU)
-        made = frames()
-        assert not torch.equal(made, exact)
-        assert decibels(made, exact) > least
+    network = pipeline.parts.stage_two.transformer
+    if way == "nf4":
+        store_weights(network, "nf4", compute_dtype=torch.float32)
+    else:
+        use_quantized_matmul([network], "float8" if way == "float8" else "int8", device=CPU)
+    made = frames()
+    assert not torch.equal(made, exact)
+    assert decibels(made, exact) > 70
 
 
 @pytest.mark.parametrize("kind", ["float8", "int8"])
@@ -68,21 +63,19 @@ def test_a_plan_counts_a_quantized_matmul_and_stores_nothing_twice(kind: Quantiz
     unlimited = MemoryLimits()
     exact = load_parts("mini", device=CPU, memory=unlimited)
     parts = load_parts("mini", device=CPU, memory=unlimited, acceleration=Acceleration("native", quantization=kind))
-    assert {quantization_of(network) for network in transformers_of(parts)} == {kind}
+    assert {quantization_of(network) for network in parts.transformers} == {kind}
     assert networks_of(exact).quantization == "none"
     assert networks_of(parts).quantization == kind
     settings = parts.defaults.settled(OPTIONS)
     before, plan = (plan_for(each, settings, unlimited) for each in (exact, parts))
     assert plan.storage == before.storage == "float32"
     assert plan.host_bytes < before.host_bytes
+    with pytest.raises(MemoryBudgetError):  # what is quantized is stored no narrower, and there is nothing beside it
+        plan_for(parts, settings, MemoryLimits(None, plan.host_bytes - 1))
     weights = {name: tensor.clone() for name, tensor in parts.stage_two.transformer.state_dict().items()}
-    tight = plan_for(parts, settings, MemoryLimits(None, plan.host_bytes - 1))
-    assert tight.storage == "float8"  # the text encoder's alone
     networks = PlacedNetworks(parts.device)
-    place(parts, tight, networks)
+    place(parts, plan, networks)
     networks.release()
-    assert stored_narrow(parts.stage_one.pipeline.text_encoder) == "float8"
     after = parts.stage_two.transformer.state_dict()
     assert all(after[name].dtype == tensor.dtype for name, tensor in weights.items())
     assert all(torch.equal(after[name].float(), tensor.float()) for name, tensor in weights.items())
-    assert plan_for(parts, settings, unlimited).storage == "float8"

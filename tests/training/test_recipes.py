@@ -15,7 +15,6 @@ from swifti2v.training.refiner.run import DistillationRun, RefinerRun, Transitio
 RECIPES = Path(__file__).parents[2] / "recipes"
 KINDS = {
     "mini/stage_one": StageOneRun,
-    "mini/stage_one_waves": StageOneRun,
     "mini/stage_two": StageTwoRun,
     "mini/context": StageTwoRun,
     "mini/transition": TransitionRun,

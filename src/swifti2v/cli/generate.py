@@ -215,7 +215,7 @@ class _Command:
         first_seconds = 0.0
         make = pipeline.preview if self.stage_one_only else pipeline.stream
         with (
-            _phase_bars(quiet=self.as_json) as on_progress,
+            phase_bars(quiet=self.as_json) as on_progress,
             closing(make(request, work_dir=work_dir, on_progress=on_progress)) as pieces,
         ):
             first = next(pieces)
@@ -272,7 +272,7 @@ def _memory_errors() -> Iterator[None]:
 
 
 @contextmanager
-def _phase_bars(*, quiet: bool) -> Iterator[Any]:
+def phase_bars(*, quiet: bool) -> Iterator[Any]:
     """Yield an `OnProgress` that draws a bar for each phase."""
     with progress_bars(quiet=quiet) as show_bar:
 

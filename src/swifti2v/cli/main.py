@@ -20,6 +20,7 @@ from swifti2v.cli.app import app as web_app
 from swifti2v.cli.evaluate import evaluate
 from swifti2v.cli.generate import generate, preview
 from swifti2v.cli.plan import plan
+from swifti2v.cli.refine import refine
 from swifti2v.errors import GenerationCancelled, SwiftI2VError
 
 EXIT_ERROR = 2
@@ -79,6 +80,7 @@ def options(
 # Commands, in the order in which --help lists them.
 app.command()(generate)
 app.command()(preview)
+app.command()(refine)
 app.command()(plan)
 app.command()(evaluate)
 app.add_typer(vbench.app, name="vbench")

@@ -13,7 +13,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from swifti2v.errors import MemoryBudgetError
+from swifti2v.errors import InvalidInputError, MemoryBudgetError
 from swifti2v.geometry import Size, nearest_size
 from swifti2v.memory.amounts import GIB, format_bytes, parse_bytes
 from swifti2v.memory.devices import DISK_BYTES_PER_SECOND, device_rates
@@ -99,6 +99,9 @@ def plan(  # noqa: PLR0913 - typer makes an option of each parameter
     networks = replace(networks, quantization="int8" if dtype == "int8" else quantization)
     if stage != "both":
         networks = replace(networks, stages=("stage_one",) if stage == "one" else ("stage_two",))
+    if not networks.planned:
+        msg = f"Stage I of {model} takes some megabytes of RAM and no GPU memory; plan --stage two, or both"
+        raise InvalidInputError(msg, param="stage", value=stage)
     asked = _Asked(
         networks,
         planned.settings.settled(choices),

@@ -105,6 +105,30 @@ def stage_two(
 
 
 @app.command()
+def light(
+    recipe: RecipeArgument,
+    *,
+    data: Annotated[Path, typer.Option("--data", help="CSV that lists clips and photographs.")],
+    output: OutputOption,
+    initial: Annotated[Path | None, typer.Option("--init", help="Folder of weights to start from.")] = None,
+) -> None:
+    """Train `light`, the small refiner in pixel space that needs no checkpoint."""
+    from swifti2v.cli.progress import progress_bars
+    from swifti2v.training.light.run import LightRun, train_light
+
+    with progress_bars(quiet=False) as on_bar:
+        weights = train_light(
+            _read_recipe(LightRun, recipe),
+            index=data,
+            output=output,
+            initial=initial,
+            on_item=None if on_bar is None else lambda done, total: on_bar("pairs", done, total),
+            on_step=None if on_bar is None else _shown_on(on_bar),
+        )
+    typer.echo(f"weights: {weights}")
+
+
+@app.command()
 def distill(recipe: RecipeArgument, *, cache: CacheOption, output: OutputOption, initial: InitialOption = None) -> None:
     """Distill Stage II to a few steps without guidance, by trajectory or by distribution matching."""
     from swifti2v.training.refiner.run import DistillationRun, distill_refiner

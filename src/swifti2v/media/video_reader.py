@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from dataclasses import dataclass
 from fractions import Fraction
 from itertools import pairwise
@@ -100,7 +100,7 @@ class VideoReader:
         if chunk:
             yield np.stack(chunk)
 
-    def frames(self) -> Iterator[NDArray[np.uint8]]:
+    def frames(self) -> Generator[NDArray[np.uint8], None, None]:
         """Yield single frames, uint8 RGB [H, W, 3]."""
         reformatter = VideoReformatter()
         pixels = None

@@ -50,6 +50,7 @@ def _read(folder: Path, networks: PipelineNetworks | None = None) -> PlannedMode
             _local(folder, index.stage_one.source),
             stage_two / index.stage_two.transformer_subfolder,
             stage_two / index.stage_two.vae_subfolder,
+            kind=index.stage_one.kind,
             text_tokens=index.stage_one.max_sequence_length,
             reference_reduction=index.stage_one.reference_reduction,
             max_reference_area=index.stage_one.max_area,

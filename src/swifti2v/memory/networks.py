@@ -91,7 +91,8 @@ class PipelineNetworks:
         light_decoder: decodes in place of Stage II's codec; None: the codec decodes.
         quantization: of the transformers, whatever the storage of the other weights.
         compute_dtype: of the work; the codec of Stage I always works in float32.
-        stages: those whose weights are held; a plan is made for these alone.
+        stage_one_kind: "path" is Stage I of `mini`, which takes some megabytes of the host and no part in a plan.
+        stages: those whose weights are held; a plan is made for those of them in `planned`.
     """
 
     text_encoder: Network
@@ -108,7 +109,13 @@ class PipelineNetworks:
     light_decoder: Network | None = None
     quantization: Quantization = "none"
     compute_dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    stage_one_kind: Literal["wan", "path"] = "wan"
     stages: tuple[Stage, ...] = ("stage_one", "stage_two")
+
+    @property
+    def planned(self) -> tuple[Stage, ...]:
+        """The stages that a plan is made for."""
+        return tuple(stage for stage in self.stages if stage == "stage_two" or self.stage_one_kind == "wan")
 
     @property
     def stage_one_geometry(self) -> CodecGeometry:
@@ -146,15 +153,26 @@ class PipelineNetworks:
         return replace(self, light_decoder=Network.of(LIGHT_DECODER, layout))
 
 
+PATH: dict[str, Any] = {
+    "text_encoder": Network(TEXT_ENCODER, "{}"),
+    "stage_one": Network(EXPERT, "{}"),
+    "stage_one_codec": Network(WAN_CODEC, "{}"),
+    "num_experts": 0,
+    "stage_one_kind": "path",
+}
+"""Fields of `PipelineNetworks` for Stage I of `mini`: only the geometry of its networks is asked, and that is Wan's."""
+
+
 def read_networks(
-    stage_one: Path, stage_two_transformer: Path, stage_two_codec: Path, **others: Any
+    stage_one: Path, stage_two_transformer: Path, stage_two_codec: Path, *, kind: str = "wan", **others: Any
 ) -> PipelineNetworks:
     """Read the configurations in the folders of a checkpoint; no weights are opened.
 
     Args:
-        stage_one: folder of a `WanImageToVideoPipeline` as diffusers saves it.
+        stage_one: folder of a `WanImageToVideoPipeline` as diffusers saves it; not looked into for another `kind`.
         stage_two_transformer: folder of the transformer.
         stage_two_codec: folder of the codec.
+        kind: of Stage I, see `StageOneEntry`.
         others: further fields of `PipelineNetworks`.
 
     Raises:
@@ -172,13 +190,18 @@ def read_networks(
         module, class_name = components.get(name) or usual.split(":")
         return Network.of(f"{module}:{class_name}", _read(stage_one / name / "config.json"))
 
+    def described() -> dict[str, Any]:
+        return {
+            "text_encoder": of_stage_one("text_encoder", TEXT_ENCODER),
+            "stage_one": of_stage_one("transformer", EXPERT),
+            "stage_one_codec": of_stage_one("vae", WAN_CODEC),
+            "num_experts": 2 if (stage_one / "transformer_2" / "config.json").is_file() else 1,
+        }
+
     return PipelineNetworks(
-        text_encoder=of_stage_one("text_encoder", TEXT_ENCODER),
-        stage_one=of_stage_one("transformer", EXPERT),
-        stage_one_codec=of_stage_one("vae", WAN_CODEC),
+        **(PATH if kind == "path" else described()),
         stage_two=Network.of(STAGE_TWO, _read(stage_two_transformer / "config.json")),
         stage_two_codec=Network.of(codecs[codec["_class_name"]], codec),
-        num_experts=2 if (stage_one / "transformer_2" / "config.json").is_file() else 1,
         **others,
     )
 

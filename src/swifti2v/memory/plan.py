@@ -135,12 +135,12 @@ def plan_stages(
     narrower than beside the other. Arguments and errors are those of `plan_memory`.
     """
     choose = partial(plan_memory, settings=settings, rates=rates, budget_bytes=budget_bytes, host_bytes=host_bytes)
-    if host_bytes is None or len(networks.stages) < 2:
+    if host_bytes is None or len(networks.planned) < 2:
         return (choose(networks, storages=storages),)
     try:
         return (choose(networks, storages=storages[:1]),)
     except MemoryBudgetError as refusal:
-        first, *others = (choose(replace(networks, stages=(stage,)), storages=storages) for stage in networks.stages)
+        first, *others = (choose(replace(networks, stages=(stage,)), storages=storages) for stage in networks.planned)
         note = f"the stages are loaded one after the other: for both at once {refusal}"
         return (replace(first, given_up=(note, *first.given_up)), *others)
 
@@ -180,9 +180,9 @@ def _plan_stored(costs: RunCosts, rates: DeviceRates, budget_bytes: int | None, 
         raise _refusal(costs, rates, budget_bytes, host_bytes, fits_host, fits_device)
     resident = costs.resident_ways(rates)
     if all(map(fits_device, resident)):
-        ways = min(ways, resident, key=lambda group: sum(way.seconds for way in group))
+        ways = min(resident, ways, key=lambda group: sum(way.seconds for way in group))
     of_stages = {"stage_one": ("text encoding", "stage one"), "stage_two": ("reference encode", "stage two", "decode")}
-    tasks = tuple(costs.tasks[name] for stage in costs.networks.stages for name in of_stages[stage])
+    tasks = tuple(costs.tasks[name] for stage in costs.networks.planned for name in of_stages[stage])
     plan = MemoryPlan(
         budget_bytes=budget_bytes,
         storage=costs.storage,

@@ -132,11 +132,11 @@ def weights_of(networks: PipelineNetworks, storage: Storage) -> dict[str, Weight
         return Weights(network, dtype, _transformer_storage(networks, storage), networks.quantization)
 
     asked: dict[str, Weights] = {}
-    if "stage_one" in networks.stages:
+    if "stage_one" in networks.planned:
         asked["text encoder"] = Weights(networks.text_encoder, dtype, storage)
         asked |= {f"expert {number}": of_transformer(networks.stage_one) for number in range(networks.num_experts)}
         asked["codec of stage one"] = Weights(networks.stage_one_codec, "float32")
-    if "stage_two" in networks.stages:
+    if "stage_two" in networks.planned:
         asked["stage two"] = of_transformer(networks.stage_two)
         asked["codec"] = Weights(networks.stage_two_codec, dtype)
         if networks.light_decoder is not None:
@@ -178,14 +178,17 @@ class RunCosts:
 
     @cached_property
     def tasks(self) -> dict[str, Task]:
-        """Text encoding, stage one, reference encode, stage two and decode."""
-        passes = [self._passes(segment) for segment in self._segments]
-        largest = max((len(segment.window) for segment in self._segments), default=0)
-        frames = self.networks.stage_two_geometry.latent_frames(self.settings.num_frames)
-        encode, decode = self._streams(self.settings.size)
+        """Text encoding and stage one, unless they are not planned; reference encode, stage two and decode."""
+        tasks = self._refinement_tasks
+        if self.networks.stage_one_kind == "wan":
+            tasks = (*self._stage_one_tasks, *tasks)
+        return {task.name: task for task in tasks}
+
+    @property
+    def _stage_one_tasks(self) -> tuple[Task, ...]:
         steps = self.settings.stage_one_steps * _texts(self.settings.stage_one_guidance_scale)
         one, clips = self._stage_one_forwards, self._stage_one_clips
-        tasks = (
+        return (
             Task("text encoding", self.networks.text_tokens, self._num_texts, self._text.work.times(self._num_texts)),
             Task(
                 "stage one",
@@ -193,6 +196,15 @@ class RunCosts:
                 steps * len(one),
                 sum((cost.work.times(steps) for cost in one), Work()) + Work(codec=sum(clip.tflop for clip in clips)),
             ),
+        )
+
+    @property
+    def _refinement_tasks(self) -> tuple[Task, ...]:
+        passes = [self._passes(segment) for segment in self._segments]
+        largest = max((len(segment.window) for segment in self._segments), default=0)
+        frames = self.networks.stage_two_geometry.latent_frames(self.settings.num_frames)
+        encode, decode = self._streams(self.settings.size)
+        return (
             Task("reference encode", 0, 0, encode.work(frames)),
             Task(
                 "stage two",
@@ -202,7 +214,6 @@ class RunCosts:
             ),
             Task("decode", 0, 0, decode.work(frames)),
         )
-        return {task.name: task for task in tasks}
 
     def ways(self, rates: DeviceRates, *, most_bytes: int | None = None) -> tuple[Iterator[Way], ...]:
         """Yield the ways of each phase of the stages that are held, the fastest first, none of them `resident`.
@@ -212,16 +223,18 @@ class RunCosts:
             most_bytes: some ways that need more are left out, and not measured for that.
         """
         phases: tuple[Iterator[Way], ...] = ()
-        if "stage_one" in self.networks.stages:
+        if "stage_one" in self.networks.planned:
             phases += (_by_seconds(self._text_ways(rates)), _by_seconds(self._stage_one_ways(rates)))
-        if "stage_two" in self.networks.stages:
+        if "stage_two" in self.networks.planned:
             phases += (self._refinement_ways(rates, most_bytes),)
         return phases
 
     def resident_ways(self, rates: DeviceRates) -> tuple[Way, ...]:
         """Return the way of each phase with all weights on the device throughout, and nothing cut or offloaded."""
         free = replace(rates, host_bytes_per_second=float("inf"))
-        working = {"stage one": max(self._stage_one_working, self._stage_one_codec_bytes)}
+        working = {}
+        if "stage_one" in self.networks.planned:
+            working["stage one"] = max(self._stage_one_working, self._stage_one_codec_bytes)
         return tuple(
             replace(
                 way,

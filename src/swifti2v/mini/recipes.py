@@ -14,24 +14,17 @@ import shutil
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+import cv2
 import torch
-from diffusers import WanImageToVideoPipeline
 from transformers import PreTrainedTokenizerFast, UMT5EncoderModel
 
 from swifti2v.data.sources import read_index
 from swifti2v.errors import ConfigurationError
-from swifti2v.mini.motion_codec import MotionCodec
-from swifti2v.mini.motion_transformer import MotionTransformer
-from swifti2v.mini.procedural import MOTION_WORDS, PHRASES, SPEED_WORDS
+from swifti2v.mini.network import MotionNetwork
 from swifti2v.mini.reference_pairs import PairOptions, ReferencePair, clip_pairs, read_clip
+from swifti2v.mini.stage_one import PathStageOne, write_settings
 from swifti2v.mini.text import make_text_encoder, train_tokenizer
-from swifti2v.mini.train_stage_one import (
-    StageOneObjective,
-    StageOneRecipe,
-    fit_motion_codec,
-    load_photographs,
-    make_motion_transformer,
-)
+from swifti2v.mini.train_stage_one import StageOneObjective, StageOneRecipe
 from swifti2v.mini.train_stage_two import (
     StageTwoObjective,
     StageTwoRecipe,
@@ -39,8 +32,8 @@ from swifti2v.mini.train_stage_two import (
     make_stage_two_transformer,
 )
 from swifti2v.mini.transform_codec import BlockTransformCodec
+from swifti2v.mini.words import all_phrases
 from swifti2v.pixels import from_uint8
-from swifti2v.schedulers import FixedSigmaScheduler
 from swifti2v.training.engine.loop import LoopOptions, TrainingLoop
 from swifti2v.wan.checkpoint_files import write_checksums
 from swifti2v.wan.checkpoint_index import (
@@ -55,10 +48,11 @@ from swifti2v.wan.checkpoints import Part, resolve
 from swifti2v.wan.transformer import StageTwoTransformer
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
     from pathlib import Path
 
     import numpy as np
+    from numpy.typing import NDArray
     from torch import Tensor
 
     from swifti2v.data.sources import MediaItem
@@ -115,6 +109,16 @@ class StageTwoRun:
     pairs: PairOptions = field(default_factory=PairOptions)
 
 
+def load_photographs(items: Sequence[MediaItem], *, max_width: int) -> list[NDArray[np.uint8]]:
+    """Read photographs as uint8 [H,W,3], reduced to `max_width`."""
+    photographs = []
+    for item in items:
+        picture = cv2.cvtColor(cv2.imread(str(item.path), cv2.IMREAD_COLOR), cv2.COLOR_BGR2RGB)
+        scale = min(1.0, max_width / picture.shape[1])
+        photographs.append(cv2.resize(picture, None, fx=scale, fy=scale, interpolation=cv2.INTER_AREA))
+    return photographs
+
+
 def train_stage_one(
     run: StageOneRun,
     *,
@@ -123,42 +127,51 @@ def train_stage_one(
     initial: str | None = None,
     on_step: Callable[[StepReport], None] | None = None,
 ) -> None:
-    """Fit the motion codec, train transformer and text encoder, and save the parts to ``output/stage_one``.
+    """Train tokenizer, text encoder and network into ``output/stage_one``.
 
-    With `initial`, a checkpoint's name or folder, its codec is kept and its weights are trained on.
+    With `initial`, a checkpoint's name or folder, its tokenizer is kept and its weights are trained on.
     """
     folder = output / "stage_one"
     folder.mkdir(parents=True, exist_ok=True)
     start = _folder_of(initial, "stage_one")
-    if start:
-        for part in ("vae", "tokenizer"):
-            shutil.copytree(start / part, folder / part, dirs_exist_ok=True)
-    items = read_index(index)
-    chosen = run.sources.photographs(items)
+    chosen = run.sources.photographs(read_index(index))
     photographs = load_photographs(chosen, max_width=run.sources.photograph_width)
-    if not (folder / "vae").exists():
-        fit_motion_codec(photographs, seed=run.model.seed).save_pretrained(folder / "vae")
-        train_tokenizer(_corpus(items), vocabulary_size=run.model.vocabulary_size).save_pretrained(folder / "tokenizer")
-    codec = MotionCodec.from_pretrained(folder / "vae")
+    captions = [_without_motion(item.caption) for item in chosen]
+    if start:
+        shutil.copytree(start / "tokenizer", folder / "tokenizer", dirs_exist_ok=True)
+    elif not (folder / "tokenizer").exists():
+        corpus = captions + 3 * all_phrases()
+        train_tokenizer(corpus, vocabulary_size=run.model.vocabulary_size).save_pretrained(folder / "tokenizer")
     tokenizer = PreTrainedTokenizerFast.from_pretrained(folder / "tokenizer")
-    text_encoder = make_text_encoder(vocabulary_size=len(tokenizer), width=run.model.text_width, seed=run.model.seed)
-    transformer = make_motion_transformer(run.model, codec)
-    objective = StageOneObjective(
-        run.model,
-        codec=codec,
-        tokenizer=tokenizer,
-        text_encoder=text_encoder,
-        transformer=transformer,
-        photographs=photographs,
-        captions=[item.caption for item in chosen],
+    text_encoder = make_text_encoder(
+        vocabulary_size=len(tokenizer),
+        width=run.model.text_width,
+        num_layers=run.model.text_layers,
+        seed=run.model.seed,
+    )
+    torch.manual_seed(run.model.seed)
+    network = MotionNetwork(
+        width=run.model.width,
+        num_layers=run.model.num_layers,
+        num_heads=run.model.num_heads,
+        text_width=run.model.text_width,
     )
     if start:
-        transformer.load_state_dict(MotionTransformer.from_pretrained(start / "transformer").state_dict())
+        network.load_state_dict(MotionNetwork.from_pretrained(start / "network").state_dict())
         text_encoder.load_state_dict(UMT5EncoderModel.from_pretrained(start / "text_encoder").state_dict())
+    objective = StageOneObjective(
+        run.model,
+        tokenizer=tokenizer,
+        text_encoder=text_encoder,
+        network=network,
+        photographs=photographs,
+        captions=captions,
+    )
 
     def save(_step: int) -> None:
-        transformer.save_pretrained(folder / "transformer")
+        network.save_pretrained(folder / "network")
         text_encoder.save_pretrained(folder / "text_encoder")
+        write_settings(folder, max_sequence_length=run.model.max_sequence_length)
 
     TrainingLoop(objective, folder, run.loop).run(on_step=on_step, on_checkpoint=save)
 
@@ -171,7 +184,7 @@ def train_stage_two(
     initial: str | None = None,
     on_step: Callable[[StepReport], None] | None = None,
 ) -> None:
-    """Fit the block codec, make the pairs, train the transformer; needs the motion codec of ``output/stage_one``.
+    """Fit the block codec, make the pairs, train the transformer.
 
     With `initial`, a checkpoint's name or folder, its codec is kept and its weights are trained on.
     """
@@ -193,7 +206,6 @@ def train_stage_two(
             clips,
             photographs,
             codec=codec,
-            motion_codec=MotionCodec.from_pretrained(output / "stage_one" / "vae"),
             options=run.pairs,
             seed=run.model.seed,
         )
@@ -210,20 +222,13 @@ def train_stage_two(
 def export_mini(run: Path, output: Path) -> None:
     """Write the checkpoint (layout of `wan/checkpoints.py`, networks in bfloat16, codecs in float32)."""
     one, two = run / "stage_one", run / "stage_two"
-    for folder in (one / "transformer", two / "transformer"):
+    for folder in (one / "network", two / "transformer"):
         if not folder.is_dir():
             msg = f"there is no {folder}; train that stage first"
             raise ConfigurationError(msg)
     if output.exists():
         shutil.rmtree(output)
-    pipeline = WanImageToVideoPipeline(
-        tokenizer=PreTrainedTokenizerFast.from_pretrained(one / "tokenizer"),
-        text_encoder=UMT5EncoderModel.from_pretrained(one / "text_encoder", dtype=torch.bfloat16),
-        vae=MotionCodec.from_pretrained(one / "vae"),
-        scheduler=FixedSigmaScheduler(),
-        transformer=MotionTransformer.from_pretrained(one / "transformer", torch_dtype=torch.bfloat16),
-    )
-    pipeline.save_pretrained(output / "stage_one")
+    PathStageOne.from_pretrained(one).save_pretrained(output / "stage_one")
     transformer = StageTwoTransformer.from_pretrained(two / "transformer", torch_dtype=torch.bfloat16)
     transformer.save_pretrained(output / "stage_two" / "transformer")
     BlockTransformCodec.from_pretrained(two / "vae").save_pretrained(output / "stage_two" / "vae")
@@ -250,22 +255,25 @@ def _index() -> CheckpointIndex:
         name="mini",
         stage_one=StageOneEntry(
             source="./stage_one",
-            max_sequence_length=48,
+            kind="path",
+            max_sequence_length=64,
             max_area=320 * 176,
-            negative_prompt="",  # its text encoder reads these captions only, and was trained to lead away from none
-            known_motions=MOTION_WORDS,
+            num_inference_steps=4,
+            guidance_scale=1.0,
+            negative_prompt="",
         ),
-        stage_two=StageTwoEntry(source="./stage_two", num_inference_steps=1, uses_prompt=False),
+        stage_two=StageTwoEntry(source="./stage_two", refiner="light", num_inference_steps=1, uses_prompt=False),
         defaults=DefaultsEntry(width=1280, height=704, num_frames=81, fps=16.0),
         licence="Apache-2.0",
         attribution="Trained by recipes/mini; sources of the training data in docs/mini.md.",
     )
 
 
-def _corpus(items: list[MediaItem]) -> list[str]:
-    words = [word for _speed, adverbs in SPEED_WORDS for word in adverbs]
-    phrases = [f"{phrase} {word}" for phrases in PHRASES.values() for phrase in phrases for word in words]
-    return [item.caption for item in items] + 3 * phrases
+def _without_motion(caption: str) -> str:
+    """Return a caption, or nothing where it speaks of drifting mist or of ripples that the path would not have."""
+    return (
+        "" if any(word in caption.lower() for word in ("drift", "rippl", "sway", "wave", "flow", "still")) else caption
+    )
 
 
 def _codec_chunks(clips: list[MediaItem], photographs: list[np.ndarray]) -> list[Tensor]:

@@ -1,8 +1,8 @@
 """Pairs of truth and hybrid reference in latents: what Stage II learns from.
 
-The motion reference of a training clip is its truth reduced by `REDUCTION`; a part of them passes through the codec of
-Stage I, so that Stage II meets the artifacts which it will find there (stage-transition, paper). Noise is not added:
-Stage I of `mini` makes none, and Stage II learned to take fast motion for it (`docs/log.md`).
+The motion reference of a training clip is its truth reduced by `REDUCTION`: Stage I of `mini` moves the image itself,
+and its frames are as clean. Noise is not added: Stage II learned to take fast motion for it (`docs/log.md`). A share of
+them may be damaged by JPEG, for studies of references with artifacts (stage-transition, paper).
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from swifti2v.data.procedural import displacement, find_horizon, render, sample_motions
 from swifti2v.geometry import Size
-from swifti2v.mini.train_stage_one import procedural_clip
-from swifti2v.pixels import from_uint8, to_uint8
+from swifti2v.pixels import from_uint8
 from swifti2v.reference.hybrid import hybrid_reference
 from swifti2v.reference.options import ReferenceOptions
 from swifti2v.reference.resample import reduce_frames
@@ -29,7 +29,6 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from swifti2v.data.sources import MediaItem
-    from swifti2v.mini.motion_codec import MotionCodec
     from swifti2v.mini.transform_codec import BlockTransformCodec
     from swifti2v.settings import ReferenceMode
 
@@ -86,7 +85,7 @@ class PairOptions:
         procedural_per_photograph: clips rendered over each photograph.
         procedural_width, procedural_height: of their frames.
         clip_width: wider clips are reduced to it; None: as they are.
-        coded_share: share of motion references that have passed through Stage I's codec.
+        damaged_share: share of motion references that are `damaged`.
         replaced_share: share of references without transport (`replace`): what transport cannot explain looks so.
     """
 
@@ -95,7 +94,7 @@ class PairOptions:
     procedural_width: int = 640
     procedural_height: int = 352
     clip_width: int | None = None
-    coded_share: float = 0.3
+    damaged_share: float = 0.0
     replaced_share: float = 0.3
 
 
@@ -103,14 +102,13 @@ def make_pair(
     frames: NDArray[np.uint8],
     *,
     codec: BlockTransformCodec,
-    motion_codec: MotionCodec,
     options: PairOptions,
     rng: np.random.Generator,
 ) -> ReferencePair:
     """Encode a clip uint8 [F,H,W,3] and its hybrid reference, F = 4k+1."""
     motion = reduce_frames(frames, REDUCTION)
-    if rng.random() < options.coded_share:
-        motion = through_codec(motion, motion_codec)
+    if rng.random() < options.damaged_share:
+        motion = damaged(motion)
     mode: ReferenceMode = "replace" if rng.random() < options.replaced_share else "transport"
     truth = from_uint8(frames)
     transport = ReferenceOptions(mode=mode, num_workers=1)
@@ -126,7 +124,6 @@ def clip_pairs(
     photographs: Sequence[NDArray[np.uint8]],
     *,
     codec: BlockTransformCodec,
-    motion_codec: MotionCodec,
     options: PairOptions,
     seed: int,
 ) -> Iterator[ReferencePair]:
@@ -143,13 +140,11 @@ def clip_pairs(
                 max_width=options.clip_width,
             )
             if len(frames) == options.num_frames:
-                yield make_pair(frames, codec=codec, motion_codec=motion_codec, options=options, rng=rng)
+                yield make_pair(frames, codec=codec, options=options, rng=rng)
     for photograph in photographs:
         for _ in range(options.procedural_per_photograph):
-            clip = procedural_clip(photograph, "", size=size, num_frames=options.num_frames, rng=rng)
-            yield make_pair(
-                to_uint8(clip.frames[None]).numpy(), codec=codec, motion_codec=motion_codec, options=options, rng=rng
-            )
+            frames = procedural_clip(photograph, size=size, num_frames=options.num_frames, rng=rng)
+            yield make_pair(frames, codec=codec, options=options, rng=rng)
 
 
 def _at_most(frame: NDArray[np.uint8], width: int | None) -> NDArray[np.uint8]:
@@ -159,13 +154,33 @@ def _at_most(frame: NDArray[np.uint8], width: int | None) -> NDArray[np.uint8]:
     return np.asarray(cv2.resize(frame, (width, height), interpolation=cv2.INTER_AREA), dtype=np.uint8)
 
 
-def through_codec(frames: NDArray[np.uint8], codec: MotionCodec) -> NDArray[np.uint8]:
-    """Return frames uint8 [F,h,w,3] encoded and decoded; what exceeds a multiple of 8 pixels stays as it is."""
-    height, width = (side // 8 * 8 for side in frames.shape[1:3])
-    decoded = codec.decode(codec.encode(from_uint8(frames[:, :height, :width])).latents).sample
-    result = frames.copy()
-    result[:, :height, :width] = to_uint8(decoded).numpy()
-    return result
+def procedural_clip(
+    photograph: NDArray[np.uint8], *, size: Size, num_frames: int, rng: np.random.Generator
+) -> NDArray[np.uint8]:
+    """Draw a crop and motions, and render the clip, uint8 [F,H,W,3]."""
+    if rng.random() < 0.5:
+        photograph = photograph[:, ::-1]
+    height, width = photograph.shape[:2]
+    widest = min(width, height * size.width / size.height) * 0.85
+    crop_width = float(rng.uniform(min(max(size.width, 0.4 * widest), widest), widest))
+    crop_width = max(crop_width, size.width)
+    crop_height = crop_width * size.height / size.width
+    centre = (
+        float(rng.uniform(crop_width / 2, max(crop_width / 2, width - crop_width / 2))),
+        float(rng.uniform(crop_height / 2, max(crop_height / 2, height - crop_height / 2))),
+    )
+    still = render(
+        photograph, np.zeros((1, size.height, size.width, 2), np.float32), centre=centre, crop_width=crop_width
+    )
+    motions = sample_motions(rng)
+    moved = displacement(motions, size=size, num_frames=num_frames, horizon=find_horizon(still[0]))
+    return render(photograph, moved, centre=centre, crop_width=crop_width)
+
+
+def damaged(frames: NDArray[np.uint8], *, quality: int = 15) -> NDArray[np.uint8]:
+    """Return frames uint8 [F,h,w,3] after JPEG of a low `quality`."""
+    coded = (cv2.imencode(".jpg", frame, [cv2.IMWRITE_JPEG_QUALITY, quality])[1] for frame in frames)
+    return np.stack([np.asarray(cv2.imdecode(data, cv2.IMREAD_COLOR), dtype=np.uint8) for data in coded])
 
 
 def _chunked(frames_BCFHW: Tensor) -> Iterator[Tensor]:

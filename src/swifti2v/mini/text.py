@@ -44,12 +44,10 @@ def make_text_encoder(*, vocabulary_size: int, width: int = 96, num_layers: int 
     return UMT5EncoderModel(config)
 
 
-def encode_prompts(
+def encoded(
     tokenizer: PreTrainedTokenizerFast, encoder: UMT5EncoderModel, prompts: list[str], *, max_sequence_length: int
 ) -> torch.Tensor:
-    """[B,L,D]: as Wan's pipeline does it - padded to L, embeddings beyond the prompt's own length zeroed."""
-    tokens = tokenizer(
-        prompts, padding="max_length", max_length=max_sequence_length, truncation=True, return_tensors="pt"
-    )
+    """Return embeddings [B,L,D] of prompts, L that of the longest of them, zero beyond each one's own length."""
+    tokens = tokenizer(prompts, padding=True, max_length=max_sequence_length, truncation=True, return_tensors="pt")
     embeddings = encoder(tokens.input_ids, tokens.attention_mask).last_hidden_state
     return embeddings * tokens.attention_mask.unsqueeze(-1).to(embeddings.dtype)

@@ -1,53 +1,42 @@
-"""Stage I of `mini`: image and prompt to motion, learned from procedural motion over photographs.
+"""Train Stage I of `mini`: flow matching in x0 form on motion that is known exactly; no frame is ever rendered.
 
-The codec is fitted first (`fit_motion_codec`), then the transformer and the text encoder are trained together to
-predict the clean latents from noisy ones (flow matching, x0 form) on clips whose motion is known exactly.
+An interrupted run continues at its last checkpoint with the same losses: a batch depends on the seed and its number.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, cast
 
-import cv2
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from swifti2v.geometry import Size
-from swifti2v.mini.fitting import BandStatistics
-from swifti2v.mini.motion_codec import MOTION_CHANNELS, MotionCodec
-from swifti2v.mini.motion_transformer import MASK_CHANNELS, POSITION_CHANNELS, MotionTransformer
-from swifti2v.mini.procedural import REFERENCE_FRAMES, describe, displacement, find_horizon, render, sample_motions
-from swifti2v.mini.text import encode_prompts
-from swifti2v.mini.transform_codec import BLOCK, TEMPORAL
-from swifti2v.pixels import from_uint8
+from swifti2v.mini.motion_examples import draw_example, draw_view
+from swifti2v.mini.network import GLOBALS, PATCH, MotionLatents, shifted
+from swifti2v.mini.path import MAP_CHANNELS
+from swifti2v.mini.text import encoded
 from swifti2v.training.engine.samples import Prefetcher
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Sequence
 
     from numpy.typing import NDArray
     from transformers import PreTrainedTokenizerFast, UMT5EncoderModel
 
-    from swifti2v.data.sources import MediaItem
+    from swifti2v.mini.motion_examples import Example
+    from swifti2v.mini.network import MotionNetwork
 
-
-CODEC_SIZE = Size(320, 176)
+_SLOTS = np.repeat([0, 1, 2], [2, 4, 4])  # of the channels of a map: steady, sway, ripple
 
 
 @dataclass(frozen=True)
-class ClipShape:
-    """Shape of a training batch, how often it is drawn, and in which part of the run (0 start, 1 end)."""
+class Phase:
+    """From which share of the run on how many examples make a batch, and of how many places of their pictures."""
 
-    num_latent_frames: int
-    width: int
-    height: int
+    begins: float
     batch_size: int
-    weight: float
-    begins: float = 0.0
-    ends: float = 1.0
+    num_places: int
 
 
 @dataclass(frozen=True)
@@ -55,240 +44,203 @@ class StageOneRecipe:
     """Everything that decides what Stage I of `mini` becomes, but for the data.
 
     Args:
-        width, num_layers, ffn_width: of the transformer; heads are 128 wide.
-        residual_weight: of the loss on the residual channels, which are mostly unpredictable.
-        smoothness_weight: of the loss on differences of the motion between neighboring blocks and frames.
-        energy_floor: mean square of a clip's motion (latents) down to which its errors count in proportion to it.
-        num_steps: of the run; places `begins` and `ends` of the shapes.
-        shapes: batches to draw from. What the words mean is learned first, on many small clips; then how motion looks
-            at the size and length of use, on few large ones.
+        width, num_layers, num_heads: of the transformer.
+        text_width, text_layers, vocabulary_size, max_sequence_length: of the text encoder.
+        phases: what the words mean is learned first, from many prompts and few places of a picture; then where things
+            move, from fewer prompts and all places.
+        num_views: crops of the photographs that are drawn from.
+        places_weight: of the loss of the maps beside that of the rates.
+        energy_floor: mean square of a motion (latents) down to which its errors count in proportion to it.
+        num_steps: of the run.
     """
 
-    width: int = 256
-    num_layers: int = 5
-    ffn_width: int = 512
+    width: int = 160
+    num_layers: int = 4
+    num_heads: int = 5
     text_width: int = 96
+    text_layers: int = 2
     vocabulary_size: int = 1024
-    max_sequence_length: int = 48
-    residual_weight: float = 0.1
-    smoothness_weight: float = 4.0
-    energy_floor: float = 0.001
-    sigma_shift: float = 5.0
+    max_sequence_length: int = 64
+    phases: tuple[Phase, ...] = (Phase(0.0, 96, 9), Phase(0.62, 48, 40), Phase(0.92, 12, 208))
+    num_views: int = 1200
+    places_weight: float = 2.0
+    energy_floor: float = 0.08
+    num_steps: int = 4000
     seed: int = 0
-    num_steps: int = 1500
-    shapes: tuple[ClipShape, ...] = field(
-        default_factory=lambda: (
-            ClipShape(9, 96, 64, 24, 0.5, ends=0.65),
-            ClipShape(21, 80, 48, 16, 0.5, ends=0.65),
-            ClipShape(21, 160, 96, 4, 0.35, begins=0.65),
-            ClipShape(9, 256, 144, 4, 0.20, begins=0.65),
-            ClipShape(6, 320, 176, 4, 0.20, begins=0.65),
-            ClipShape(9, 128, 192, 6, 0.10, begins=0.65),
-            ClipShape(21, 320, 176, 1, 0.15, begins=0.8),
-        )
-    )
-
-
-def load_photographs(items: Sequence[MediaItem], *, max_width: int) -> list[NDArray[np.uint8]]:
-    """Read photographs as uint8 [H,W,3], reduced to `max_width`."""
-    photographs = []
-    for item in items:
-        picture = cv2.cvtColor(cv2.imread(str(item.path), cv2.IMREAD_COLOR), cv2.COLOR_BGR2RGB)
-        scale = min(1.0, max_width / picture.shape[1])
-        photographs.append(cv2.resize(picture, None, fx=scale, fy=scale, interpolation=cv2.INTER_AREA))
-    return photographs
-
-
-@dataclass(frozen=True)
-class ProceduralClip:
-    """A clip with known motion: frames [3,F,H,W] in [-1,1], motion to frame 0 [2,F,H,W] in widths, prompt."""
-
-    frames: Tensor
-    motion: Tensor
-    prompt: str
-
-
-def procedural_clip(
-    photograph: NDArray[np.uint8], caption: str, *, size: Size, num_frames: int, rng: np.random.Generator
-) -> ProceduralClip:
-    """Draw a crop, motions and a prompt, and render the clip."""
-    if rng.random() < 0.5:
-        photograph = photograph[:, ::-1]
-    height, width = photograph.shape[:2]
-    widest = min(width, height * size.width / size.height) * 0.85
-    crop_width = float(rng.uniform(min(max(size.width, 0.4 * widest), widest), widest))
-    crop_width = max(crop_width, size.width)
-    crop_height = crop_width * size.height / size.width
-    centre = (
-        float(rng.uniform(crop_width / 2, max(crop_width / 2, width - crop_width / 2))),
-        float(rng.uniform(crop_height / 2, max(crop_height / 2, height - crop_height / 2))),
-    )
-    still = render(
-        photograph, np.zeros((1, size.height, size.width, 2), np.float32), centre=centre, crop_width=crop_width
-    )
-    motions = sample_motions(rng)
-    moved = displacement(motions, size=size, num_frames=num_frames, horizon=find_horizon(still[0]))
-    frames = render(photograph, moved, centre=centre, crop_width=crop_width)
-    prompt = describe(motions, rng)
-    if rng.random() < 0.5:
-        prompt = f"{caption} {prompt}" if rng.random() < 0.7 else f"{prompt}. {caption}"
-    return ProceduralClip(
-        frames=from_uint8(frames)[0],
-        motion=torch.from_numpy(moved).permute(3, 0, 1, 2),
-        prompt=prompt,
-    )
-
-
-def fit_motion_codec(
-    photographs: Sequence[NDArray[np.uint8]],
-    *,
-    image_channels: int = 56,
-    residual_band_channels: tuple[int, int, int, int] = (32, 8, 8, 8),
-    size: Size = CODEC_SIZE,
-    seed: int = 0,
-) -> MotionCodec:
-    """Fit both transforms and the deviations of the latents on procedural clips."""
-    rng = np.random.default_rng(seed)
-    images = BandStatistics(seed=seed)
-    residuals = BandStatistics(centred=False, seed=seed)
-    clips = [procedural_clip(p, "", size=size, num_frames=41, rng=rng) for p in photographs for _ in range(2)]
-    images.add(clip.frames[None, :, :1] for clip in clips)
-    codec = MotionCodec(image_channels, residual_band_channels)
-    codec.image_transform, image_deviation = images.fit((image_channels, 0, 0, 0))
-    for clip in clips:
-        residuals.add(_residuals(codec, clip))
-    codec.residual_transform, residual_deviation = residuals.fit(residual_band_channels)
-    motion_deviation = torch.stack([clip.motion.square().mean() for clip in clips]).mean().sqrt()
-    motion_deviation *= REFERENCE_FRAMES / 40
-    # One deviation serves the image in frame 0 and the residual in the others: the larger, so that neither exceeds 1.
-    deviation = torch.cat(
-        [motion_deviation.expand(MOTION_CHANNELS), torch.maximum(image_deviation, residual_deviation)]
-    )
-    codec.register_to_config(latents_std=[round(float(value), 6) for value in deviation])
-    return codec
-
-
-def _residuals(codec: MotionCodec, clip: ProceduralClip) -> list[Tensor]:
-    anchor = codec.decoded_image(codec.image_transform.analyse(clip.frames[None, :, :1]))
-    blocks = F.avg_pool3d(clip.motion[None], (1, BLOCK, BLOCK))
-    warped = codec.warped(anchor, blocks)
-    return list(torch.split((clip.frames[None] - warped)[:, :, 1:], TEMPORAL, dim=2))
 
 
 class StageOneObjective:
-    """Predict the clean motion latents of procedural clips; the `Objective` of Stage I."""
+    """Predict clean motion from noisy motion, a picture and a prompt; the `Objective` of Stage I."""
 
     def __init__(
         self,
         recipe: StageOneRecipe,
         *,
-        codec: MotionCodec,
         tokenizer: PreTrainedTokenizerFast,
         text_encoder: UMT5EncoderModel,
-        transformer: MotionTransformer,
+        network: MotionNetwork,
         photographs: Sequence[NDArray[np.uint8]],
         captions: Sequence[str],
     ) -> None:
         self.recipe = recipe
-        self.codec = codec
-        self.tokenizer = tokenizer
-        self.module: nn.Module = nn.ModuleDict({"transformer": transformer, "text_encoder": text_encoder})
-        self._transformer = transformer
-        self._text_encoder = text_encoder
-        self._photographs = photographs
-        self._captions = captions
+        self.module: nn.Module = nn.ModuleDict({"network": network, "text_encoder": text_encoder})
+        self._tokenizer, self._text_encoder, self._network = tokenizer, text_encoder, network
+        rng = np.random.default_rng([recipe.seed, recipe.num_views])
+        chosen = [index % len(photographs) for index in range(recipe.num_views)]
+        self._views = [draw_view(photographs[index], captions[index], rng) for index in chosen]
         self._batches = Prefetcher(self._batch)
 
     def loss(self, step: int) -> tuple[Tensor, dict[str, float]]:
-        """Loss of one batch of one shape, a function of the weights and `step`."""
+        """Loss of one batch, a function of the weights and `step`."""
+        features, clean, waves, prompts = self._batches.take(step)
         generator = torch.Generator().manual_seed(self.recipe.seed * 1_000_003 + step)
-        clean, prompts = self._batches.take(step)
-        sigma = self._sigmas(len(prompts), generator)
-        noise = torch.randn(clean.shape, generator=generator)
-        sigma_like = sigma.view(-1, 1, 1, 1, 1)
-        noisy = (1 - sigma_like) * clean + sigma_like * noise
-        predicted = self._predict(noisy, clean, sigma, prompts)
-        return self._compare(predicted[:, :, 1:].float(), clean[:, :, 1:])
-
-    def _predict(self, noisy: Tensor, clean: Tensor, sigma: Tensor, prompts: list[str]) -> Tensor:
-        batch, _, frames, height, width = clean.shape
-        image = torch.zeros_like(clean)
-        image[:, :, :1] = clean[:, :, :1]
-        mask = torch.zeros(batch, MASK_CHANNELS, frames, height, width)
-        mask[:, :, 0] = 1
-        text = encode_prompts(
-            self.tokenizer,
-            self._text_encoder,
-            prompts,
-            max_sequence_length=self.recipe.max_sequence_length,
+        count = len(prompts)
+        sigma = shifted(torch.rand(count, generator=generator).clamp(min=0.02))
+        sigma = torch.where(torch.rand(count, generator=generator) < 0.3, torch.ones(count), sigma)
+        noise = MotionLatents(*(torch.randn(part.shape, generator=generator) for part in clean))
+        noisy = MotionLatents(
+            *(
+                torch.lerp(part, added, sigma.view(-1, *[1] * (part.ndim - 1)))
+                for part, added in zip(clean, noise, strict=True)
+            )
         )
-        joined = torch.cat([noisy, mask, image], dim=1)
-        return self._transformer.predict_clean(joined, sigma * 1000, text)
+        longest = self.recipe.max_sequence_length
+        text = encoded(self._tokenizer, self._text_encoder, prompts, max_sequence_length=longest)
+        return self._compare(self._network(noisy, sigma, features, text), clean, waves)
 
-    def _compare(self, predicted: Tensor, clean: Tensor) -> tuple[Tensor, dict[str, float]]:
-        error = predicted - clean
-        # A wave is a hundredth of a pan in width: judged by the mean square alone it would never be learned.
-        energy = clean[:, :MOTION_CHANNELS].square().mean(dim=(1, 2, 3, 4), keepdim=True)
-        weight = (energy + self.recipe.energy_floor).rsqrt()
-        motion, residual = weight * error[:, :MOTION_CHANNELS], error[:, MOTION_CHANNELS:]
-        # Channels are (frame of four, x or y): put the frames of the whole clip in one axis before differencing.
-        frames = torch.unflatten(motion, 1, (4, 2)).permute(0, 2, 3, 1, 4, 5).flatten(2, 3)
-        roughness = torch.stack([frames.diff(dim=axis).square().mean() for axis in (2, 3, 4)]).sum()
-        motion_loss = motion.square().mean()
-        residual_loss = residual.square().mean()
-        loss = motion_loss + self.recipe.smoothness_weight * roughness + self.recipe.residual_weight * residual_loss
-        still = clean[:, :MOTION_CHANNELS].square().mean()
-        numbers = {"motion": motion_loss, "residual": residual_loss, "roughness": roughness, "still": still}
+    def _compare(self, made: MotionLatents, clean: MotionLatents, waves: Tensor) -> tuple[Tensor, dict[str, float]]:
+        floor = self.recipe.energy_floor
+
+        def judged(error: Tensor, truth: Tensor) -> Tensor:  # [B,C,...]: a small motion counts for more than its size
+            axes = tuple(range(1, error.ndim))
+            energy = truth.square().mean(dim=axes)
+            return error.square().mean(dim=axes) * (energy + floor).rsqrt()
+
+        camera = judged((made.rates - clean.rates)[:, :4], clean.rates[:, :4]).mean()
+        cycles = ((made.rates - clean.rates)[:, 4:].square() * waves).sum() / waves.sum().clamp(min=1)
+        slots = torch.from_numpy(_SLOTS)
+        error, truth = (
+            torch.unflatten(part, -1, (-1, MAP_CHANNELS)) for part in (made.places - clean.places, clean.places)
+        )
+        maps = [judged(error[..., slots == slot], truth[..., slots == slot]).mean() for slot in range(3)]
+        # Waves are seldom and small, and learned last of all.
+        places = maps[0] + 2.5 * (maps[1] + maps[2])
+        loss = camera + 0.3 * cycles + self.recipe.places_weight * places
+        numbers = {"camera": camera, "cycles": cycles, "steady": maps[0], "sway": maps[1], "ripple": maps[2]}
         return loss, {name: float(value.detach()) for name, value in numbers.items()}
 
-    def _batch(self, step: int) -> tuple[Tensor, list[str]]:
-        """Normalized latents [B,z,F,h,w] and prompts of one shape."""
+    def _batch(self, step: int) -> tuple[Tensor, MotionLatents, Tensor, list[str]]:
         rng = np.random.default_rng([self.recipe.seed, step])
-        shape = self._shape(step, rng)
-        latents, prompts = [], []
-        for _ in range(shape.batch_size):
-            index = int(rng.integers(len(self._photographs)))
-            clip = procedural_clip(
-                self._photographs[index],
-                self._captions[index],
-                size=Size(shape.width, shape.height),
-                num_frames=4 * (shape.num_latent_frames - 1) + 1,
-                rng=rng,
-            )
-            latents.append(self.codec.encode_with_motion(clip.frames[None], clip.motion[None, :, 1:]))
-            prompts.append(clip.prompt)
-        deviation = torch.tensor(self.codec.config.latents_std).view(1, -1, 1, 1, 1)
-        return torch.cat(latents) / deviation, prompts
-
-    def _shape(self, step: int, rng: np.random.Generator) -> ClipShape:
-        progress = min(step / self.recipe.num_steps, 1.0)
-        active = [shape for shape in self.recipe.shapes if shape.begins <= progress <= shape.ends]
-        weights = np.array([shape.weight for shape in active])
-        return active[int(rng.choice(len(active), p=weights / weights.sum()))]
-
-    def _sigmas(self, count: int, generator: torch.Generator) -> Tensor:
-        uniform = torch.rand(count, generator=generator).clamp(min=0.02)
-        shift = self.recipe.sigma_shift
-        sigmas = shift * uniform / (1 + (shift - 1) * uniform)
-        # The first of the four steps starts from pure noise and decides most: meet it often.
-        return torch.where(torch.rand(count, generator=generator) < 0.35, torch.ones(count), sigmas)
+        progress = step / self.recipe.num_steps
+        phase = [phase for phase in self.recipe.phases if phase.begins <= progress][-1]
+        views = [self._views[index] for index in rng.integers(len(self._views), size=phase.batch_size)]
+        fewest = min(len(view.features) for view in views)
+        examples = [draw_example(view, rng, num_places=min(phase.num_places, fewest)) for view in views]
+        clean = MotionLatents(_stacked(examples, "rates"), _stacked(examples, "places"))
+        return _stacked(examples, "features"), clean, _stacked(examples, "waves"), [e.prompt for e in examples]
 
 
-def make_motion_transformer(recipe: StageOneRecipe, codec: MotionCodec) -> MotionTransformer:
-    """Build Stage I's transformer at the recipe's size, random weights."""
-    torch.manual_seed(recipe.seed)
-    channels = codec.config.z_dim
-    return MotionTransformer(
-        patch_size=(1, 2, 2),
-        num_attention_heads=recipe.width // 128,
-        attention_head_dim=128,
-        in_channels=2 * channels + MASK_CHANNELS + POSITION_CHANNELS,
-        out_channels=channels + 2 * MOTION_CHANNELS,
-        text_dim=recipe.text_width,
-        freq_dim=256,
-        ffn_dim=recipe.ffn_width,
-        num_layers=recipe.num_layers,
-        cross_attn_norm=True,
-        qk_norm="rms_norm_across_heads",
-        rope_max_seq_len=1024,
+def _stacked(examples: Sequence[Example], name: str) -> Tensor:
+    return torch.from_numpy(np.stack([getattr(example, name) for example in examples]))
+
+
+@torch.no_grad()
+def refit_readouts(
+    network: MotionNetwork, batches: Iterable[tuple[MotionLatents, MotionLatents, Tensor, Tensor, Tensor]]
+) -> None:
+    """Solve the last linear layers in closed form for what all layers before them say: minutes of training saved.
+
+    Gates by logistic regression; then rates, and maps behind the gates, by least squares, both drawn to the weights
+    that they have.
+
+    Args:
+        network: changed in place.
+        batches: noisy latents, clean latents, sigma [B], features [B,N,C], text [B,L,D].
+    """
+    kept: dict[str, list[Tensor]] = {name: [] for name in ("token", "rates", "hidden", "features", "places")}
+    taken: dict[str, Tensor] = {}
+    hooks = [
+        network.to_rates.register_forward_hook(lambda _m, inputs, _o: taken.__setitem__("token", inputs[0])),
+        network.to_places[2].register_forward_hook(lambda _m, inputs, _o: taken.__setitem__("hidden", inputs[0])),
+    ]
+    for noisy, clean, sigma, features, text in batches:
+        network(noisy, sigma, features, text)
+        values = (taken["token"], clean.rates, taken["hidden"], features, clean.places)
+        for name, value in zip(kept, values, strict=True):
+            kept[name].append(value)
+    for hook in hooks:
+        hook.remove()
+    token, rates, hidden, features, places = (torch.cat(values).double() for values in kept.values())
+    slots = torch.from_numpy(_SLOTS)
+    energy = torch.stack(
+        [
+            torch.unflatten(places, -1, (-1, MAP_CHANNELS))[..., slots == slot].square().mean(dim=(1, 2, 3))
+            for slot in range(3)
+        ],
+        dim=1,
     )
+    active = (energy > 1e-6).double()
+    weight, bias = network.to_rates.weight.double(), network.to_rates.bias.double()
+    gates = _logistic(token, active, weight[GLOBALS:], bias[GLOBALS:])
+    # Cycles are asked for where there is a wave; camera rates everywhere, small ones weighed up as in the loss.
+    scale = (rates[:, :4].square().mean(dim=1) + 0.08).rsqrt().sqrt()
+    camera = _least_squares(token, rates[:, :4], weight[:4], bias[:4], scale)
+    cycles = [
+        _least_squares(token, rates[:, [4 + wave]], weight[[4 + wave]], bias[[4 + wave]], active[:, 1 + wave])
+        for wave in range(2)
+    ]
+    for rows, (solved, offset) in zip(
+        (slice(0, 4), slice(4, 5), slice(5, 6), slice(GLOBALS, None)), (camera, *cycles, gates), strict=True
+    ):
+        network.to_rates.weight[rows] = solved.float()
+        network.to_rates.bias[rows] = offset.float()
+    last, direct = cast("nn.Linear", network.to_places[2]), network.to_places_directly
+    gate = torch.sigmoid(4 * (token @ gates[0].T + gates[1]))
+    joined = torch.cat([hidden, features], dim=-1)
+    of_slot = slots.repeat(PATCH**2)
+    for slot in range(3):
+        columns = of_slot == slot
+        scale = (energy[:, slot] + 0.08).rsqrt().sqrt()[:, None].expand(-1, places.shape[1]).flatten()
+        opened = gate[:, slot][:, None].expand(-1, places.shape[1]).flatten()
+        old = torch.cat([last.weight[columns], direct.weight[columns]], dim=1).double()
+        offset = (last.bias + direct.bias)[columns].double()
+        solved, offset = _least_squares(
+            joined.flatten(0, 1), places[..., columns].flatten(0, 1), old, offset, scale, opened=opened
+        )
+        last.weight[columns], direct.weight[columns] = torch.split(
+            solved.float(), [hidden.shape[-1], features.shape[-1]], dim=1
+        )
+        last.bias[columns], direct.bias[columns] = offset.float(), 0.0
+
+
+def _least_squares(
+    values: Tensor, targets: Tensor, weight: Tensor, bias: Tensor, scale: Tensor, *, opened: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Return weight and bias of ``targets = opened * (weight @ values + bias)``, rows weighed by `scale`."""
+    rows = torch.cat([values, torch.ones_like(values[:, :1])], dim=1)
+    rows = rows if opened is None else rows * opened[:, None]
+    old = torch.cat([weight, bias[:, None]], dim=1)
+    error = (targets - rows @ old.T) * scale[:, None]
+    rows = rows * scale[:, None]
+    ridge = 3e-4 * rows.square().sum(dim=0).mean() * torch.eye(rows.shape[1], dtype=rows.dtype)
+    change = torch.linalg.solve(rows.T @ rows + ridge, rows.T @ error).T
+    solved = old + change
+    return solved[:, :-1], solved[:, -1]
+
+
+def _logistic(values: Tensor, labels: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+    """Return weight and bias of the gates, ``labels = sigmoid(4 * (weight @ values + bias))``."""
+    with torch.enable_grad():
+        solved, offset = (value.clone().requires_grad_() for value in (weight, bias))
+        solver = torch.optim.LBFGS([solved, offset], max_iter=60, line_search_fn="strong_wolfe")
+
+        def closure() -> Tensor:
+            solver.zero_grad()
+            says = 4 * (values @ solved.T + offset)
+            loss = torch.nn.functional.binary_cross_entropy_with_logits(says, labels)
+            loss = loss + 2e-3 * (solved - weight).square().sum()
+            loss.backward()  # type: ignore[no-untyped-call]
+            return loss
+
+        solver.step(closure)  # type: ignore[no-untyped-call]
+    return solved.detach(), offset.detach()

@@ -6,7 +6,7 @@ the chained flow, was measured to gain nothing (docs/log.md).
 
 Both pictures are continued at their borders as in a mirror. Flow near the border gains by it, and the pyramid gains a
 level, which fast motion needs. Besides, Stage I may have continued the picture just so where the camera has moved
-beyond it (`mini` always does); whether a mirrored place explains a frame is decided as always, but with more doubt.
+beyond it; whether a mirrored place explains a frame is decided as always, but with more doubt.
 """
 
 from __future__ import annotations

@@ -34,6 +34,13 @@ def upsample(frame: np.ndarray[Any, Any], height: int, width: int, *, device: to
     return F.interpolate(tensor, size=(height, width), mode="bicubic", align_corners=False)[0]
 
 
+def reduce_frame(frame: np.ndarray[Any, Any], height: int, width: int) -> np.ndarray[Any, Any]:
+    """Reduce a frame uint8 [H, W, 3] to [height, width, 3] by antialiased bicubic interpolation."""
+    pixels = torch.from_numpy(np.ascontiguousarray(frame)).permute(2, 0, 1)[None].float()
+    resized = F.interpolate(pixels, size=(height, width), mode="bicubic", antialias=True, align_corners=False)
+    return np.asarray(resized[0].permute(1, 2, 0).round().clamp(0, 255).byte().numpy())
+
+
 def reduce_frames(frames: np.ndarray[Any, Any], factor: int) -> np.ndarray[Any, Any]:
     """Reduce frames by antialiased bicubic interpolation: the motion reference that a perfect Stage I would make.
 
@@ -44,13 +51,7 @@ def reduce_frames(frames: np.ndarray[Any, Any], factor: int) -> np.ndarray[Any, 
     Returns:
         [F, H // factor, W // factor, 3] uint8.
     """
-    size = (frames.shape[1] // factor, frames.shape[2] // factor)
-    small = []
-    for frame in frames:
-        pixels = torch.from_numpy(np.ascontiguousarray(frame)).permute(2, 0, 1)[None].float()
-        resized = F.interpolate(pixels, size=size, mode="bicubic", antialias=True, align_corners=False)
-        small.append(resized[0].permute(1, 2, 0).round().clamp(0, 255).byte().numpy())
-    return np.stack(small)
+    return np.stack([reduce_frame(frame, frames.shape[1] // factor, frames.shape[2] // factor) for frame in frames])
 
 
 def enlarge(field: np.ndarray[Any, Any], height: int, width: int, *, device: torch.device) -> Tensor:

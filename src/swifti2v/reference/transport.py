@@ -7,9 +7,6 @@ softens all its frames alike is undone with it.
 
 from __future__ import annotations
 
-import os
-from collections import deque
-from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING, NamedTuple
 
 import cv2
@@ -21,13 +18,12 @@ from swifti2v.reference.frames import check_image, in_chunks, single_frames, spl
 from swifti2v.reference.options import ReferenceOptions
 from swifti2v.reference.replace import to_unit
 from swifti2v.reference.resample import enlarge, upsample, warp
+from swifti2v.reference.workers import ahead, on_this_stream, worker_count
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator
+    from collections.abc import Iterable, Iterator
 
     from torch import Tensor
-
-MOST_WORKERS = 8
 
 
 class TransportedChunk(NamedTuple):
@@ -123,39 +119,5 @@ def _transported_frames(motion: Iterable[Tensor], image: Tensor, options: Refere
     first, frames = split_first(single_frames(motion))
     next(frames)
     yield torch.cat((image, torch.ones_like(image[:1])))
-    workers = options.num_workers or min(os.cpu_count() or 1, MOST_WORKERS)
     transport = on_this_stream(DetailTransport(first, image, options=options), image.device)
-    yield from _ahead(transport, frames, workers)
-
-
-def on_this_stream(function: Callable[[Tensor], Tensor], device: torch.device) -> Callable[[Tensor], Tensor]:
-    """Return `function` to be called in other threads, its CUDA work in the order of this thread's stream.
-
-    The current stream belongs to a thread. Pool threads would work on the default one, and nothing would order that
-    behind, or before, the stream of whoever reads their results.
-    """
-    if device.type != "cuda":
-        return function
-    stream = torch.cuda.current_stream(device)
-
-    def called(item: Tensor) -> Tensor:
-        with torch.cuda.stream(stream):
-            return function(item)
-
-    return called
-
-
-def _ahead(function: Callable[[Tensor], Tensor], items: Iterator[Tensor], workers: int) -> Iterator[Tensor]:
-    """Yield ``function(item)`` in order, computed by threads at most ``workers + 1`` items ahead of the consumer."""
-    pending: deque[Future[Tensor]] = deque()
-    with ThreadPoolExecutor(workers, thread_name_prefix="transport") as pool:
-        try:
-            for item in items:
-                pending.append(pool.submit(function, item))
-                if len(pending) > workers:
-                    yield pending.popleft().result()
-            while pending:
-                yield pending.popleft().result()
-        finally:
-            for future in pending:
-                future.cancel()
+    yield from ahead(transport, frames, worker_count(options.num_workers))

@@ -81,7 +81,7 @@ def accelerated(parts: Parts, acceleration: Acceleration) -> Parts:
         InvalidInputError: an attention that is not installed, processes that are not there, or a quantized matmul that
             the device or the weights do not support.
     """
-    networks = transformers_of(parts)
+    networks = parts.transformers
     use_quantized_matmul(networks, acceleration.quantization, device=parts.device)
     set_attention(networks, acceleration.attention, device=parts.device)
     if acceleration.num_processes > 1:
@@ -89,14 +89,6 @@ def accelerated(parts: Parts, acceleration: Acceleration) -> Parts:
     if acceleration.compile_blocks:
         compile_blocks(networks)
     return parts if acceleration.overlap else replace(parts, overlap="none")
-
-
-def transformers_of(parts: Parts) -> tuple[Any, ...]:
-    """Return the transformers that are held: of Stage I one or two experts, of Stage II the refiner."""
-    one = parts.stage_one.pipeline
-    experts = (one.transformer, one.transformer_2) if "stage_one" in parts.stages else ()
-    refiners = (parts.stage_two.transformer,) if "stage_two" in parts.stages else ()
-    return tuple(network for network in (*experts, *refiners) if network is not None)
 
 
 def compile_blocks(networks: Sequence[Any], *, backend: str = "inductor") -> None:
@@ -144,9 +136,11 @@ def check_shared(parts: Parts, settings: GenerationSettings, num_processes: int)
     if num_processes > 1 and (settings.keep_context or two.transformer.config.context_attention == "frozen"):
         msg = "frozen or kept context cannot be split among processes; start one process, or turn keep_context off"
         raise InvalidInputError(msg)
-    motion = one.geometry.tokens_per_frame(parts.motion_size(settings.size))
-    windows = [motion * one.geometry.latent_frames(len(window)) for window in one.plan(settings.num_frames)]
-    if settings.refiner != "none":
+    windows = []
+    if parts.pipeline is not None:  # that of `mini` is not shared: every process runs all of it
+        motion = one.geometry.tokens_per_frame(parts.motion_size(settings.size))
+        windows += [motion * one.geometry.latent_frames(len(window)) for window in one.plan(settings.num_frames)]
+    if settings.denoises_segments:
         windows += [two.geometry.tokens_per_frame(settings.size) * len(each.window) for each in two.plan(settings)]
     for num_tokens in windows:
         _check_divides(num_tokens, num_processes)

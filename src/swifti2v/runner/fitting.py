@@ -15,10 +15,10 @@ from swifti2v.memory.amounts import format_bytes
 from swifti2v.memory.device_errors import is_out_of_memory
 from swifti2v.memory.devices import device_rates
 from swifti2v.memory.limits import MemoryLimits
-from swifti2v.memory.networks import LIGHT_DECODER, STAGE_TWO, Network, PipelineNetworks
+from swifti2v.memory.networks import LIGHT_DECODER, PATH, STAGE_TWO, Network, PipelineNetworks
 from swifti2v.memory.placement import PlacedNetworks
 from swifti2v.memory.plan import MemoryPlan, plan_memory, tighter_budget
-from swifti2v.runner.acceleration import transformers_of
+from swifti2v.stage_one import StageOne
 from swifti2v.stage_two import StageTwo
 from swifti2v.wan.quantized_linear import quantization_of, storages_of, store_weights, stored_narrow
 from swifti2v.wan.streaming import CodecSettings, WanStreamingCodec
@@ -28,6 +28,7 @@ from swifti2v.wan.tiling import Tiling
 if TYPE_CHECKING:
     from collections.abc import Generator
 
+    from diffusers import WanImageToVideoPipeline
     from torch import Tensor
 
     from swifti2v.runner.ahead import Overlap
@@ -45,7 +46,9 @@ def frames_within_limits(
     """Yield the frames of a run; where the device runs out of memory, go on with the next tighter plan.
 
     Args:
-        parts: where they have no limits, the run is attempted once, as they are.
+        parts: where they have no limits, or none of their networks is to run, the run is attempted once, as they are.
+            Stage II is planned and placed only where the refiner runs it; `light` counts for nothing in a plan, as it
+            comes after Stage I and needs less.
         settings: of the run.
         attempt: the run from its start with placed parts, in the same pieces every time; it finds finished segments
             in its work directory. Pieces that were handed out are made again by a later attempt, and dropped.
@@ -53,7 +56,9 @@ def frames_within_limits(
     Raises:
         MemoryBudgetError: no plan fits, or none that is tighter than the one that failed.
     """
-    if parts.memory is None:
+    if not settings.denoises_segments:
+        parts = replace(parts, stages=tuple(stage for stage in parts.stages if stage != "stage_two"))
+    if parts.memory is None or not networks_of(parts).planned:
         yield from attempt(parts)
         return
     plan = plan_for(parts, settings, parts.memory)
@@ -89,9 +94,9 @@ def plan_for(parts: Parts, settings: GenerationSettings, limits: MemoryLimits) -
     """
     transformer = parts.stage_two.transformer
     # Where there is a text encoder, it is stored whenever the transformers are, and it is never quantized.
-    stored = parts.stage_one.pipeline.text_encoder if "stage_one" in parts.stages else transformer
+    stored = transformer if parts.pipeline is None else parts.pipeline.text_encoder
     storages = storages_of(transformer.dtype)
-    held = stored_narrow(stored)
+    held = stored_narrow(stored) if quantization_of(stored) == "none" else None
     return plan_memory(
         networks_of(parts),
         replace(settings, keep_context=parts.stage_two.keeps_context(settings)),
@@ -104,26 +109,36 @@ def plan_for(parts: Parts, settings: GenerationSettings, limits: MemoryLimits) -
 
 def networks_of(parts: Parts) -> PipelineNetworks:
     """Describe the loaded networks to a plan."""
-    one, two = parts.stage_one.pipeline, parts.stage_two
-    experts = [expert for expert in (one.transformer, one.transformer_2) if expert is not None]
+    two = parts.stage_two
     decoder = parts.decoder.network if isinstance(parts.decoder, LightDecoder) else None
     return PipelineNetworks(
-        text_encoder=_described(one.text_encoder, one.text_encoder.config.to_dict()),
-        stage_one=_described(experts[0]),
-        stage_one_codec=_described(one.vae),
+        **_stage_one_networks(parts),
         stage_two=Network.of(STAGE_TWO, dict(two.transformer.config)),
         stage_two_codec=_described(getattr(two.codec, "vae", two.codec)),
-        num_experts=len(experts),
         text_tokens=parts.stage_one.max_sequence_length,
         reference_reduction=parts.motion_reduction,
         max_reference_area=parts.motion_max_area,
-        window_frames=parts.stage_one.window_frames,
-        overlap_frames=parts.stage_one.overlap_frames,
         light_decoder=None if decoder is None else Network.of(LIGHT_DECODER, asdict(decoder.layout)),
-        quantization=next(map(quantization_of, transformers_of(parts)), "none"),
+        quantization=next(map(quantization_of, parts.transformers), "none"),
         compute_dtype="float32" if two.transformer.dtype == torch.float32 else "bfloat16",
         stages=parts.stages,
     )
+
+
+def _stage_one_networks(parts: Parts) -> dict[str, Any]:
+    """Return the fields of `PipelineNetworks` that describe Stage I."""
+    if not isinstance(parts.stage_one, StageOne):
+        return PATH
+    one = parts.stage_one.pipeline
+    experts = [expert for expert in (one.transformer, one.transformer_2) if expert is not None]
+    return {
+        "text_encoder": _described(one.text_encoder, one.text_encoder.config.to_dict()),
+        "stage_one": _described(experts[0]),
+        "stage_one_codec": _described(one.vae),
+        "num_experts": len(experts),
+        "window_frames": parts.stage_one.window_frames,
+        "overlap_frames": parts.stage_one.overlap_frames,
+    }
 
 
 def _described(network: Any, config: Mapping[str, Any] | None = None) -> Network:
@@ -138,17 +153,16 @@ def place(parts: Parts, plan: MemoryPlan, networks: PlacedNetworks) -> Parts:
 
     `networks` are to be released after the run, and also if this fails: then some of them have their places already.
     """
-    one = parts.stage_one.pipeline
-    encoders = (one.text_encoder,) if "stage_one" in parts.stages else ()
-    for network in (*encoders, *transformers_of(parts)):
+    one = parts.pipeline
+    encoders = () if one is None else (one.text_encoder,)
+    for network in (*encoders, *parts.transformers):
         store_weights(network, plan.storage, compute_dtype=network.dtype)
-    if "stage_one" in parts.stages:
-        _place_stage_one(parts, plan, networks)
+    if one is not None:
+        _place_stage_one(one, plan, networks)
     return _with_stage_two_placed(parts, plan, networks) if "stage_two" in parts.stages else parts
 
 
-def _place_stage_one(parts: Parts, plan: MemoryPlan, networks: PlacedNetworks) -> None:
-    one = parts.stage_one.pipeline
+def _place_stage_one(one: WanImageToVideoPipeline, plan: MemoryPlan, networks: PlacedNetworks) -> None:
     networks.place(one.text_encoder, plan.placement_of("text encoding"), group="text", by_leaf=True)
     for group, network in (("high", one.transformer), ("low", one.transformer_2)):
         if network is not None:

@@ -25,6 +25,7 @@ from swifti2v.wan.checkpoints import (
     PARTS,
     described_stage_one,
     described_stage_two,
+    load_other_stage_one,
     load_stage_one_pipeline,
     load_stage_two_transformer,
     load_stage_two_vae,
@@ -42,6 +43,7 @@ if TYPE_CHECKING:
 
     from swifti2v.memory.limits import MemoryLimits
     from swifti2v.settings import GenerationSettings, Refiner
+    from swifti2v.stage_one import MotionStage
     from swifti2v.wan.checkpoint_index import CheckpointIndex, StageOneEntry
     from swifti2v.wan.checkpoints import Part, ResolvedCheckpoint
     from swifti2v.wan.streaming import StreamingCodec, VideoDecoder
@@ -122,16 +124,14 @@ def _assembled(
     light = _light_decoder(checkpoint, acceleration, way) if stages != ("stage_one",) else None
     stored = _stored_dtype(checkpoint, way, stages, quantization=acceleration.quantization)
     refiner, codec = _stage_two_networks(checkpoint, way, stored, is_held="stage_two" in stages)
-    pipeline = _stage_one_pipeline(checkpoint, way, stored, is_held="stage_one" in stages)
     parts = Parts(
         name=_identity(checkpoint.index),
-        stage_one=StageOne(pipeline, window_frames=one.window_frames, max_sequence_length=one.max_sequence_length),
+        stage_one=_stage_one(checkpoint, way, stored, is_held="stage_one" in stages),
         stage_two=StageTwo(refiner, codec, uses_prompt=two.uses_prompt),
         defaults=checkpoint.index.default_settings(few_step=way.few_step),
         other_defaults=checkpoint.index.default_settings(few_step=not way.few_step),
         motion_reduction=one.reference_reduction,
         motion_max_area=one.max_area,
-        known_motions=one.known_motions,
         quantization=acceleration.quantization,
         few_step_ways=(way.few_step,) if FEW_STEP_ADAPTER in _roles(one) else (True, False),
         device=way.place,
@@ -153,6 +153,15 @@ def _stage_two_networks(
     )
     codec = open_codec(load_stage_two_vae(checkpoint, dtype=way.dtype).to(way.home).eval())
     return transformer.to(way.home).eval(), codec
+
+
+def _stage_one(checkpoint: ResolvedCheckpoint, way: _Way, stored: Storage, *, is_held: bool) -> MotionStage:
+    entry = checkpoint.index.stage_one
+    if entry.kind != "wan":
+        stage: MotionStage = load_other_stage_one(checkpoint)
+        return stage
+    pipeline = _stage_one_pipeline(checkpoint, way, stored, is_held=is_held)
+    return StageOne(pipeline, window_frames=entry.window_frames, max_sequence_length=entry.max_sequence_length)
 
 
 def _stage_one_pipeline(
@@ -212,6 +221,7 @@ def _stored_dtype(
         checkpoint.folder_of("stage_one"),
         checkpoint.folder_of("stage_two") / two.transformer_subfolder,
         checkpoint.folder_of("stage_two") / two.vae_subfolder,
+        kind=one.kind,
         text_tokens=one.max_sequence_length,
         quantization=quantization,
         compute_dtype="float32" if way.dtype == torch.float32 else "bfloat16",
@@ -265,9 +275,9 @@ def settings_of(
 
 
 def trained_refiner(checkpoint: ResolvedCheckpoint) -> Refiner:
-    """Return how the network can run; an index whose default is to run none says nothing about it."""
+    """Return how the network can run; an index whose default runs no transformer says nothing about it."""
     entry = checkpoint.index.stage_two
-    if entry.refiner != "none":
+    if entry.refiner not in {"light", "none"}:
         return entry.refiner
     config = read_json(checkpoint.folder_of("stage_two") / entry.transformer_subfolder / "config.json")
     return "concat" if config.get("reference_channels") else "training-free"

@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from swifti2v.errors import InvalidInputError
 from swifti2v.geometry import Size, motion_size
+from swifti2v.stage_one import StageOne
 from swifti2v.wan.checkpoints import PARTS
 
 if TYPE_CHECKING:
+    from diffusers import WanImageToVideoPipeline
+
     from swifti2v.memory.limits import MemoryLimits
     from swifti2v.runner.ahead import Overlap
     from swifti2v.runs import GenerationRequest
     from swifti2v.settings import GenerationSettings, Quantization
-    from swifti2v.stage_one import StageOne
+    from swifti2v.stage_one import MotionStage
     from swifti2v.stage_two import StageTwo
     from swifti2v.wan.checkpoints import Part
     from swifti2v.wan.streaming import VideoDecoder
@@ -34,7 +36,6 @@ class Parts:
         other_defaults: the same for the other value of `few_step`; None: there is none.
         motion_reduction: output size over motion size.
         motion_max_area: pixels of a motion frame at most, None for no limit.
-        known_motions: verbs of which a prompt should hold one, in any form; empty: any prompt will do.
         few_step_ways: values of `few_step` that the loaded weights can sample with: one, where the few-step adapters
             are in the weights or were left out of them, and both, where the checkpoint has none.
         device: where hybrid reference and Stage II work.
@@ -46,13 +47,12 @@ class Parts:
     """
 
     name: str
-    stage_one: StageOne
+    stage_one: MotionStage
     stage_two: StageTwo
     defaults: GenerationSettings
     other_defaults: GenerationSettings | None = None
     motion_reduction: float = 4.0
     motion_max_area: int | None = None
-    known_motions: tuple[str, ...] = ()
     few_step_ways: tuple[bool, ...] = (True, False)
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     memory: MemoryLimits | None = None
@@ -84,14 +84,24 @@ class Parts:
             msg = f"the few-step adapters {state} the loaded weights; load with few_step={settings.few_step} for {way}"
             raise InvalidInputError(msg, param="few_step", value=settings.few_step)
 
-    def prompt_notes(self, request: GenerationRequest) -> tuple[str, ...]:
-        """Say that the prompt is empty or cut, or that the model knows none of its words."""
-        empty = () if request.prompt.strip() else ("the prompt is empty: what moves is left to the model",)
-        return (*self._motion_notes(request.prompt), *empty, *self.stage_one.notes_of(*request.texts))
+    @property
+    def pipeline(self) -> WanImageToVideoPipeline | None:
+        """Stage I's pipeline of diffusers, where Stage I is held and is one."""
+        return self.stage_one.pipeline if "stage_one" in self.stages and isinstance(self.stage_one, StageOne) else None
 
-    def _motion_notes(self, prompt: str) -> tuple[str, ...]:
-        words = re.findall(r"[a-z]+", prompt.lower())
-        stems = tuple(verb.removesuffix("e") for verb in self.known_motions)
-        if not words or not stems or any(word.startswith(stems) for word in words):
-            return ()
-        return (f"the model knows no motion in this prompt; it knows {', '.join(self.known_motions)}",)
+    @property
+    def transformers(self) -> tuple[Any, ...]:
+        """The transformers that are held: of Stage I one or two experts (none of `mini`), of Stage II the refiner."""
+        one = self.pipeline
+        experts = () if one is None else (one.transformer, one.transformer_2)
+        refiners = (self.stage_two.transformer,) if "stage_two" in self.stages else ()
+        return tuple(network for network in (*experts, *refiners) if network is not None)
+
+    def prompt_notes(self, request: GenerationRequest) -> tuple[str, ...]:
+        """Say that the prompt is empty or cut, what of it does nothing, and what is known of its motion."""
+        empty = () if request.prompt.strip() else ("the prompt is empty: what moves is left to the model",)
+        notes = (*empty, *self.stage_one.notes_of(*request.texts))
+        if "stage_one" not in self.stages:
+            return notes
+        image, size = request.image, request.motion_size
+        return (*notes, *self.stage_one.motion_notes(image, request.prompt, request.settings, size=size))

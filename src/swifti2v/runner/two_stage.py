@@ -124,13 +124,19 @@ class TwoStagePipeline:
         return cls(load(stages=()), lambda stages: load(stages=stages))
 
     def load(self, settings: GenerationSettings) -> None:
-        """Load both stages, unless the limits of memory have no room for both in a run of `settings`.
+        """Load what a run of `settings` needs, unless the limits of memory have no room for both stages at once.
+
+        With the refiners `light` and `none` that is Stage I alone, and later runs of this pipeline have no other.
 
         Raises:
             CheckpointError: the weights cannot be downloaded or read.
             MemoryBudgetError: not even one stage at a time fits.
         """
-        if self._load is not None and stages_fit_together(self.parts, settings):
+        if self._load is None:
+            return
+        if not settings.denoises_segments:
+            self.parts, self._load = self._load(("stage_one",)), None
+        elif stages_fit_together(self.parts, settings):
             self.parts, self._load = self._load(PARTS), None
 
     @property
@@ -212,12 +218,12 @@ class TwoStagePipeline:
         Whoever stops early should close the iterator: that ends its threads and removes what it keeps on the disk.
 
         Raises:
-            InvalidInputError: while iterating, if the pipeline holds Stage I alone.
+            InvalidInputError: while iterating, if the pipeline holds Stage I alone, and the refiner needs Stage II.
             WorkDirectoryError: while iterating, if `work_dir` belongs to another run or is damaged, or if the pipeline
                 holds Stage II alone and no preview was made there.
             OutputError: while iterating, if `work_dir` cannot be written.
         """
-        if self.parts.stages == ("stage_one",):
+        if self.parts.stages == ("stage_one",) and request.settings.denoises_segments:
             raise InvalidInputError("this pipeline holds Stage I alone; make a preview, or load both stages")
         report = on_progress or _ignore
         with WorkDirectory.open(work_dir) as work:
@@ -261,7 +267,8 @@ class TwoStagePipeline:
             yield from _frames(self.parts, request, work, report, make)
             return
         try:
-            yield from _frames(self._load((stage,)), request, work, report, make)
+            needed = stage == "stage_one" or request.settings.denoises_segments
+            yield from _frames(self._load((stage,) if needed else ()), request, work, report, make)
         finally:
             _give_back()
 

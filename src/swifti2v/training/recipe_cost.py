@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from swifti2v.errors import InvalidInputError
 from swifti2v.geometry import Size
 from swifti2v.memory.costs import Clip, Encoding, Forward, Weights
 from swifti2v.memory.devices import device_rates
@@ -255,6 +256,9 @@ def cost_of_recipe(
     Raises:
         InvalidInputError: size or length do not divide.
     """
+    if isinstance(run, LowResCacheRun | LowResLoraRun) and networks.stage_one_kind != "wan":
+        msg = f"checkpoint {run.checkpoint} has no Stage I of Wan; name another one for a Low-Res LoRA"
+        raise InvalidInputError(msg, param="checkpoint", value=run.checkpoint)
     if isinstance(run, LowResCacheRun):
         return _low_res_cache(run, networks)
     if isinstance(run, TransitionRun):
@@ -391,8 +395,12 @@ def _low_res_cache(run: LowResCacheRun, networks: PipelineNetworks) -> EncodingC
 
 def _transition(run: TransitionRun, networks: PipelineNetworks) -> EncodingCost:
     size, frames = Size(run.videos.width, run.videos.height), run.videos.clips.num_frames
-    reduced, text = networks.reference_size(size), _text_forward(networks)
     encode = measured(Encoding(networks.stage_two_codec, "bfloat16", size.width, size.height))
+    encoded_tflop = encode.work(networks.stage_two_geometry.latent_frames(frames)).tflop
+    if networks.stage_one_kind != "wan":  # a clip's own reduced frames, and prompts at the cost of nothing
+        encodings = 1 + run.encoding.unchanged * len(run.encoding.modes)
+        return EncodingCost(encodings * encoded_tflop, _weight_bytes(networks.stage_two_codec), encode.peak_bytes)
+    reduced, text = networks.reference_size(size), _text_forward(networks)
     redrawn, variants, working = 0.0, 0, [encode.peak_bytes, text.working_bytes]
     if run.encoding.transition is not None:
         levels, variants = run.encoding.transition.levels, run.encoding.transition.num_variants
@@ -407,7 +415,6 @@ def _transition(run: TransitionRun, networks: PipelineNetworks) -> EncodingCost:
         redrawn = coding.tflop + encoded + steps * forward.work.tflop
         working += [coding.peak_bytes, forward.working_bytes]
     encodings = 1 + (variants + run.encoding.unchanged) * len(run.encoding.modes)
-    encoded_tflop = encode.work(networks.stage_two_geometry.latent_frames(frames)).tflop
     weights = networks.num_experts * _weight_bytes(networks.stage_one) + _weight_bytes(networks.text_encoder)
     weights += _weight_bytes(networks.stage_one_codec, "float32") + _weight_bytes(networks.stage_two_codec)
     return EncodingCost(

@@ -93,7 +93,7 @@ def measured_flops(trained: TrainedNetwork, latent_shape: tuple[int, int, int, i
             with counter:
                 made = _forward(network, latent_shape, text_tokens)
                 forward = counter.get_total_flops()
-                made.float().square().mean().backward()
+                _backward(made)
         return forward / 1e12, counter.get_total_flops() / 1e12
 
     one, two = counted(1), counted(2)
@@ -113,14 +113,18 @@ def measured_bytes(trained: TrainedNetwork, latent_shape: tuple[int, int, int, i
         with FakeTensorMode(), torch.enable_grad():
             _faked(network)
             with LiveBytes() as live:
-                _forward(network, latent_shape, text_tokens).float().square().mean().backward()
+                _backward(_forward(network, latent_shape, text_tokens))
         return live.peak_bytes, num_trained, frozen
 
     two, three = counted(2), counted(3)
     more = trained.network.config["num_layers"] - 2
     _, block_trained, block_frozen = (third - second for second, third in zip(two, three, strict=True))
-    whole = (second + more * (third - second) for second, third in zip(two, three, strict=True))
-    return StepBytes(*whole, block=block_frozen + 4 * block_trained, block_trained=4 * block_trained)
+    peak, num_trained, frozen = (second + more * (third - second) for second, third in zip(two, three, strict=True))
+    return StepBytes(peak, num_trained, frozen, block=block_frozen + 4 * block_trained, block_trained=4 * block_trained)
+
+
+def _backward(made: torch.Tensor) -> None:
+    made.float().square().mean().backward()  # type: ignore[no-untyped-call]
 
 
 def _built(trained: TrainedNetwork, num_blocks: int) -> Any:
@@ -152,7 +156,7 @@ def _faked(network: nn.Module) -> None:
                 fake = torch.nn.Parameter(empty, requires_grad=parameter.requires_grad)
                 module._parameters[name] = fake
                 if fake.requires_grad:
-                    fake.register_post_accumulate_grad_hook(_drop_gradient)
+                    fake.register_post_accumulate_grad_hook(_drop_gradient)  # type: ignore[no-untyped-call]
         for name, buffer in module._buffers.items():
             if buffer is not None:
                 module._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype)

@@ -64,9 +64,10 @@ class AdapterEntry:
 
 @dataclass(frozen=True)
 class StageOneEntry:
-    """Stage I: a `WanImageToVideoPipeline` in diffusers' layout, its adapters and its schedules.
+    """Stage I: a `WanImageToVideoPipeline` in diffusers' layout, its adapters and its schedules; or that of `mini`.
 
     Args:
+        kind: "wan" is that pipeline; "path" is `swifti2v.mini.stage_one`, for which most of what follows says nothing.
         source, revision: where the pipeline lies; see `AdapterEntry`.
         window_frames: pixel frames that it was trained for; longer clips are made in windows of this length.
         max_sequence_length: tokens of a prompt.
@@ -76,12 +77,11 @@ class StageOneEntry:
         few_step_sigmas: schedule with the adapters of role "few_step", descending, without the final 0.
         flow_shift, num_inference_steps, guidance_scale: of the many-step mode, without those adapters.
         negative_prompt: what guidance leads away from unless a run says otherwise, in Stage II too. Default: Wan's.
-        known_motions: the verbs that it was trained with, where they are so few that a prompt may hold none of them;
-            empty: any words.
     """
 
     source: str
     revision: str | None = None
+    kind: Literal["wan", "path"] = "wan"
     window_frames: int = 81
     max_sequence_length: int = 512
     reference_reduction: float = 4.0
@@ -92,7 +92,6 @@ class StageOneEntry:
     num_inference_steps: int = 40
     guidance_scale: float = 3.5
     negative_prompt: str = WAN_NEGATIVE_PROMPT
-    known_motions: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         _check_source(self.source, self.revision)

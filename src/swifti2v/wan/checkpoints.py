@@ -3,7 +3,7 @@
 Layout of a checkpoint::
 
     swifti2v.json                     index (`swifti2v.wan.checkpoint_index`)
-    stage_one/                        a `WanImageToVideoPipeline` as diffusers saves it
+    stage_one/                        a `WanImageToVideoPipeline` as diffusers saves it, or a `PathStageOne`
     stage_two/{transformer,vae}/      `StageTwoTransformer` or stock `WanTransformer3DModel`; codec
     adapters/*.safetensors            LoRA files, optional
 
@@ -57,6 +57,9 @@ _WITHOUT_WEIGHTS = ("scheduler", "tokenizer", "image_processor")
 _EXPERT_OF: dict[str, Expert] = {"transformer": "high", "transformer_2": "low"}
 _STORED_NARROW = (*_EXPERT_OF, "text_encoder")  # the codec is a quarter of a GiB
 _TRANSFORMERS = ("StageTwoTransformer", "WanTransformer3DModel")
+_PATH_NETWORKS = ("network", "text_encoder")
+# Stages I that are no pipeline of diffusers: kind in the index -> module and class. Imported only when met.
+_STAGES_ONE = {"path": ("swifti2v.mini.stage_one", "PathStageOne")}
 # Codecs of Stage II: class name in config.json -> module. Imported only when met.
 _CODECS = {"AutoencoderKLWan": "diffusers", "BlockTransformCodec": "swifti2v.mini.transform_codec"}
 
@@ -192,6 +195,8 @@ def _patterns(index: CheckpointIndex, part: Part, described: Collection[Part]) -
     if part == "stage_two":  # the text encoder is Stage I's
         networks: tuple[str, ...] = (index.stage_two.transformer_subfolder, index.stage_two.vae_subfolder)
         others: list[str] = []
+    elif index.stage_one.kind == "path":  # so few weights that they are loaded even where configurations are enough
+        networks, others, suffixes = _PATH_NETWORKS, ["settings.json", "tokenizer/*"], ("json", "safetensors")
     else:
         networks = _STAGE_ONE_NETWORKS
         others = ["model_index.json", "scheduler/*.json", "tokenizer/*", "image_processor/*.json"]
@@ -234,6 +239,18 @@ def _adapter_file(root: Path, entry: AdapterEntry, hub: Hub) -> Path:
 # -------------------------------------------------------------------------------------------------------- Stage I
 
 
+def load_other_stage_one(resolved: ResolvedCheckpoint) -> Any:
+    """Load a Stage I that is no pipeline of diffusers, of the class that the index's `kind` stands for.
+
+    Raises:
+        CheckpointError: missing or damaged files.
+    """
+    module, name = _STAGES_ONE[resolved.index.stage_one.kind]
+    folder = resolved.folder_of("stage_one")
+    with as_checkpoint_error(folder):
+        return getattr(import_module(module), name).from_pretrained(folder)
+
+
 def load_stage_one_pipeline(
     resolved: ResolvedCheckpoint,
     *,
@@ -257,7 +274,7 @@ def load_stage_one_pipeline(
         CheckpointError: missing or damaged files, another pipeline class, weights that do not belong.
         AdapterError: an adapter that does not match; nothing has been read then.
     """
-    folder = resolved.folder_of("stage_one")
+    folder = _pipeline_folder(resolved)
     plain = NetworkReader()
     readers = {name: (reader or plain) if name in _STORED_NARROW else plain for name in _STAGE_ONE_NETWORKS}
     classes = _network_classes(folder)
@@ -283,10 +300,18 @@ def described_stage_one(resolved: ResolvedCheckpoint, *, dtype: torch.dtype) -> 
     Raises:
         CheckpointError: missing or damaged files.
     """
-    folder = resolved.folder_of("stage_one")
+    folder = _pipeline_folder(resolved)
     networks = {name: described_network(kind, folder / name, dtype) for name, kind in _network_classes(folder).items()}
     with as_checkpoint_error(folder):
         return WanImageToVideoPipeline.from_pretrained(str(folder), local_files_only=True, **networks)
+
+
+def _pipeline_folder(resolved: ResolvedCheckpoint) -> Path:
+    """Return the folder of Stage I; raise `CheckpointError` if it is no pipeline of diffusers."""
+    if resolved.index.stage_one.kind != "wan":
+        msg = f"Stage I of {resolved.index.name} is of kind {resolved.index.stage_one.kind}; this needs a {_PIPELINE}"
+        raise CheckpointError(msg, param="kind", value=resolved.index.stage_one.kind)
+    return resolved.folder_of("stage_one")
 
 
 def _adapters_of(
@@ -360,8 +385,8 @@ def load_stage_two_transformer(
         CheckpointError: missing or damaged files, another class, a network that cannot be run as `refiner`.
     """
     refiner = refiner or resolved.index.stage_two.refiner
-    if refiner == "none":
-        msg = f"refiner none of {resolved.index.name} uses no transformer; do not load one"
+    if refiner in {"light", "none"}:
+        msg = f"refiner {refiner} of {resolved.index.name} uses no transformer; do not load one"
         raise CheckpointError(msg)
     folder = resolved.folder_of("stage_two") / resolved.index.stage_two.transformer_subfolder
     name = _class_name_in(folder)

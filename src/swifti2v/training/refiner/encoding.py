@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from swifti2v.data.description import weights_digest
-from swifti2v.errors import LatentCacheError
+from swifti2v.errors import ConfigurationError, LatentCacheError
 from swifti2v.geometry import CodecGeometry, Size, motion_size
 from swifti2v.media.atomic_files import write_atomically
 from swifti2v.pixels import from_uint8
@@ -30,7 +30,7 @@ from swifti2v.stage_one import StageOne
 from swifti2v.training.refiner.transition import TransitionOptions, lightly_denoised
 from swifti2v.training.refiner.windows import LATENTS, PROMPT, REFERENCE
 from swifti2v.wan.checkpoint_files import read_json
-from swifti2v.wan.checkpoints import load_stage_one_pipeline, load_stage_two_vae, resolve
+from swifti2v.wan.checkpoints import load_other_stage_one, load_stage_one_pipeline, load_stage_two_vae, resolve
 from swifti2v.wan.streaming import open_codec
 
 if TYPE_CHECKING:
@@ -38,7 +38,8 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from swifti2v.data.clips import Clip
-    from swifti2v.stage_one import PromptEmbeds
+    from swifti2v.stage_one import MotionStage, PromptEmbeds
+    from swifti2v.wan.checkpoints import ResolvedCheckpoint
     from swifti2v.wan.streaming import StreamingCodec
 
 
@@ -79,7 +80,7 @@ class EncodingParts:
         device: where all of it is.
     """
 
-    stage_one: StageOne
+    stage_one: MotionStage
     codec: StreamingCodec
     codec_digest: str
     geometry: CodecGeometry
@@ -105,10 +106,9 @@ def load_encoding_parts(checkpoint: str | Path, *, device: torch.device) -> Enco
     vae: Any = load_stage_two_vae(resolved, dtype=dtype)
     codec_digest = weights_digest(dict(vae.config), vae.state_dict())
     codec = open_codec(vae.to(device).eval())
-    pipeline = load_stage_one_pipeline(resolved, dtype=dtype).to(device)
     config = read_json(resolved.folder_of("stage_two") / two.transformer_subfolder / "config.json")
     return EncodingParts(
-        stage_one=StageOne(pipeline, window_frames=one.window_frames, max_sequence_length=one.max_sequence_length),
+        stage_one=_stage_one(resolved, dtype, device),
         codec=codec,
         codec_digest=codec_digest,
         geometry=CodecGeometry(codec.spatial_factor, codec.temporal_factor, config["patch_size"][1]),
@@ -118,15 +118,30 @@ def load_encoding_parts(checkpoint: str | Path, *, device: torch.device) -> Enco
     )
 
 
+def _stage_one(resolved: ResolvedCheckpoint, dtype: torch.dtype, device: torch.device) -> MotionStage:
+    one = resolved.index.stage_one
+    if one.kind != "wan":
+        stage: MotionStage = load_other_stage_one(resolved)
+        return stage
+    pipeline = load_stage_one_pipeline(resolved, dtype=dtype).to(device)
+    return StageOne(pipeline, window_frames=one.window_frames, max_sequence_length=one.max_sequence_length)
+
+
 class StageTwoEncoder:
     """Encodes clips with the parts of a checkpoint; one clip is held in memory at a time.
 
     Args:
         parts: of `load_encoding_parts`.
         options: see `EncodingOptions`.
+
+    Raises:
+        ConfigurationError: references are to be redrawn, and Stage I has no latents to redraw them in.
     """
 
     def __init__(self, parts: EncodingParts, options: EncodingOptions) -> None:
+        if options.transition is not None and not isinstance(parts.stage_one, StageOne):
+            msg = "Stage I of this checkpoint moves the image and redraws nothing; set transition to null"
+            raise ConfigurationError(msg, param="transition")
         self.parts = parts
         self.options = options
 
@@ -164,7 +179,7 @@ class StageTwoEncoder:
         if self.options.unchanged:
             yield reduced
         transition = self.options.transition
-        if transition is None:
+        if transition is None or not isinstance(self.parts.stage_one, StageOne):
             return
         generator = torch.Generator("cpu").manual_seed(_seed_of(clip.name, self.options.seed))
         for _ in range(transition.num_variants):

@@ -5,19 +5,18 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from swifti2v.errors import InvalidInputError
-from swifti2v.geometry import Size
-from swifti2v.mini.procedural import (
+from swifti2v.data.procedural import (
     CAMERA_MOTIONS,
     PHRASES,
     SCENE_MOTIONS,
     Motion,
-    describe,
     displacement,
     find_horizon,
     render,
     sample_motions,
 )
+from swifti2v.errors import InvalidInputError
+from swifti2v.geometry import Size
 
 SIZE = Size(64, 36)
 
@@ -92,16 +91,6 @@ def test_the_horizon_is_where_the_colour_changes() -> None:
     picture = np.zeros((90, 160, 3), np.uint8)
     picture[:30] = 200
     assert find_horizon(picture) == pytest.approx((30 - 45) / 160, abs=0.02)
-
-
-def test_prompts_name_the_motion_and_its_speed() -> None:
-    rng = np.random.default_rng(0)
-    prompt = describe([Motion("zoom out", 0.5), Motion("ripple", 1.8)], rng)
-    first, second = prompt.split(", ")
-    assert any(first.startswith(phrase) for phrase in PHRASES["zoom out"])
-    assert first.endswith(("slowly", "gently"))
-    assert any(second.startswith(phrase) for phrase in PHRASES["ripple"])
-    assert second.endswith(("quickly", "fast"))
 
 
 def test_sampling_covers_every_motion() -> None:

@@ -61,12 +61,6 @@ PHRASES: dict[MotionName, tuple[str, ...]] = {
     "flow right": ("flow right", "the river flows right", "the water flows to the right"),
     "still": ("still", "the camera does not move", "static camera", "nothing moves"),
 }
-MOTION_WORDS = (
-    "pan", "tilt", "zoom", "rotate", "truck", "sway", "ripple", "drift", "flow", "still",
-    "turn", "look", "move", "push", "pull", "dolly", "roll", "wave", "static",
-)  # fmt: skip
-"""A prompt of `PHRASES` has at least one of these, perhaps with an ending."""
-
 CAMERA_MOTIONS: tuple[MotionName, ...] = tuple(PHRASES)[:10]
 SCENE_MOTIONS: tuple[MotionName, ...] = tuple(PHRASES)[10:16]
 SPEED_WORDS: tuple[tuple[float, tuple[str, ...]], ...] = (
@@ -109,17 +103,6 @@ def displacement(
             points = _FIELDS[motion.name](points, motion.speed * frame / REFERENCE_FRAMES, horizon)
         fields.append(points - start)
     return np.stack(fields).astype(np.float32)
-
-
-def describe(motions: Sequence[Motion], rng: np.random.Generator) -> str:
-    """Prompt for `motions` in words drawn from `PHRASES`, each with the adverb of its speed."""
-    parts = []
-    for motion in motions:
-        phrase = str(rng.choice(PHRASES[motion.name]))
-        nearest = min(SPEED_WORDS, key=lambda entry: abs(math.log(entry[0] / motion.speed)))
-        adverb = str(rng.choice(nearest[1]))
-        parts.append(f"{phrase} {adverb}".strip() if motion.name != "still" else phrase)
-    return ", ".join(parts)
 
 
 def sample_motions(rng: np.random.Generator) -> tuple[Motion, ...]:

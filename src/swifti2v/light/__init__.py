@@ -1,0 +1,1 @@
+"""`light`: a small trained network in pixel space that refines the motion reference of any model."""

@@ -1,0 +1,1 @@
+"""Training of `light`: damage that motion references carry, pairs of clips and photographs, the loop."""

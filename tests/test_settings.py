@@ -288,7 +288,7 @@ def test_messages_name_the_fix() -> None:
     for choices, words in (
         ({"size": "1280x720"}, "1280x720 is not a multiple of 32.*nearest is 1280x704"),
         ({"num_frames": 80}, r"4k\+1 frames, for instance 77 or 81"),
-        ({"refiner": "magic"}, "refiner is 'magic'; it should be 'concat', 'training-free' or 'none'"),
+        ({"refiner": "magic"}, "refiner is 'magic'; it should be 'concat', 'training-free', 'light' or 'none'"),
         ({"fps": 0.0}, "fps is 0.0; it should be greater than or equal to 1"),
     ):
         with pytest.raises(InvalidInputError, match=words):

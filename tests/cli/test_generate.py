@@ -156,7 +156,7 @@ def test_float8_products_that_a_card_has_not_are_refused_before_anything_is_load
     assert "use quantization int8 or none" in result.stderr
     result = run(*SHORT, "--quantization", "float8", "--device", "cpu")  # loaded; these networks are too narrow
     assert result.exit_code == EXIT_ERROR
-    assert "24 by 24, and float8 products take multiples of 16; use quantization none" in result.stderr
+    assert "24 by 24, and float8 matmul takes multiples of 16; use quantization none" in result.stderr
 
 
 def test_int8_products_write_a_video(run: Run, tmp_path: Path) -> None:

@@ -89,7 +89,7 @@ def test_the_first_frame_of_the_reference_is_the_picture(run: dict[str, Any], pi
 def test_the_graph_makes_what_the_pipeline_makes(run: dict[str, Any], picture: torch.Tensor) -> None:
     """Equal but for the rounding of [-1, 1] to [0, 1] and back."""
     image = Image.fromarray((picture[0] * 255).round().to(torch.uint8).numpy())
-    options = {"size": Size(WIDTH, HEIGHT), "num_frames": NUM_FRAMES, "seed": SEED}
+    options = {"size": Size(WIDTH, HEIGHT), "num_frames": NUM_FRAMES, "seed": SEED, "refiner": "concat"}
     pipeline: TwoStagePipeline = run["pipeline"]
     video = pipeline(image, PROMPT, **options)
     frames = (run["frames"] * 255).round()

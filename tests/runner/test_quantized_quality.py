@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from swifti2v.settings import Quantization
 
 PHOTO = Path(__file__).parents[2] / "examples" / "lake-sherburne.jpg"
-OPTIONS = {"size": Size(320, 192), "num_frames": 17, "seed": 1}
+OPTIONS = {"size": Size(320, 192), "num_frames": 17, "seed": 1, "refiner": "concat"}
 CPU = torch.device("cpu")
 
 

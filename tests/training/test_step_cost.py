@@ -66,4 +66,5 @@ def test_activations_are_those_that_live_at_the_peak_of_a_real_step() -> None:
         with LiveBytes() as live:
             step(network)
         found = measured_bytes(trained, SHAPE, text_tokens=TEXT)
-        assert found.activations == pytest.approx(live.peak_bytes, rel=0.15)  # here gradients are kept as well
+        kept = found.activations + 4 * found.num_trained  # the real step keeps its gradients
+        assert kept == pytest.approx(live.peak_bytes, rel=0.1)

@@ -17,7 +17,7 @@ from typing import Any, Self
 
 import torch
 from accelerate import init_empty_weights
-from diffusers import ModelMixin, WanTransformer3DModel
+from diffusers import WanTransformer3DModel
 from diffusers.configuration_utils import register_to_config
 from diffusers.models._modeling_parallel import ContextParallelInput, ContextParallelOutput
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
@@ -43,8 +43,7 @@ from swifti2v.wan.transformer_configuration import (
     checked_grid,
 )
 
-# diffusers finds the loader of a component through the names of the module that defines it, hence `ModelMixin` here.
-__all__ = ["ModelMixin", "PredictionType", "StageTwoBlock", "StageTwoTransformer"]
+__all__ = ["PredictionType", "StageTwoBlock", "StageTwoTransformer"]
 
 
 _KIND_TABLE = "frame_kind_table"
@@ -66,7 +65,8 @@ class StageTwoTransformer(WanTransformer3DModel):
         ConfigurationError: the channels do not add up, or another argument is not of the above.
     """
 
-    __module__ = "swifti2v"  # of the public name; of `swifti2v.wan` diffusers would make its own pipelines.wan
+    # With a deeper name diffusers would look for the class among its own pipelines, where there is a `wan` too.
+    __module__ = "swifti2v.wan"
 
     _no_split_modules = ["StageTwoBlock"]  # noqa: RUF012 - diffusers declares these as plain class attributes
     _repeated_blocks = ["StageTwoBlock"]  # noqa: RUF012 - as above

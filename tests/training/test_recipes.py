@@ -9,11 +9,13 @@ import pytest
 from swifti2v.config import load_yaml
 from swifti2v.errors import ConfigurationError
 from swifti2v.mini.recipes import StageOneRun, StageTwoRun
+from swifti2v.training.light.run import LightRun
 from swifti2v.training.low_res.run import LowResCacheRun, LowResLoraRun
 from swifti2v.training.refiner.run import DistillationRun, RefinerRun, TransitionRun
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 KINDS = {
+    "light/light": LightRun,
     "mini/stage_one": StageOneRun,
     "mini/stage_two": StageTwoRun,
     "mini/context": StageTwoRun,

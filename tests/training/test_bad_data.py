@@ -16,6 +16,7 @@ from swifti2v.cli.main import app
 from swifti2v.data.latent_cache import LatentCache
 from swifti2v.media import atomic_files
 from swifti2v.mini.recipes import StageOneRun, StageTwoRun
+from swifti2v.training.light.run import LightRun
 from swifti2v.training.low_res.run import LowResCacheRun, LowResLoraRun
 from swifti2v.training.refiner import network
 from swifti2v.training.refiner.run import DistillationRun, RefinerRun, TransitionRun
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 COMMANDS = {
+    LightRun: ("light", "--data"),
     StageOneRun: ("stage-one", "--data"),
     StageTwoRun: ("stage-two", "--data"),
     LowResCacheRun: ("low-res-cache", "--data"),

@@ -11,6 +11,7 @@ import torch
 
 from swifti2v.errors import InvalidInputError
 from swifti2v.settings import Quantization
+from swifti2v.stage_one import StageOne
 from swifti2v.wan.attention_choice import check_attention_name, set_attention
 from swifti2v.wan.quantized_linear import use_quantized_matmul
 
@@ -137,7 +138,7 @@ def check_shared(parts: Parts, settings: GenerationSettings, num_processes: int)
         msg = "frozen or kept context cannot be split among processes; start one process, or turn keep_context off"
         raise InvalidInputError(msg)
     windows = []
-    if parts.pipeline is not None:  # that of `mini` is not shared: every process runs all of it
+    if isinstance(one, StageOne):  # that of `mini` is not shared: every process runs all of it
         motion = one.geometry.tokens_per_frame(parts.motion_size(settings.size))
         windows += [motion * one.geometry.latent_frames(len(window)) for window in one.plan(settings.num_frames)]
     if settings.denoises_segments:

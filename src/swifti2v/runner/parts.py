@@ -101,7 +101,7 @@ class Parts:
         """Say that the prompt is empty or cut, what of it does nothing, and what is known of its motion."""
         empty = () if request.prompt.strip() else ("the prompt is empty: what moves is left to the model",)
         notes = (*empty, *self.stage_one.notes_of(*request.texts))
-        if "stage_one" not in self.stages:
-            return notes
+        if "stage_one" not in self.stages and isinstance(self.stage_one, StageOne):
+            return notes  # its networks have no weights; those of `mini` are always loaded
         image, size = request.image, request.motion_size
         return (*notes, *self.stage_one.motion_notes(image, request.prompt, request.settings, size=size))

@@ -34,6 +34,7 @@ PUBLIC = [
     "TwoStagePipeline",
     "Video",
     "VideoInputError",
+    "VideoRefiner",
     "WorkDirectoryError",
     "__version__",
 ]

@@ -60,7 +60,7 @@ def test_latent_frame_count_equals_that_of_diffusers(tiny_vae22):
 @pytest.mark.parametrize(
     ("num_frames", "below", "above"), [(80, 77, 81), (82, 81, 85), (2, 1, 5), (0, 1, 5), (-3, 1, 5)]
 )
-def test_a_length_that_does_not_divide_names_its_neighbours(num_frames, below, above):
+def test_a_length_that_does_not_divide_names_its_neighbors(num_frames, below, above):
     with pytest.raises(
         InvalidInputError, match=rf"{num_frames} frames .* 4k\+1 frames, for instance {below} or {above}"
     ):

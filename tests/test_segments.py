@@ -78,7 +78,7 @@ def test_any_plan(total, size, before, after, anchor):
 
 
 def test_the_paper_case():
-    # 81 frames are 21 latent frames: seven segments of M = 3, the neighbour before (figure CSG).
+    # 81 frames are 21 latent frames: seven segments of M = 3, the neighbor before (figure CSG).
     plan = plan_segments(21)
     assert len(plan) == 7
     assert plan[0].window == (0, 1, 2, 3)
@@ -100,7 +100,7 @@ def test_without_the_anchor_frame_0_is_a_finished_frame_like_any_other():
 
 
 def test_independent_segments():
-    """No neighbours: with the anchor beside the targets, or without it the targets alone."""
+    """No neighbors: with the anchor beside the targets, or without it the targets alone."""
     assert [segment.window for segment in plan_segments(6, neighbors_before=0)] == [(0, 1, 2, 3), (0, 4, 5)]
     assert [segment.window for segment in plan_segments(6, neighbors_before=0, anchor=False)] == [(1, 2, 3), (4, 5)]
 

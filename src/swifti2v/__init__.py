@@ -30,6 +30,7 @@ from swifti2v.errors import (
 from swifti2v.geometry import Size
 
 if TYPE_CHECKING:
+    from swifti2v.runner.refine import VideoRefiner
     from swifti2v.runner.two_stage import TwoStagePipeline
     from swifti2v.runs import Video
     from swifti2v.settings import GenerationSettings
@@ -58,6 +59,7 @@ __all__ = [
     "TwoStagePipeline",
     "Video",
     "VideoInputError",
+    "VideoRefiner",
     "WorkDirectoryError",
     "__version__",
 ]
@@ -67,6 +69,7 @@ _LAZY = {
     "StageTwoTransformer": "swifti2v.wan.transformer",
     "TwoStagePipeline": "swifti2v.runner.two_stage",
     "Video": "swifti2v.runs",
+    "VideoRefiner": "swifti2v.runner.refine",
 }
 
 

@@ -30,7 +30,7 @@ class FrameKind(IntEnum):
 class Segment:
     """One segment: the latent frames it makes and those it sees.
 
-    The window is ordered in time: the anchor if the segment sees it, neighbours before, targets, neighbours after.
+    The window is ordered in time: the anchor if the segment sees it, neighbors before, targets, neighbors after.
     """
 
     index: int
@@ -87,7 +87,7 @@ def plan_segments(
         segment_size: M >= 1 targets a segment; the last segment may be shorter.
         neighbors_before: N >= 0 finished frames seen ahead of the targets.
         neighbors_after: N >= 0 unrefined frames seen behind the targets.
-        anchor: whether every segment sees frame 0, which then is no neighbour. Without neighbours too, a segment with
+        anchor: whether every segment sees frame 0, which then is no neighbor. Without neighbors too, a segment with
             the anchor is independent of the others, and one without it is alone with its targets.
 
     Raises:

@@ -88,7 +88,7 @@ def photograph() -> np.ndarray:
 
 def rendered(photograph: np.ndarray, name: str, speed: float = 1.0) -> np.ndarray:
     field = displacement([Motion(name, speed)], size=SIZE, num_frames=NUM_FRAMES)
-    return render(photograph, field, centre=(160, 120), crop_width=SIZE.width)
+    return render(photograph, field, center=(160, 120), crop_width=SIZE.width)
 
 
 def test_a_shift_is_measured_in_pixels_per_frame(photograph: np.ndarray) -> None:

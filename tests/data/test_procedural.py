@@ -59,7 +59,7 @@ def test_zooming_in_samples_nearer_to_the_centre() -> None:
 
 
 def test_clockwise_rotation_brings_the_left_up() -> None:
-    # What stands at the top centre of the rotated picture came from further left.
+    # What stands at the top center of the rotated picture came from further left.
     assert field("rotate clockwise")[-1][0, 32, 0] < -0.01
 
 
@@ -76,7 +76,7 @@ def test_render_follows_the_field() -> None:
     photograph = np.zeros((200, 300, 3), np.uint8)
     photograph[:, 150:] = 255  # an edge in the middle
     moved = displacement([Motion("pan right", 1.0)], size=SIZE, num_frames=41)
-    frames = render(photograph, moved, centre=(150, 100), crop_width=64)
+    frames = render(photograph, moved, center=(150, 100), crop_width=64)
     bright = (frames[..., 0] > 127).mean(axis=(1, 2))
     assert bright[0] == pytest.approx(0.5, abs=0.02)
     assert bright[-1] == pytest.approx(0.6, abs=0.02)  # half of 0.2 widths in half of the time
@@ -84,10 +84,10 @@ def test_render_follows_the_field() -> None:
 
 def test_render_does_not_invent_detail() -> None:
     with pytest.raises(InvalidInputError, match="larger photograph"):
-        render(np.zeros((50, 50, 3), np.uint8), field("still", num_frames=1), centre=(25, 25), crop_width=32)
+        render(np.zeros((50, 50, 3), np.uint8), field("still", num_frames=1), center=(25, 25), crop_width=32)
 
 
-def test_the_horizon_is_where_the_colour_changes() -> None:
+def test_the_horizon_is_where_the_color_changes() -> None:
     picture = np.zeros((90, 160, 3), np.uint8)
     picture[:30] = 200
     assert find_horizon(picture) == pytest.approx((30 - 45) / 160, abs=0.02)

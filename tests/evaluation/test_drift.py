@@ -69,7 +69,7 @@ def test_a_change_in_the_middle_is_no_drift() -> None:
     assert drift("red", [0.5] * 10 + [0.9] * 20 + [0.5] * 10) == pytest.approx(0, abs=1e-9)
 
 
-def test_color_that_appears_in_a_grey_video_is_a_large_finite_drift() -> None:
+def test_color_that_appears_in_a_gray_video_is_a_large_finite_drift() -> None:
     assert drift("saturation", [0.0] * 10 + [0.1] * 10) == pytest.approx(1000)
 
 

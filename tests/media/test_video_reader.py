@@ -20,7 +20,7 @@ from swifti2v.media.video_reader import VideoReader
 LUMA = {"bt601": (0.299, 0.587, 0.114), "bt709": (0.2126, 0.7152, 0.0722)}
 
 
-def grey_levels(count: int) -> list[int]:
+def gray_levels(count: int) -> list[int]:
     """One gray level per frame, well apart, so that a frame tells its index."""
     return [16 + 5 * i for i in range(count)]
 
@@ -38,7 +38,7 @@ def write_video(path: Path, frames: np.ndarray, rate: Fraction | int = 24, codec
 
 
 def write_levels(path: Path, count: int, rate: Fraction | int = 24, codec: str = "libx264") -> Path:
-    frames = np.stack([np.full((32, 48, 3), level, np.uint8) for level in grey_levels(count)])
+    frames = np.stack([np.full((32, 48, 3), level, np.uint8) for level in gray_levels(count)])
     return write_video(path, frames, rate, codec)
 
 
@@ -66,7 +66,7 @@ class TestWholeFiles:
         assert reader.count_frames() == 21
 
     def test_gif(self, tmp_path: Path) -> None:
-        frames = [Image.fromarray(np.full((32, 48, 3), level, np.uint8)) for level in grey_levels(5)]
+        frames = [Image.fromarray(np.full((32, 48, 3), level, np.uint8)) for level in gray_levels(5)]
         frames[0].save(tmp_path / "a.gif", save_all=True, append_images=frames[1:], duration=100)
         assert read_indices(VideoReader(tmp_path / "a.gif")) == list(range(5))
 

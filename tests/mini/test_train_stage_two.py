@@ -109,7 +109,7 @@ def test_heads_and_context_are_those_of_the_recipe() -> None:
 
 
 def test_wide_clips_are_reduced_and_narrow_ones_are_not(tmp_path: Path) -> None:
-    """Stripes of 4 pixels: gone to grey at an eighth of the width, whole at their own."""
+    """Stripes of 4 pixels: gone to gray at an eighth of the width, whole at their own."""
     stripes = np.zeros((5, 64, 256, 3), dtype=np.uint8)
     stripes[:, :, (np.arange(256) // 4) % 2 == 0] = 255
     with VideoWriter(tmp_path / "clip.mp4", size=Size(256, 64), fps=8) as writer:

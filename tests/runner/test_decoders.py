@@ -123,13 +123,13 @@ def test_the_plan_of_loaded_parts_knows_the_light_decoder(tiny_checkpoint: Path,
     assert decoder.class_name == "LightDecoderNetwork"
 
 
-def test_latents_that_are_not_normalised_are_for_the_files_of_that_name(tmp_path: Path) -> None:
+def test_latents_that_are_not_normalized_are_for_the_files_of_that_name(tmp_path: Path) -> None:
     latents = torch.randn(1, 48, 2, 2, 2, generator=torch.Generator().manual_seed(0))
-    normalised, raw = (
+    normalized, raw = (
         open_light_decoder(CONFIG, write_light_weights(tmp_path / name), device=CPU, dtype=torch.float32)
         for name in ("taew2_2.safetensors", "lighttaew2_2.safetensors")
     )
-    expected = torch.cat(list(normalised.decode_stream([latents * 2 + 0.25])))
+    expected = torch.cat(list(normalized.decode_stream([latents * 2 + 0.25])))
     assert torch.equal(torch.cat(list(raw.decode_stream([latents]))), expected)
 
 

@@ -57,7 +57,7 @@ def test_one_segment_that_covers_the_clip_equals_full_sequence_sampling(sigmas):
         torch.testing.assert_close(segmented, whole, atol=1e-6, rtol=0)
 
 
-def test_without_neighbours_or_mixing_the_cut_does_not_matter():
+def test_without_neighbors_or_mixing_the_cut_does_not_matter():
     reference = make_reference(11)
     results = [
         generate(
@@ -72,7 +72,7 @@ def test_without_neighbours_or_mixing_the_cut_does_not_matter():
 
 
 @pytest.mark.parametrize("anchor", [True, False])
-def test_windows_hold_finished_neighbours_before_and_the_reference_after(anchor):
+def test_windows_hold_finished_neighbors_before_and_the_reference_after(anchor):
     reference = make_reference(9)
     plan = plan_segments(9, segment_size=2, neighbors_before=2, neighbors_after=2, anchor=anchor)
     windows: dict[int, Window] = {}
@@ -109,7 +109,7 @@ def test_the_start_is_the_reference_noised_to_the_first_sigma():
 
 
 def test_segments_that_see_no_other_can_be_made_in_any_order():
-    """Without anchor and neighbours, changing one frame of the reference changes its own segment only."""
+    """Without anchor and neighbors, changing one frame of the reference changes its own segment only."""
     plan = plan_segments(10, segment_size=3, neighbors_before=0, anchor=False)
     reference = make_reference(10)
     before = generate(reference, plan)

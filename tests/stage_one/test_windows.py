@@ -66,7 +66,7 @@ def test_cross_fade_of_equal_frames_changes_nothing():
     torch.testing.assert_close(cross_fade(frames[:5], frames), frames)
 
 
-def test_match_color_undoes_a_small_drift_of_colour():
+def test_match_color_undoes_a_small_drift_of_color():
     target = torch.rand(8, 9, 3, generator=torch.Generator().manual_seed(0)) * 0.6 + 0.2
     true = torch.stack([target, target.flip(0), target.roll(2, 1)])
     drifted = true * torch.tensor([1.05, 0.95, 1.0]) + torch.tensor([-0.02, 0.03, 0.01])

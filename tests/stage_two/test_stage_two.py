@@ -118,7 +118,7 @@ def test_context_is_kept_within_a_segment_and_for_each_text(concat: StageTwo) ->
     settings = replace(SETTINGS, num_inference_steps=3, segment_size=2, guidance_scale=2.0, keep_context=True)
     calls = count_calls(concat)
     kept = whole(concat, settings, negative_prompt_embeds=text(7))
-    # Segments of 2 and 1 targets, the first with the anchor, the second with a neighbour too; two texts a step.
+    # Segments of 2 and 1 targets, the first with the anchor, the second with a neighbor too; two texts a step.
     assert given_frames(calls) == [3, 3, 2, 2, 2, 2, 3, 3, 1, 1, 1, 1]
     exact = whole(concat, replace(settings, keep_context=False), negative_prompt_embeds=text(7))
     assert not torch.equal(kept, exact)

@@ -191,7 +191,7 @@ def test_the_floats_of_a_chunk_are_gone_when_its_frames_are_read(monkeypatch: py
     assert len(made) == 3
 
 
-def test_statistics_undo_the_normalisation() -> None:
+def test_statistics_undo_the_normalization() -> None:
     network = decoder_from_weights(random_weights(PLAIN), dtype=torch.float32)
     latents = torch.randn(1, 5, 2, 2, 2, generator=torch.Generator().manual_seed(0))
     mean, std = [0.5, -1.0, 0.0, 2.0, 0.1], [1.0, 0.5, 2.0, 1.5, 0.8]

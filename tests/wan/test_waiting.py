@@ -63,7 +63,7 @@ def test_no_step_waits_for_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
         for _ in sample_segments(frames, plan, denoise=denoise, sigmas=(0.5, 0.25, 0.0), seed=0, solver=renoise):
             pass
     assert uploads.waited == []
-    assert {(3,), (4,)} <= set(uploads.passing)  # windows of the anchor, a neighbour and two targets
+    assert {(3,), (4,)} <= set(uploads.passing)  # windows of the anchor, a neighbor and two targets
 
 
 def _made_on_the_host(make: Any) -> Any:

@@ -5,7 +5,7 @@ roll, truck with parallax) and motion of the scene (sway, ripple, clouds that dr
 is larger than the crop, so what a camera move uncovers is real. Used to train Stage I and II of `mini` and to test that
 a prompt moves the picture as it says.
 
-Coordinates are in widths of the picture, x to the right and y down, (0, 0) at the centre; time in pixel frames. A field
+Coordinates are in widths of the picture, x to the right and y down, (0, 0) at the center; time in pixel frames. A field
 gives, for a pixel of frame t, where it was in frame 0 minus where it is.
 """
 
@@ -124,7 +124,7 @@ def sample_motions(rng: np.random.Generator) -> tuple[Motion, ...]:
 
 
 def find_horizon(picture: NDArray[np.uint8]) -> float:
-    """Height (y in widths) of the strongest change of mean colour between the rows above and below; [H,W,3] uint8."""
+    """Height (y in widths) of the strongest change of mean color between the rows above and below; [H,W,3] uint8."""
     height, width = picture.shape[:2]
     rows = picture.reshape(height, -1, 3).mean(axis=1)
     sums = np.concatenate([np.zeros((1, 3)), np.cumsum(rows, axis=0)])
@@ -136,14 +136,14 @@ def find_horizon(picture: NDArray[np.uint8]) -> float:
 
 
 def render(
-    photograph: NDArray[np.uint8], field: FloatArray, *, centre: tuple[float, float], crop_width: float
+    photograph: NDArray[np.uint8], field: FloatArray, *, center: tuple[float, float], crop_width: float
 ) -> NDArray[np.uint8]:
     """Re-sample a photograph along `field` [F,H,W,2]: uint8 [F,H,W,3].
 
     Args:
         photograph: [Hp,Wp,3] uint8; mirrored beyond its borders.
         field: from `displacement`.
-        centre: of the crop, in pixels of the photograph.
+        center: of the crop, in pixels of the photograph.
         crop_width: of the crop in pixels of the photograph; at least the width of the field, or details are made up.
     """
     height, width = field.shape[1:3]
@@ -155,8 +155,8 @@ def render(
         cv2.resize(photograph, None, fx=scale, fy=scale, interpolation=cv2.INTER_AREA) if scale < 1 else photograph
     )
     columns, rows = np.meshgrid(np.arange(width, dtype=np.float32), np.arange(height, dtype=np.float32))
-    left = centre[0] * scale - width / 2
-    top = centre[1] * scale - height / 2
+    left = center[0] * scale - width / 2
+    top = center[1] * scale - height / 2
     frames = [
         cv2.remap(
             reduced,

@@ -19,16 +19,16 @@ class BandStatistics:
 
     Args:
         blocks_per_chunk: blocks drawn at random from each chunk, so that no clip dominates.
-        centred: subtract the mean of the lowest band (pictures) or not (residuals, whose mean is zero).
+        centered: subtract the mean of the lowest band (pictures) or not (residuals, whose mean is zero).
     """
 
-    def __init__(self, *, blocks_per_chunk: int = 3000, centred: bool = True, seed: int = 0) -> None:
+    def __init__(self, *, blocks_per_chunk: int = 3000, centered: bool = True, seed: int = 0) -> None:
         self._second_moments = torch.zeros(TEMPORAL, BLOCK_NUMBERS, BLOCK_NUMBERS, dtype=torch.float64)
         self._sum = torch.zeros(BLOCK_NUMBERS, dtype=torch.float64)
         self._counts = torch.zeros(TEMPORAL, dtype=torch.float64)
         self._generator = torch.Generator().manual_seed(seed)
         self._blocks_per_chunk = blocks_per_chunk
-        self._centred = centred
+        self._centered = centered
 
     def add(self, chunks: Iterable[Tensor]) -> None:
         """Count in chunks [B,3,f,H,W]; a still (f = 1) counts for the lowest band only."""
@@ -57,7 +57,7 @@ class BandStatistics:
             bases.append(components[:, :count])
             deviations.append(variances[:count].clamp(min=1e-12).sqrt())
         transform.basis.copy_(torch.cat(bases, dim=1))
-        if self._centred:
+        if self._centered:
             transform.mean.copy_(self._sum / self._counts[0])
         return transform, torch.cat(deviations).float()
 
@@ -68,7 +68,7 @@ class BandStatistics:
                 raise InvalidInputError(msg)
             return torch.zeros(BLOCK_NUMBERS, dtype=torch.float64), torch.eye(BLOCK_NUMBERS, dtype=torch.float64)
         covariance = self._second_moments[band] / self._counts[band]
-        if band == 0 and self._centred:
+        if band == 0 and self._centered:
             mean = self._sum / self._counts[0]
             covariance = covariance - torch.outer(mean, mean)
         variances, components = torch.linalg.eigh(covariance)

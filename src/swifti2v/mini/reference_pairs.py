@@ -54,7 +54,7 @@ def read_clip(
     multiple: int = 32,
     max_width: int | None = None,
 ) -> NDArray[np.uint8]:
-    """Read [F,H,W,3] uint8 frames, every `stride`-th, centre-cropped to sides that are multiples of `multiple`.
+    """Read [F,H,W,3] uint8 frames, every `stride`-th, center-cropped to sides that are multiples of `multiple`.
 
     Wider ones than `max_width` are reduced to it first.
     """
@@ -165,16 +165,16 @@ def procedural_clip(
     crop_width = float(rng.uniform(min(max(size.width, 0.4 * widest), widest), widest))
     crop_width = max(crop_width, size.width)
     crop_height = crop_width * size.height / size.width
-    centre = (
+    center = (
         float(rng.uniform(crop_width / 2, max(crop_width / 2, width - crop_width / 2))),
         float(rng.uniform(crop_height / 2, max(crop_height / 2, height - crop_height / 2))),
     )
     still = render(
-        photograph, np.zeros((1, size.height, size.width, 2), np.float32), centre=centre, crop_width=crop_width
+        photograph, np.zeros((1, size.height, size.width, 2), np.float32), center=center, crop_width=crop_width
     )
     motions = sample_motions(rng)
     moved = displacement(motions, size=size, num_frames=num_frames, horizon=find_horizon(still[0]))
-    return render(photograph, moved, centre=centre, crop_width=crop_width)
+    return render(photograph, moved, center=center, crop_width=crop_width)
 
 
 def damaged(frames: NDArray[np.uint8], *, quality: int = 15) -> NDArray[np.uint8]:

@@ -21,10 +21,10 @@ from swifti2v.errors import InvalidInputError
 from swifti2v.geometry import CodecGeometry, Size
 from swifti2v.media.images import as_loaded_image, image_to_tensor
 from swifti2v.media.video_reader import VideoReader
-from swifti2v.pipeline import refine_by_light
 from swifti2v.reference.alignment import align
 from swifti2v.runner.loading import open_device
 from swifti2v.runs import FinishedFrames, Progress, Video
+from swifti2v.stage_two_light import refine_by_light
 from swifti2v.work_directory import WorkDirectory
 
 if TYPE_CHECKING:

@@ -28,7 +28,7 @@ class Window:
     Args:
         segment: which frames these are.
         reference: [B,C,W,h,w]; z_ref of the window's frames, where finished frames hold the result written back. So it
-            is the context too: anchor and finished neighbours hold finished latents, unrefined ones the reference.
+            is the context too: anchor and finished neighbors hold finished latents, unrefined ones the reference.
     """
 
     segment: Segment
@@ -45,7 +45,7 @@ OnSegmentStep = Callable[[Segment, int, int], None]
 def derived_seed(seed: int, *path: int) -> int:
     """Return a seed for one part of a run, independent between parts; in [0, 2**64).
 
-    The CPU generator of torch reads only the low 32 bits of a seed, so neighbouring numbers are hashed, not added.
+    The CPU generator of torch reads only the low 32 bits of a seed, so neighboring numbers are hashed, not added.
     """
     text = "/".join(str(part) for part in (seed, *path))
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")

@@ -195,7 +195,7 @@ def photo_frames(path: Path, other: Path, rng: np.random.Generator) -> Array:
         float(rng.uniform(half_width, picture.shape[1] - half_width)),
         float(rng.uniform(half_height, picture.shape[0] - half_height)),
     )
-    frames = render(picture, field, centre=center, crop_width=crop).astype(np.float32)
+    frames = render(picture, field, center=center, crop_width=crop).astype(np.float32)
     if rng.random() < 0.6:
         _cover(frames, np.asarray(load_image(other).image), rng)
     return np.rint(frames.clip(0, 255)).astype(np.uint8)

@@ -23,6 +23,15 @@ class JsonFormatter(logging.Formatter):
         return json.dumps(line)
 
 
+_LIBRARIES = ("diffusers", "transformers", "transformers.utils.import_utils")
+_ENDED_STREAM = "ASGI callable returned without completing response."
+
+
+def _is_worth_a_line(record: logging.LogRecord) -> bool:
+    """Leave out what uvicorn calls an error where a watched video ends early, because its job was cancelled."""
+    return record.getMessage() != _ENDED_STREAM
+
+
 def log_as_json(*, level: int = logging.INFO) -> None:
     """Log to standard error: what this package says from INFO, what others say from `level`, and warnings."""
     handler = logging.StreamHandler()
@@ -30,3 +39,6 @@ def log_as_json(*, level: int = logging.INFO) -> None:
     logging.basicConfig(level=level, handlers=[handler])
     logging.captureWarnings(capture=True)
     logging.getLogger("swifti2v").setLevel(logging.INFO)
+    logging.getLogger("uvicorn.error").addFilter(_is_worth_a_line)
+    for name in _LIBRARIES:  # they write lines of another form to standard error, too
+        logging.getLogger(name).setLevel(logging.ERROR)

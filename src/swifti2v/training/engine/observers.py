@@ -62,7 +62,8 @@ class TensorBoardLog:
 
     def __init__(self, folder: Path, *, resumed_step: int) -> None:
         writer = import_module("torch.utils.tensorboard").SummaryWriter
-        self._writer: Any = writer(str(folder), purge_step=resumed_step + 1)
+        # Its thread may write later, from another working directory.
+        self._writer: Any = writer(str(folder.resolve()), purge_step=resumed_step + 1)
 
     def write(self, step: int, numbers: Mapping[str, float]) -> None:
         """Add a point to each curve."""
